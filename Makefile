@@ -1,0 +1,51 @@
+# Every target sets up .venv from requirements.lock first, once. `make help` lists them.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export MPLUG_CACHE ?= $(CURDIR)/demo/cache
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo ui test check format lock screenshots clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## set up .venv from the lock
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install ## the main job: synthetic clips to registered models, about 12 minutes on 2 cores
+	$(BIN)/mplug demo demo
+
+ui: install ## MLflow's page on what the demo made
+	$(BIN)/mplug ui demo
+
+test: install ## the tests
+	$(BIN)/pytest
+
+check: install ## formatting, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## resolve pyproject.toml anew into requirements.lock
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet torch==2.13.0
+	.venv-lock/bin/pip install --quiet -e '.[demo,dev]'
+	.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > requirements.lock
+	rm -rf .venv-lock
+
+screenshots: install ## pictures of the report and of MLflow for the README, from the last demo (needs Chromium)
+	$(BIN)/python tests/helpers/screenshots.py demo docs
+
+clean: ## remove what the demo made, with all its results
+	rm -rf demo

@@ -1,0 +1,23 @@
+"""Scores a trained model on a benchmark's test split."""
+
+from kfp.dsl import Metrics, Output
+
+from components.image import component
+
+
+@component()
+def evaluate(
+    trained: str,
+    dataset: str,
+    shards: dict[str, str],
+    tracking: dict[str, str],
+    code_version: str,
+    metrics: Output[Metrics],
+) -> str:
+    """Returns the URI of the evaluation: scores, chance levels and every prediction."""
+    from model.evaluation import runner
+
+    evaluation = runner.evaluate(trained, shards=shards[dataset], tracking=tracking)
+    for name, value in evaluation.scores.items():
+        metrics.log_metric(name, value)
+    return runner.save(evaluation, f"{trained}/evaluation/test.json")

@@ -1,0 +1,11 @@
+"""Registers fine-tuned models in MLflow by reference, as candidates."""
+
+from components.image import component
+
+
+@component()
+def register(evaluations: list[str], tracking: dict[str, str], code_version: str) -> list[str]:
+    """Returns name/version of each registered model. Models without pre-training are the yardstick, not candidates."""
+    from model.evaluation.registration import register_candidates
+
+    return register_candidates(evaluations, tracking, code_version)

@@ -1,0 +1,13 @@
+"""Writes the report that people read: every task beside chance and beside the same model without pre-training."""
+
+from components.image import component
+
+
+@component()
+def report(
+    evaluations: list[str], shards: dict[str, str], root: str, tracking: dict[str, str], code_version: str
+) -> str:
+    """Returns the URI of report.html."""
+    from model.evaluation.report import publish_report
+
+    return publish_report(evaluations, shards, root, tracking)

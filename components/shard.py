@@ -1,0 +1,26 @@
+"""Decodes every clip once and writes shards that training reads."""
+
+from components.image import component
+
+
+@component()
+def shard(
+    raw: str,
+    root: str,
+    datasets: list[str],
+    num_frames: int,
+    short_side: int,
+    tracking: dict[str, str],
+    code_version: str,
+) -> dict[str, str]:
+    """Returns the URI of each dataset's shards by name."""
+    from model.data.shards import build_shards, describe
+    from model.tracking import stage
+
+    facts = {"num_frames": num_frames, "short_side": short_side, "code_version": code_version}
+    with stage("shard", tracking, facts) as tracked:
+        uris = {name: build_shards(raw, root, name, num_frames=num_frames, short_side=short_side) for name in datasets}
+        for name, uri in uris.items():
+            tracked.metrics({f"clips/{name}_{split}": n for split, n in describe(uri)["clips"].items()})
+        tracked.tags({f"data_digest.{name}": uri.rpartition("@")[2] for name, uri in uris.items()})
+    return uris

@@ -1,0 +1,13 @@
+"""Learns a GPT-3 style tokenizer on the titles of the corpus."""
+
+from components.image import component
+
+
+@component()
+def train_tokenizer(raw: str, root: str, vocab_size: int, tracking: dict[str, str], code_version: str) -> str:
+    """Returns the URI of the tokenizer, <root>/models/tokenizer."""
+    from model.tasks.tokenizer import publish_tokenizer
+    from model.tracking import stage
+
+    with stage("tokenizer", tracking, {"vocab_size": vocab_size, "code_version": code_version}):
+        return publish_tokenizer(raw, root, vocab_size)

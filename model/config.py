@@ -1,0 +1,291 @@
+"""A run's configuration: a YAML preset and `dotted.key=value` overrides become one frozen RunConfig.
+
+    config = load("tiny_pretraining", ["optim.lr=3e-4", "training.steps=100"])
+
+Every problem of a file is reported at once: unknown keys with the nearest known one, wrong types, impossible
+combinations.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "configs"
+TaskName = Literal["language_modeling", "pretraining", "classification", "retrieval", "captioning"]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; one line per problem. Ends a command with exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which networks, and where their weights come from."""
+
+    decoder: str = ""
+    """Folder or s3:// URI of the causal decoder and its tokenizer, in transformers' format."""
+    init_from: str = ""
+    """Folder or URI of a trained mPLUG-Video whose weights to start from. Empty: random visual weights."""
+    vision: dict[str, int | float | bool] = {}
+    """Fields of TimeSformerConfig that differ from its defaults."""
+    text: dict[str, int | float | bool | str] = {}
+    """Only to train a decoder from nothing: its transformers configuration, `model_type` included."""
+    num_queries: int = Field(128, ge=1)
+    """Learned queries of the abstractor: tokens of the visual prefix."""
+    use_contrastive: bool = False
+    """Adds the contrastive loss to pre-training."""
+    contrastive_size: int = Field(256, ge=1)
+    """Width of the space in which clips and texts are compared."""
+    temperature: float = Field(0.07, gt=0)
+    """Initial temperature of contrastive losses."""
+    freeze_decoder: bool = True
+    """Train the visual side only, as published."""
+
+
+class DataConfig(Section):
+    """What is read, and how a clip becomes a tensor."""
+
+    shards: str = ""
+    """Folder or URI of a sharded dataset: holds one folder per split."""
+    batch_size: int = Field(32, ge=1)
+    """Clips per optimizer step, over all processes and accumulation steps."""
+    workers: int = Field(1, ge=0)
+    """Loader processes per training process; 0 reads in the training process."""
+    max_length: int = Field(80, ge=4)
+    """Longest text, in tokens."""
+    crop_area: float = Field(0.5, gt=0, le=1)
+    """Smallest share of the frame that a random training crop keeps."""
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    """Chance of a mirrored training clip. 0 where texts speak of left and right."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up from 0, then a cosine to `min_lr`."""
+
+    lr: float = Field(1e-4, gt=0)
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    """Not applied to vectors: biases, norms and position embeddings."""
+    clip_grad_norm: float = Field(3.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+    vision_lr_scale: float = Field(1.0, gt=0)
+    """Factor on the learning rate of the vision encoder's spatial part (0.1 when it starts from CLIP)."""
+
+
+class TrainingConfig(Section):
+    """How long, in which precision and on how many processes' memory."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: int = Field(1, ge=0, le=2)
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too."""
+    gradient_accumulation: int = Field(1, ge=1)
+    log_every: int = Field(10, ge=1)
+    """Steps between two points of a metric."""
+
+
+class TrackingConfig(Section):
+    """MLflow. Metrics are also written to a local journal, which is replayed after an outage."""
+
+    uri: str = ""
+    """Tracking server or sqlite:///file. Empty: no tracking, the journal only."""
+    experiment: str = "mplug-video"
+    parent_run: str = ""
+    """Id of the pipeline's run, to nest this one under."""
+
+
+class RunConfig(Section):
+    """One training run, resolved. Saved beside every model that comes out of it."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Names the run in MLflow and in the output's path."""
+    task: TaskName = "pretraining"
+    seed: int = 42
+    output: str = "output"
+    """Folder or URI under which models/<name>/ is written."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig = TrainingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _refuse_impossible(self) -> "RunConfig":
+        if problems := list(_impossible(self)):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _impossible(config: RunConfig) -> Iterator[str]:
+    """Combinations that cannot run, each with its remedy."""
+    model, data, optim, training = config.model, config.data, config.optim, config.training
+    if config.task == "language_modeling":
+        if not model.text:
+            yield "model.text must describe the decoder to train (model_type, sizes), it is empty."
+        if not model.decoder:
+            yield "model.decoder must name the folder of the tokenizer, it is empty."
+        if model.freeze_decoder:
+            yield "model.freeze_decoder must be false for task language_modeling: nothing else could learn."
+    elif not model.decoder and not model.init_from:
+        yield f"model.decoder or model.init_from must be set for task {config.task}, both are empty."
+    if not data.shards:
+        yield "data.shards must name a sharded dataset, it is empty. `mplug data shard` writes one."
+    if data.batch_size % training.gradient_accumulation:
+        yield (
+            f"data.batch_size must be a multiple of training.gradient_accumulation, got {data.batch_size} and "
+            f"{training.gradient_accumulation}."
+        )
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr must not exceed optim.lr, got {optim.min_lr} and {optim.lr}."
+    if optim.warmup_steps >= training.steps:
+        yield f"optim.warmup_steps must be below training.steps, got {optim.warmup_steps} and {training.steps}."
+    patch, size = model.vision.get("patch_size", 16), model.vision.get("image_size", 224)
+    if size % patch:
+        yield f"model.vision.image_size must be a multiple of model.vision.patch_size, got {size} and {patch}."
+
+
+def load(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a preset by name or a YAML file, applies `dotted.key=value` overrides, and checks everything.
+
+    Raises ConfigError with one line per problem.
+    """
+    tree = _read(source)
+    problems: list[str] = []
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            problems.append(f"override must be dotted.key=value, got {override!r}.")
+            continue
+        # YAML reads nothing as null; on a command line `key=` means the empty string
+        parsed = yaml.load(value, _Loader) if value else ""
+        _assign(tree, key.strip().split("."), parsed, problems)
+    return _validated(tree, problems)
+
+
+def parse(tree: dict[str, Any]) -> RunConfig:
+    """Checks a configuration that was saved with a model."""
+    return _validated(tree, [])
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML reads 1e-4, without a dot, as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = PRESETS / f"{source}.yaml"
+        if not path.exists():
+            near = difflib.get_close_matches(str(source), presets(), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"no preset named {source}: {hint}Known: {', '.join(presets())}; or give a .yaml file.")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(tree).__name__}.")
+    return tree
+
+
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, problems: list[str]) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            problems.append(f"{'.'.join(keys)} cannot be set: {key} is a value, not a section.")
+            return
+    tree[keys[-1]] = value
+
+
+def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
+    """Validates again without each wrong leaf, so that one run names all problems, combinations included."""
+    while True:
+        try:
+            # as JSON in strict mode: lists become tuples, but "1" does not become 1
+            config = RunConfig.model_validate_json(json.dumps(tree), strict=True)
+            break
+        except ValidationError as error:
+            problems += [line for item in error.errors() for line in _explain(item)]
+            pruned = [_prune(tree, item["loc"]) for item in error.errors()]
+            if not all(pruned):
+                raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def _explain(item: Any) -> list[str]:
+    key = ".".join(str(part) for part in item["loc"] if not _is_union_arm(part))
+    match item["type"]:
+        case "extra_forbidden":
+            leaves = [f"{key}.{leaf}" for leaf in item["input"]] if isinstance(item["input"], dict) else [key]
+            return [f"{leaf} is not a known key. The nearest is {_nearest(leaf)}." for leaf in leaves]
+        case "value_error":
+            return str(item["ctx"]["error"]).splitlines()
+        case _ if _is_union_arm(item["loc"][-1]):
+            return [f"{key}: input should be a number, a boolean or a string, got {item['input']!r}."]
+        case _:
+            return [f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}."]
+
+
+def _nearest(key: str) -> str:
+    return max(_known_keys(), key=partial(_likeness, key))
+
+
+def _likeness(key: str, known: str) -> float:
+    """How alike two dotted keys are, the last part counting as much as the whole."""
+    pairs = (key, known), (key.rpartition(".")[2], known.rpartition(".")[2])
+    return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+
+def _is_union_arm(part: str | int) -> bool:
+    return part in {"int", "float", "bool", "str"}  # pydantic names the arm of a union in the path
+
+
+def _prune(tree: Any, loc: tuple[str | int, ...]) -> bool:
+    """Removes the value at `loc`; False where there is nothing to remove."""
+    path = [part for part in loc if not _is_union_arm(part)]
+    while path and isinstance(path[-1], int):
+        path.pop()  # an item of a list: the list itself is wrong
+    if not path:
+        return False
+    for part in path[:-1]:
+        tree = tree.get(part, {})
+    tree.pop(path[-1], None)  # absent: another error of the same key was pruned already
+    return True
+
+
+def _known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += _known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

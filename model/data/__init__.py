@@ -1,0 +1,1 @@
+"""From published clips to batches: annotations, download, shards, sampling, loading."""

@@ -1,0 +1,285 @@
+"""Draws one synthetic scene as an H.264 clip: what moves, in which colour, on which background, how.
+
+A scene is drawn from a handful of flat shapes so that a 64-pixel network can tell them apart, and every word of
+its caption is visible: the colour and the subject in any frame, the motion only by comparing frames.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, partial
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+RGB = tuple[int, int, int]
+
+COLOURS: dict[str, RGB] = {
+    "红": (214, 40, 40),
+    "黄": (250, 205, 30),
+    "蓝": (35, 90, 220),
+    "绿": (30, 150, 60),
+    "紫": (140, 50, 170),
+    "白": (250, 250, 250),
+}
+SUPERSAMPLING = 2  # sprites are drawn at twice their size: smooth edges without an anti-aliasing rasteriser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a clip shows. The words are the caption's own: keys of COLOURS, SUBJECTS, BACKGROUNDS and MOTIONS."""
+
+    subject: str
+    colour: str
+    background: str
+    motions: tuple[str, ...]
+    """One motion, or two that follow each other: each takes an equal part of the clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How a clip is encoded. Real corpora vary in all of these."""
+
+    width: int
+    height: int
+    fps: int
+    gop: int
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the subject is: centre as a fraction of the frame, scale relative to its size, rotation in degrees."""
+
+    x: float
+    y: float
+    scale: float = 1.0
+    angle: float = 0.0
+
+
+def render(scene: Scene, encoding: Encoding, seed: str, path: Path) -> None:
+    """Draws `scene` and writes it to `path`. The same arguments give the same bytes (one encoder thread)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(encoding.fps))
+        stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, "yuv420p"
+        stream.thread_count = 1
+        stream.options = {"preset": "ultrafast", "crf": "27", "g": str(encoding.gop)}
+        for image in frames(scene, encoding, random.Random(seed)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def frames(scene: Scene, encoding: Encoding, rng: random.Random) -> Iterator[Image.Image]:
+    """Yields the clip's frames as RGB images of (height, width)."""
+    short_side = min(encoding.width, encoding.height)
+    size = int(short_side * rng.uniform(0.52, 0.66))
+    sprite = _sprite(scene.subject, COLOURS[scene.colour], size * SUPERSAMPLING)
+    background = BACKGROUNDS[scene.background](encoding.width, encoding.height, rng)
+    at_side = cache(partial(_resized, sprite))
+    paths = [MOTIONS[motion](rng) for motion in scene.motions]
+    count = max(int(encoding.duration_s * encoding.fps), len(paths))
+    for index in range(count):
+        progress = index / count * len(paths)
+        pose = paths[int(progress)](progress % 1.0)
+        yield _place(background, at_side(max(int(size * pose.scale), 4)), pose)
+
+
+def _resized(sprite: Image.Image, side: int) -> Image.Image:
+    return sprite.resize((side, side), Image.Resampling.BILINEAR)
+
+
+def _place(background: Image.Image, drawn: Image.Image, pose: Pose) -> Image.Image:
+    image, side = background.copy(), drawn.width
+    if pose.angle:
+        drawn = drawn.rotate(-pose.angle, resample=Image.Resampling.BILINEAR)
+    left = int(pose.x * image.width - side / 2)
+    top = int(pose.y * image.height - side / 2)
+    image.paste(drawn, (left, top), drawn)
+    return image
+
+
+# --- motions: progress in [0, 1) -> pose -------------------------------------------------------------------------
+
+Path_ = Callable[[float], Pose]
+
+
+def _slide(start: tuple[float, float], end: tuple[float, float]) -> Callable[[random.Random], Path_]:
+    def motion(rng: random.Random) -> Path_:
+        drift = rng.uniform(-0.1, 0.1)  # off the middle line, across the direction of travel
+        dx, dy = (0.0, drift) if start[1] == end[1] else (drift, 0.0)
+
+        def at(p: float) -> Pose:
+            return Pose(start[0] + (end[0] - start[0]) * p + dx, start[1] + (end[1] - start[1]) * p + dy)
+
+        return at
+
+    return motion
+
+
+def _still_at(rng: random.Random) -> tuple[float, float]:
+    return rng.uniform(0.35, 0.65), rng.uniform(0.4, 0.6)
+
+
+def _spin(rng: random.Random) -> Path_:
+    (x, y), turns, phase = _still_at(rng), rng.uniform(1.2, 2.3), rng.uniform(0, 360)
+    return lambda p: Pose(x, y, angle=phase + 360 * turns * p)
+
+
+def _sway(rng: random.Random) -> Path_:
+    (_, y), swings, phase = _still_at(rng), rng.uniform(1.6, 2.4), rng.uniform(0, 1)
+    return lambda p: Pose(0.5 + 0.28 * math.sin(2 * math.pi * (swings * p + phase)), y)
+
+
+def _zoom(start: float, end: float) -> Callable[[random.Random], Path_]:
+    def motion(rng: random.Random) -> Path_:
+        x, y = _still_at(rng)
+        return lambda p: Pose(x, y, scale=start + (end - start) * p)
+
+    return motion
+
+
+MOTIONS: dict[str, Callable[[random.Random], Path_]] = {
+    "向右": _slide((0.12, 0.5), (0.88, 0.5)),
+    "向左": _slide((0.88, 0.5), (0.12, 0.5)),
+    "向上": _slide((0.5, 0.88), (0.5, 0.12)),
+    "向下": _slide((0.5, 0.12), (0.5, 0.88)),
+    "旋转": _spin,
+    "摇摆": _sway,
+    "靠近": _zoom(0.35, 1.7),
+    "远离": _zoom(1.7, 0.35),
+}
+
+# --- backgrounds -------------------------------------------------------------------------------------------------
+
+
+def _bands(upper: RGB, lower: RGB, horizon: float) -> Callable[[int, int, random.Random], Image.Image]:
+    def draw(width: int, height: int, rng: random.Random) -> Image.Image:
+        shade = rng.randint(-14, 14)
+        image = Image.new("RGB", (width, height), _shaded(upper, shade))
+        line = int(height * (horizon + rng.uniform(-0.06, 0.06)))
+        ImageDraw.Draw(image).rectangle((0, line, width, height), fill=_shaded(lower, shade))
+        return image
+
+    return draw
+
+
+def _night(width: int, height: int, rng: random.Random) -> Image.Image:
+    image = Image.new("RGB", (width, height), _shaded((14, 16, 44), rng.randint(-8, 8)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(60):
+        x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.8, 2.2)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=(235, 235, 200))
+    return image
+
+
+def _road(width: int, height: int, rng: random.Random) -> Image.Image:
+    image = Image.new("RGB", (width, height), _shaded((96, 98, 102), rng.randint(-10, 10)))
+    draw = ImageDraw.Draw(image)
+    dash, line = width // 7, int(height * rng.uniform(0.45, 0.55))
+    for x in range(rng.randint(0, dash), width, dash * 2):
+        draw.rectangle((x, line - height // 40, x + dash, line + height // 40), fill=(225, 225, 225))
+    return image
+
+
+def _stage(width: int, height: int, rng: random.Random) -> Image.Image:
+    image = Image.new("RGB", (width, height), _shaded((72, 16, 34), rng.randint(-8, 8)))
+    draw = ImageDraw.Draw(image)
+    middle = width * rng.uniform(0.4, 0.6)
+    draw.polygon(
+        [(middle, -height * 0.2), (middle - width * 0.32, height), (middle + width * 0.32, height)],
+        fill=(150, 84, 70),
+    )
+    return image
+
+
+BACKGROUNDS: dict[str, Callable[[int, int, random.Random], Image.Image]] = {
+    "草地": _bands((150, 205, 240), (104, 190, 88), 0.28),
+    "沙滩": _bands((70, 170, 200), (232, 206, 150), 0.42),
+    "雪地": _bands((188, 208, 226), (232, 240, 246), 0.35),
+    "夜空": _night,
+    "公路": _road,
+    "舞台": _stage,
+}
+
+# --- subjects: drawn into a square of the given side --------------------------------------------------------------
+
+DARK: RGB = (30, 30, 34)
+
+
+def _shaded(colour: RGB, by: int) -> RGB:
+    r, g, b = (max(0, min(255, channel + by)) for channel in colour)
+    return r, g, b
+
+
+def _ball(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
+    box = (s * 0.1, s * 0.1, s * 0.9, s * 0.9)
+    draw.ellipse(box, fill=colour, outline=DARK, width=s // 28)
+    draw.line((s * 0.5, s * 0.1, s * 0.5, s * 0.9), fill=DARK, width=s // 22)
+    draw.line((s * 0.1, s * 0.5, s * 0.9, s * 0.5), fill=DARK, width=s // 22)
+    draw.pieslice(box, 0, 90, fill=_shaded(colour, -70), outline=DARK)  # one dark quarter: a spin shows
+
+
+def _car(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
+    cabin = [(s * 0.22, s * 0.46), (s * 0.34, s * 0.24), (s * 0.66, s * 0.24), (s * 0.78, s * 0.46)]
+    draw.polygon(cabin, fill=(190, 225, 240), outline=DARK)
+    draw.rounded_rectangle((0, s * 0.44, s - 1, s * 0.70), s * 0.08, fill=colour, outline=DARK, width=s // 32)
+    for x in (0.22, 0.78):
+        draw.ellipse((s * (x - 0.13), s * 0.58, s * (x + 0.13), s * 0.84), fill=DARK)
+        draw.ellipse((s * (x - 0.05), s * 0.66, s * (x + 0.05), s * 0.76), fill=(200, 200, 200))
+
+
+def _cat(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
+    for points in ([(0.12, 0.5), (0.16, 0.02), (0.48, 0.3)], [(0.88, 0.5), (0.84, 0.02), (0.52, 0.3)]):
+        draw.polygon([(x * s, y * s) for x, y in points], fill=colour, outline=DARK)
+    draw.ellipse((s * 0.1, s * 0.24, s * 0.9, s * 0.94), fill=colour, outline=DARK, width=s // 32)
+    for x in (0.34, 0.66):
+        draw.ellipse((s * (x - 0.08), s * 0.44, s * (x + 0.08), s * 0.62), fill=DARK)
+    draw.polygon([(s * 0.43, s * 0.68), (s * 0.57, s * 0.68), (s * 0.5, s * 0.77)], fill=(240, 130, 140))
+
+
+def _dancer(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
+    limb = s // 9
+    draw.line((s * 0.5, s * 0.4, s * 0.1, s * 0.14), fill=(225, 180, 150), width=limb)
+    draw.line((s * 0.5, s * 0.4, s * 0.92, s * 0.5), fill=(225, 180, 150), width=limb)
+    draw.line((s * 0.46, s * 0.66, s * 0.28, s * 0.98), fill=DARK, width=limb)
+    draw.line((s * 0.54, s * 0.66, s * 0.74, s * 0.98), fill=DARK, width=limb)
+    draw.polygon([(s * 0.34, s * 0.3), (s * 0.66, s * 0.3), (s * 0.72, s * 0.72), (s * 0.28, s * 0.72)], fill=colour)
+    draw.ellipse((s * 0.37, s * 0.02, s * 0.63, s * 0.28), fill=(225, 180, 150), outline=DARK)
+
+
+def _rocket(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
+    draw.polygon([(s * 0.38, s * 0.78), (s * 0.62, s * 0.78), (s * 0.5, s * 0.99)], fill=(255, 150, 30))
+    for points in ([(0.34, 0.5), (0.16, 0.82), (0.36, 0.76)], [(0.66, 0.5), (0.84, 0.82), (0.64, 0.76)]):
+        draw.polygon([(x * s, y * s) for x, y in points], fill=DARK)
+    draw.polygon([(s * 0.5, 0), (s * 0.33, s * 0.3), (s * 0.67, s * 0.3)], fill=(120, 124, 132))
+    draw.rectangle((s * 0.33, s * 0.28, s * 0.67, s * 0.8), fill=colour, outline=DARK, width=s // 32)
+    draw.ellipse((s * 0.41, s * 0.38, s * 0.59, s * 0.56), fill=(190, 225, 240), outline=DARK)
+
+
+def _boat(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
+    draw.line((s * 0.48, s * 0.04, s * 0.48, s * 0.72), fill=(90, 60, 40), width=s // 20)
+    draw.polygon([(s * 0.52, s * 0.04), (s * 0.52, s * 0.64), (s * 0.96, s * 0.64)], fill=colour, outline=DARK)
+    draw.polygon([(s * 0.44, s * 0.16), (s * 0.44, s * 0.64), (s * 0.12, s * 0.64)], fill=colour, outline=DARK)
+    hull = [(s * 0.02, s * 0.7), (s * 0.98, s * 0.7), (s * 0.8, s * 0.95), (s * 0.2, s * 0.95)]
+    draw.polygon(hull, fill=(120, 74, 40), outline=DARK)
+
+
+SUBJECTS: dict[str, Callable[[ImageDraw.ImageDraw, int, RGB], None]] = {
+    "皮球": _ball,
+    "汽车": _car,
+    "小猫": _cat,
+    "舞者": _dancer,
+    "火箭": _rocket,
+    "帆船": _boat,
+}
+
+
+def _sprite(subject: str, colour: RGB, side: int) -> Image.Image:
+    image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    SUBJECTS[subject](ImageDraw.Draw(image), side, colour)
+    return image

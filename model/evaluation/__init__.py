@@ -1,0 +1,1 @@
+"""Judging trained models: metrics, figures and the report."""

@@ -1,0 +1,89 @@
+"""Pictures of what a model saw and said. Chinese text needs a font of its own: Debian and matplotlib ship none."""
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from PIL import Image
+
+from model.data.shards import ShardReader
+from model.data.video import frame_indices, padded
+
+matplotlib.use("Agg")
+INK, ACCENT, MUTED = "#1f2933", "#0b7285", "#868e96"
+
+
+@cache
+def font() -> FontProperties:
+    """Noto Sans CJK, from the package noto-cjk-sans-jp-regular (the Chinese cut is not on PyPI)."""
+    path = importlib.resources.files("noto_cjk_sans_jp_regular") / "NotoSansCJKjp-Regular.otf"
+    return FontProperties(fname=str(path))
+
+
+def frame_strip(reader: ShardReader, position: int, num_frames: int, height: int = 72) -> Image.Image:
+    """The frames that a model sees of one clip, side by side."""
+    indices = padded(frame_indices(reader.stored_frames(position), num_frames), num_frames)
+    frames = [
+        frame.resize((round(frame.width * height / frame.height), height)) for frame in reader.frames(position, indices)
+    ]
+    strip = Image.new("RGB", (sum(frame.width + 2 for frame in frames) - 2, height), "white")
+    left = 0
+    for frame in frames:
+        strip.paste(frame, (left, 0))
+        left += frame.width + 2
+    return strip
+
+
+def prediction_figure(strips: Sequence[Image.Image], texts: Sequence[tuple[str, str]]) -> Figure:
+    """One row per clip: its frames, what was predicted and what is true."""
+    figure = Figure(figsize=(11, 1.15 * len(strips)), layout="constrained")
+    rows = np.atleast_2d(figure.subplots(len(strips), 2, width_ratios=(3, 2)))
+    for (left, right), strip, (predicted, true) in zip(rows, strips, texts, strict=True):
+        left.imshow(np.asarray(strip))
+        for axes in (left, right):
+            axes.set_axis_off()
+        right.text(0, 0.68, predicted, font=font(), fontsize=11, color=ACCENT, va="center")
+        right.text(0, 0.28, true, font=font(), fontsize=10, color=MUTED, va="center")
+    rows[0, 1].set_title("predicted, and below it the truth", fontsize=9, color=MUTED, loc="left")
+    return figure
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """Rows are true categories, columns predicted ones."""
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes: Axes = figure.subplots()
+    counts = np.array(confusion)
+    axes.imshow(counts, cmap="GnBu")
+    axes.set_xticks(range(len(names)), names, font=font(), rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names, font=font())
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=INK)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    return figure
+
+
+def curve_figure(curves: Mapping[str, Sequence[tuple[int, float]]], ylabel: str) -> Figure:
+    """Lines of (step, value) with a legend."""
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes: Axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot([step for step, _ in points], [value for _, value in points], label=name, linewidth=1.5)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if curves:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,166 @@
+"""The report that people read: one self-contained HTML page with metrics, curves, clips and what was said of them."""
+
+import base64
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jinja2
+import torch
+from fontTools import subset
+from fontTools.ttLib import TTFont
+from matplotlib.figure import Figure
+from PIL import Image
+
+from model import manifest, storage
+from model.config import TrackingConfig
+from model.data.shards import ShardReader
+from model.evaluation.figures import confusion_figure, curve_figure, font, frame_strip, save_figure
+from model.evaluation.gate import Requirement, requirements
+from model.evaluation.runner import Evaluation, captions, load
+from model.tracking import attach_artifacts
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+SHOWN = 8
+"""Clips per task."""
+NEAREST = 3
+"""Clips shown per retrieval query."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A clip's frames with what belongs beside them."""
+
+    image: str
+    predicted: str
+    true: str
+
+    @property
+    def correct(self) -> bool:
+        return self.predicted == self.true
+
+
+def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, where: Mapping[str, str]) -> str:
+    """Writes report.html and results.json to <root>/reports/<pipeline run>, and to the run's page in MLflow."""
+    evaluations = [load(uri) for uri in uris]
+    results = list(requirements(evaluations))
+    tracking = TrackingConfig(**where)
+    uri = storage.join(root, "reports", tracking.parent_run or "local")
+    rows = json.dumps([{**asdict(result), "passed": result.passed} for result in results], indent=1)
+    with tempfile.TemporaryDirectory() as folder:
+        html, table = Path(folder) / "report.html", Path(folder) / "results.json"
+        html.write_text(render(evaluations, results, shards), encoding="utf-8")
+        table.write_text(rows, encoding="utf-8")
+        for path in (html, table):
+            storage.upload(path, storage.join(uri, path.name))
+        attach_artifacts(tracking, [html, table], {f"{row.task}/{row.metric}": row.value for row in results})
+    return storage.join(uri, "report.html")
+
+
+def render(evaluations: Sequence[Evaluation], results: Sequence[Requirement], shards: Mapping[str, str]) -> str:
+    """The page as text; nothing in it is loaded from elsewhere."""
+    by_task = {evaluation.task: evaluation for evaluation in evaluations if evaluation.pretrained}
+    without = {evaluation.task: evaluation for evaluation in evaluations if not evaluation.pretrained}
+    readers = {task: ShardReader(storage.join(shards[task], "test")) for task in by_task}
+    values = {
+        "results": results,
+        "tasks": [
+            {
+                "name": task,
+                "rows": _score_rows(by_task[task], without[task]),
+                "curve": _png(curve_figure(_curves(by_task[task], without[task]), "training loss")),
+                "strips": _strips(by_task[task], readers[task]),
+            }
+            for task in by_task
+        ],
+        "pretraining": _png(curve_figure({"pre-training": _pretraining_curve(evaluations)}, "training loss")),
+        "confusion": _png(_confusion(by_task["classification"])),
+        "searches": _searches(by_task["retrieval"], readers["retrieval"]),
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(font=_font_for(template.render(font="", **values)), **values)
+
+
+def _score_rows(evaluation: Evaluation, without: Evaluation) -> list[dict[str, float | str | None]]:
+    return [
+        {"metric": name, "value": value, "without": without.scores[name], "chance": evaluation.chance.get(name)}
+        for name, value in evaluation.scores.items()
+    ]
+
+
+def _curves(*evaluations: Evaluation) -> dict[str, list[tuple[int, float]]]:
+    names = {True: "with pre-training", False: "without"}
+    return {names[evaluation.pretrained]: _history(evaluation.model) for evaluation in evaluations}
+
+
+def _pretraining_curve(evaluations: Sequence[Evaluation]) -> list[tuple[int, float]]:
+    configs = [manifest.read(evaluation.model)["config"] for evaluation in evaluations if evaluation.pretrained]
+    return _history(configs[0]["model"]["init_from"])
+
+
+def _history(model: str) -> list[tuple[int, float]]:
+    """(step, loss) of the run that made a model."""
+    lines = storage.read(storage.join(model, "history.jsonl")).decode().splitlines()
+    points = map(json.loads, lines)
+    return [(point["step"], point["train/loss"]) for point in points if "train/loss" in point]
+
+
+def _strips(evaluation: Evaluation, reader: ShardReader) -> list[Strip]:
+    return [
+        Strip(_jpeg(frame_strip(reader, position, 4)), predicted, true)
+        for position, (predicted, true) in enumerate(captions(evaluation)[:SHOWN])
+    ]
+
+
+def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, object]]:
+    """Texts with the clips that lie nearest to them."""
+    videos = torch.tensor([row["video_embedding"] for row in evaluation.predictions])
+    texts = torch.tensor([row["text_embedding"] for row in evaluation.predictions])
+    ranked = (texts @ videos.T).argsort(dim=1, descending=True)[:SHOWN, :NEAREST].tolist()
+    return [
+        {
+            "text": evaluation.predictions[query]["text"],
+            "clips": [(_jpeg(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found],
+        }
+        for query, found in enumerate(ranked)
+    ]
+
+
+def _confusion(evaluation: Evaluation) -> Figure:
+    names = evaluation.class_names
+    counts = [[0] * len(names) for _ in names]
+    for row in evaluation.predictions:
+        counts[names.index(row["label"])][names.index(row["prediction"])] += 1
+    return confusion_figure(counts, names)
+
+
+def _png(figure: Figure) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figure.png"
+        save_figure(figure, path)
+        return _data_uri(path.read_bytes(), "image/png")
+
+
+def _jpeg(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return _data_uri(buffer.getvalue(), "image/jpeg")
+
+
+def _font_for(text: str) -> str:
+    """The Chinese font cut down to the page's own characters: a fresh Debian has none to show them with."""
+    opened = TTFont(font().get_file())
+    subsetter = subset.Subsetter(subset.Options(hinting=False, layout_features=[]))
+    subsetter.populate(text=text)
+    subsetter.subset(opened)
+    buffer = io.BytesIO()
+    opened.save(buffer)
+    return _data_uri(buffer.getvalue(), "font/otf")
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,137 @@
+"""Evaluates a published model on one split: `mplug evaluate MODEL SHARDS`."""
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import manifest, storage
+from model.config import RunConfig, parse
+from model.data.annotations import DataError
+from model.data.loader import ClipDataset, evaluation_loader
+from model.data.shards import ShardReader, quarantined
+from model.evaluation import metrics
+from model.evaluation.figures import frame_strip, prediction_figure, save_figure
+from model.progress import progress
+from model.tasks import Task, build_task
+from model.tasks.base import Prediction
+from model.tracking import Run, tracked
+
+log = logging.getLogger("mplug")
+SHOWN = 8
+"""Clips in the figure of predictions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one evaluation found, and all that a report needs."""
+
+    task: str
+    model: str
+    """URI of the model that was judged."""
+    pretrained: bool
+    """Whether fine-tuning started from a pre-trained model."""
+    scores: metrics.Scores
+    chance: metrics.Scores
+    predictions: list[Prediction]
+    class_names: list[str]
+
+
+def evaluate(
+    model: str, *, shards: str, split: str = "test", batch_size: int = 32, tracking: dict[str, str] | None = None
+) -> Evaluation:
+    """Scores the model at `model` on <shards>/<split>; every clip of the split counts exactly once.
+
+    Raises DataError where some clips of the split are in quarantine: a figure on the rest would not be comparable.
+    """
+    config, pretrained = _config(model, shards, tracking)
+    reader = ShardReader(storage.join(shards, split))
+    missing = list(quarantined(storage.join(shards, split)))
+    if missing:
+        raise DataError(f"{shards}/{split} must be whole to be evaluated, {len(missing)} clips are in quarantine.")
+    task = build_task(config)
+    with tracked(config.tracking, f"evaluate-{config.name}") as run:
+        run.params({"model": model, "shards": shards, "split": split})
+        evaluation = _predict(task, reader, model, pretrained, batch_size)
+        run.metrics({f"{split}/{name}": value for name, value in evaluation.scores.items()})
+        _log_pictures(run, evaluation, reader, task)
+    return evaluation
+
+
+def save(evaluation: Evaluation, uri: str) -> str:
+    """Writes an evaluation as JSON; returns its URI."""
+    storage.write(uri, json.dumps(evaluation.__dict__, ensure_ascii=False).encode())
+    return uri
+
+
+def load(uri: str) -> Evaluation:
+    return Evaluation(**json.loads(storage.read(uri)))
+
+
+def _config(model: str, shards: str, tracking: dict[str, str] | None) -> tuple[RunConfig, bool]:
+    """The model's own configuration, pointed at its weights and the data to judge; and whether it was pre-trained."""
+    tree = manifest.read(model)["config"]
+    pretrained = bool(tree["model"]["init_from"])
+    tree["model"] |= {"init_from": model}
+    tree["data"] |= {"shards": shards}
+    tree["tracking"] |= tracking or {"uri": ""}
+    return parse(tree), pretrained
+
+
+@torch.inference_mode()
+def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batch_size: int) -> Evaluation:
+    task.model.eval()
+    dataset = ClipDataset(reader, task.processor, read_video=task.reads_video)
+    loader = evaluation_loader(dataset, task.collate_evaluation, batch_size)
+    total = -(-len(dataset) // batch_size)
+    name = task.config.task
+    predictions = [
+        prediction
+        for batch in progress(loader, total=total, desc=f"evaluating {task.config.name}", unit="batch")
+        for prediction in task.predict(batch)
+    ]
+    class_names = list(task.model.config.class_names or [])
+    return Evaluation(
+        task=name,
+        model=model,
+        pretrained=pretrained,
+        scores=metrics.score(name, predictions, class_names),
+        chance=metrics.chance(name, predictions, class_names),
+        predictions=predictions,
+        class_names=class_names,
+    )
+
+
+def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Task) -> None:
+    """The table of predictions, and a figure of the first clips with what was predicted and what is true."""
+    rows = [
+        {key: value for key, value in row.items() if not isinstance(value, list) or key == "references"}
+        for row in evaluation.predictions
+    ]
+    run.table(rows, "predictions")
+    run.table([{"metric": key, "value": value} for key, value in evaluation.scores.items()], "metrics")
+    positions = range(min(SHOWN, len(reader)))
+    strips = [frame_strip(reader, position, task.processor.num_frames) for position in positions]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "predictions.png"
+        save_figure(prediction_figure(strips, captions(evaluation)[:SHOWN]), path)
+        run.artifact(path)
+
+
+def captions(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """(predicted, true) text of each clip; for retrieval the nearest text of the split."""
+    if evaluation.task == "retrieval":
+        videos = torch.tensor([row["video_embedding"] for row in evaluation.predictions])
+        texts = torch.tensor([row["text_embedding"] for row in evaluation.predictions])
+        nearest = (videos @ texts.T).argmax(dim=1).tolist()
+        rows = evaluation.predictions
+        return [(rows[found]["text"], row["text"]) for row, found in zip(rows, nearest, strict=True)]
+    truth = "label" if evaluation.task == "classification" else "references"
+    return [(row["prediction"], _first(row[truth])) for row in evaluation.predictions]
+
+
+def _first(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else value[0]

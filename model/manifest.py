@@ -1,0 +1,86 @@
+"""A folder in storage that is whole or absent: its files first, manifest.json last.
+
+Models and tokenizers are published so. The manifest holds every file's size and sha256 and what the publisher wants to
+say about the folder; `fetch` verifies all of it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from model import storage
+from model.storage import StorageError
+
+FILE = "manifest.json"
+
+
+def publish(folder: Path, uri: str, **facts: Any) -> str:
+    """Uploads `folder` to `uri`, manifest last. Returns the manifest's sha256, which names the content."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    for name in files:
+        storage.upload(folder / name, storage.join(uri, name))
+    manifest = json.dumps({**facts, "files": files}, ensure_ascii=False, indent=1, sort_keys=True).encode()
+    storage.write(storage.join(uri, FILE), manifest)
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def read(uri: str) -> dict[str, Any]:
+    """The manifest of a published folder."""
+    where = storage.join(uri, FILE)
+    if not storage.exists(where):
+        raise StorageError(f"{uri} holds no {FILE}: it was never published, or its upload did not finish.")
+    manifest: dict[str, Any] = json.loads(storage.read(where))
+    return manifest
+
+
+def sha256_of(uri: str) -> str:
+    """The hash that `publish` returned."""
+    return hashlib.sha256(storage.read(storage.join(uri, FILE))).hexdigest()
+
+
+def fetch(uri: str) -> Path:
+    """A local folder with the verified files of `uri`: the folder itself, or a copy in the cache."""
+    manifest = read(uri)
+    if not storage.is_s3(uri):
+        _verify(Path(uri), manifest)
+        return Path(uri)
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    target = cache_folder() / "models" / digest[:24]
+    if target.exists():
+        return target
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    for name in manifest["files"]:
+        if not (partial / name).resolve().is_relative_to(partial.resolve()):
+            raise StorageError(f"{uri}: file name {name!r} in {FILE} leaves the folder.")
+        storage.download(storage.join(uri, name), partial / name)
+    (partial / FILE).write_text(json.dumps(manifest), encoding="utf-8")
+    _verify(partial, manifest)
+    try:
+        partial.rename(target)
+    except OSError:  # another process was first; its copy was verified too
+        shutil.rmtree(partial)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where copies of immutable objects are kept: $MPLUG_CACHE, by default ~/.cache/mplug."""
+    return Path(os.environ.get("MPLUG_CACHE", Path.home() / ".cache" / "mplug"))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+    for name, expected in manifest["files"].items():
+        found = sha256(folder / name) if (folder / name).is_file() else "no file"
+        if found != expected["sha256"]:
+            raise StorageError(f"{folder / name} must have sha256 {expected['sha256']}, got {found}. Publish it again.")

@@ -1,0 +1,20 @@
+"""The GPT-3 family of mPLUG-Video: TimeSformer, visual abstractor and a frozen causal decoder."""
+
+from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
+from model.mplug_video.modeling import (
+    MPlugVideoForClassification,
+    MPlugVideoForConditionalGeneration,
+    MPlugVideoForPreTraining,
+    MPlugVideoForRetrieval,
+)
+from model.mplug_video.processing import MPlugVideoProcessor
+
+__all__ = [
+    "MPlugVideoConfig",
+    "MPlugVideoForClassification",
+    "MPlugVideoForConditionalGeneration",
+    "MPlugVideoForPreTraining",
+    "MPlugVideoForRetrieval",
+    "MPlugVideoProcessor",
+    "TimeSformerConfig",
+]

@@ -1,0 +1,78 @@
+"""What a model is fed: clips as normalised tensors, texts as cleaned token ids. Saved beside the weights."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
+FILE = "preprocessor_config.json"
+
+
+class MPlugVideoProcessor:
+    """Turns frames and texts into a model's inputs, the same way in training, evaluation and serving."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        image_size: int,
+        num_frames: int,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.num_frames = num_frames
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+
+    def clip(self, frames: Sequence[Image.Image]) -> Tensor:
+        """Resizes T frames to the model's square (nearest neighbour, as upstream evaluates) -> (C, T, H, W)."""
+        size = (self.image_size, self.image_size)
+        return self.normalize([frame.resize(size, Image.Resampling.NEAREST) for frame in frames])
+
+    def normalize(self, frames: Sequence[Image.Image]) -> Tensor:
+        """RGB frames of the model's size -> (C, T, H, W) float32."""
+        pixels = torch.stack([_to_tensor(frame) for frame in frames])  # (T, H, W, C)
+        pixels = (pixels.float() / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return pixels.permute(3, 0, 1, 2).contiguous()  # (C, T, H, W)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(str(folder))
+        settings = {
+            "processor_class": type(self).__name__,
+            "image_size": self.image_size,
+            "num_frames": self.num_frames,
+            "mean": self.mean,
+            "std": self.std,
+        }
+        (Path(folder) / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        settings = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
+        settings.pop("processor_class")
+        return cls(AutoTokenizer.from_pretrained(str(folder)), **settings)
+
+
+def _to_tensor(frame: Image.Image) -> Tensor:
+    return torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).view(frame.height, frame.width, 3)
+
+
+def clean_caption(text: str, max_words: int) -> str:
+    """Upstream's cleaning: lower case, no ASCII punctuation, single spaces, at most `max_words` words.
+
+    Full-width Chinese punctuation stays.
+    """
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
+    text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:max_words])

@@ -1,0 +1,67 @@
+"""The GPT-3 tokenizer: byte-level BPE with `<sep>` as begin and `<|endoftext|>` as end and padding.
+
+Sentences are encoded as begin + text + end, pairs as begin + prompt + answer + end. Chinese goes to the BPE as it is:
+the released models were trained without word segmentation.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+BEGIN, END, NEW_LINE = "<sep>", "<|endoftext|>", "\n"
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", BEGIN, NEW_LINE, END]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learns a tokenizer of the GPT-3 kind from `texts`; at most `vocab_size` tokens, 264 of them fixed."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Reads a ModelScope GPT-3 `tokenizer.json`."""
+    return _wrap(Tokenizer.from_file(str(path)))
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_sentence(tokenizer: PreTrainedTokenizerFast, text: str, max_length: int) -> list[int]:
+    """begin + text + end, cut on the right to `max_length` (a cut sentence loses its end token)."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id][:max_length]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, max_length: int) -> tuple[list[int], int]:
+    """begin + prompt + answer + end, and the number of prompt tokens.
+
+    Too long a pair loses the end of its prompt; only an answer that would not fit alone is cut itself.
+    """
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    answer_ids = tokenizer.encode(answer, add_special_tokens=False)
+    room = max_length - 2
+    if len(answer_ids) <= room:
+        prompt_ids = prompt_ids[: room - len(answer_ids)]
+    else:
+        prompt_ids = prompt_ids[:room]
+        answer_ids = answer_ids[: room - len(prompt_ids)]
+    return [tokenizer.bos_token_id, *prompt_ids, *answer_ids, tokenizer.eos_token_id], len(prompt_ids)

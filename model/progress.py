@@ -1,0 +1,16 @@
+"""Progress of long work: a bar on a terminal, a line every quarter of a minute in a log."""
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LOG_EVERY_S = 15.0
+
+
+def progress(items: Iterable[T], *, total: int, desc: str, unit: str) -> "tqdm[T]":
+    """Passes `items` on and shows how far they are, how fast, and when they will be through."""
+    interval_s = 0.5 if sys.stderr.isatty() else LOG_EVERY_S
+    return tqdm(items, total=total, desc=desc, unit=unit, mininterval=interval_s, maxinterval=interval_s, miniters=0)

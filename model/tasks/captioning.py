@@ -1,0 +1,51 @@
+"""Video captioning: train on (clip, caption), write captions by beam search."""
+
+import torch
+from torch import Tensor
+
+from model.data.loader import Batch, Example
+from model.mplug_video.modeling import MPlugVideoForConditionalGeneration
+from model.mplug_video.processing import clean_caption
+from model.mplug_video.tokenization import encode_sentence
+from model.tasks.base import Logs, Prediction, Task, stack_clips
+
+MAX_WORDS = 80
+NUM_BEAMS = 5
+
+
+class Captioning(Task):
+    """Captions have no prompt, as in the shipped recipe: every token of the caption is learned."""
+
+    model_class = MPlugVideoForConditionalGeneration
+
+    def collate(self, examples: list[Example]) -> Batch:
+        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        texts = [clean_caption(example.annotation.text, MAX_WORDS) for example in examples]
+        ids, mask = self.pad([encode_sentence(tokenizer, text, length) for text in texts])
+        return {"pixel_values": stack_clips(examples), "input_ids": ids, "loss_mask": mask[:, 1:]}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
+        return self.model(**batch), {}
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Prediction]:
+        tokenizer, pixels = self.processor.tokenizer, batch["pixel_values"]
+        begin = torch.full((len(pixels), 1), tokenizer.bos_token_id, device=pixels.device)
+        written = self.model.generate(
+            pixels,
+            begin,
+            num_beams=NUM_BEAMS,
+            do_sample=False,
+            max_new_tokens=self.config.data.max_length,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [
+            {
+                "video": annotation.video,
+                "prediction": text.replace(" ", ""),
+                "references": list(annotation.references or [annotation.text]),
+            }
+            for annotation, text in zip(batch["annotations"], texts, strict=True)
+        ]

@@ -1,0 +1,91 @@
+"""Category prediction: the likelihood of each category's name as an answer, and a classification head."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.data.annotations import DataError
+from model.data.loader import Batch, Example
+from model.mplug_video.modeling import MPlugVideoForClassification
+from model.mplug_video.processing import clean_caption
+from model.mplug_video.tokenization import encode_pair, encode_sentence
+from model.tasks.base import Logs, Prediction, Task, answer_mask, stack_clips
+
+PROMPT = "视频标题：{} 视频类目："  # the released models were trained on this wording
+PROMPT_RESERVE = 15  # characters of a title that make room for the prompt's own words
+MAX_WORDS = 80
+
+
+class Classification(Task):
+    model_class = MPlugVideoForClassification
+
+    def head_settings(self) -> dict[str, Any]:
+        return {"class_names": self.class_names()}
+
+    def _title(self, example: Example) -> str:
+        return clean_caption(example.annotation.text, MAX_WORDS)
+
+    def _question(self, example: Example) -> str:
+        return PROMPT.format(self._title(example)[: self.config.data.max_length - PROMPT_RESERVE])
+
+    def _encode(self, examples: list[Example]) -> tuple[Batch, list[int]]:
+        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        names = self.model.config.class_names
+        unknown = {example.annotation.label for example in examples} - set(names)
+        if unknown:
+            raise DataError(f"label must be one of the {len(names)} class names, got {sorted(unknown)}.")
+        titles, mask = self.pad([encode_sentence(tokenizer, self._title(example), length) for example in examples])
+        labels = [names.index(example.annotation.label) for example in examples]
+        batch = {"pixel_values": stack_clips(examples), "title_ids": titles, "title_mask": mask}
+        return batch, labels
+
+    def collate(self, examples: list[Example]) -> Batch:
+        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        batch, labels = self._encode(examples)
+        pairs = [encode_pair(tokenizer, self._question(item), item.annotation.label, length) for item in examples]
+        ids, mask = self.pad([row for row, _ in pairs])
+        loss_mask = answer_mask(mask, [prompt for _, prompt in pairs])
+        return {**batch, "labels": torch.tensor(labels), "input_ids": ids, "loss_mask": loss_mask}
+
+    def collate_evaluation(self, examples: list[Example]) -> Batch:
+        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        batch, _ = self._encode(examples)
+        names = self.model.config.class_names
+        pairs = [encode_pair(tokenizer, self._question(item), name, length) for item in examples for name in names]
+        ids, mask = self.pad([row for row, _ in pairs])
+        loss_mask = answer_mask(mask, [prompt for _, prompt in pairs])
+        shape = (len(examples), len(names), -1)
+        return {
+            **batch,
+            "answer_ids": ids.view(shape),
+            "answer_mask": loss_mask.view(shape),
+            "annotations": [example.annotation for example in examples],
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
+        prefix = self.model.encode_video(batch["pixel_values"]).prefix
+        mask = batch["loss_mask"]
+        generation = self.model.token_losses(prefix, batch["input_ids"], mask).sum() / mask.sum()
+        logits = self.model.classify(prefix, batch["title_ids"], batch["title_mask"]).float()
+        head = F.cross_entropy(logits, batch["labels"])
+        return generation + head, {"loss_generation": generation.detach(), "loss_head": head.detach()}
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Prediction]:
+        prefix = self.model.encode_video(batch["pixel_values"]).prefix
+        generation = self.model.score_answers(prefix, batch["answer_ids"], batch["answer_mask"])
+        head = self.model.classify(prefix, batch["title_ids"], batch["title_mask"])
+        names = self.model.config.class_names
+        return [
+            {
+                "video": annotation.video,
+                "text": annotation.text,
+                "label": annotation.label,
+                "prediction": names[int(head[row].argmax())],
+                "generation_scores": generation[row].float().tolist(),
+                "head_scores": head[row].float().tolist(),
+            }
+            for row, annotation in enumerate(batch["annotations"])
+        ]

@@ -1,0 +1,51 @@
+"""Pre-training on (clip, title): captioning, and optionally a contrastive loss (arXiv 2306.04362 section 4.2)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.data.loader import Batch, Example
+from model.mplug_video.modeling import MPlugVideoForPreTraining
+from model.mplug_video.processing import clean_caption
+from model.mplug_video.tokenization import encode_sentence
+from model.tasks.base import Logs, Task, stack_clips
+from model.tasks.gathering import gather, own_rows
+
+LABEL_SMOOTHING = 0.1  # of the contrastive loss, as released
+MAX_WORDS = 30
+
+
+class Pretraining(Task):
+    model_class = MPlugVideoForPreTraining
+
+    def collate(self, examples: list[Example]) -> Batch:
+        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        texts = [clean_caption(example.annotation.text, MAX_WORDS) for example in examples]
+        ids, mask = self.pad([encode_sentence(tokenizer, text, length) for text in texts])
+        return {"pixel_values": stack_clips(examples), "input_ids": ids, "attention_mask": mask}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
+        model, ids, mask = self.model, batch["input_ids"], batch["attention_mask"]
+        video = model.encode_video(batch["pixel_values"])
+        wanted = mask[:, 1:]
+        caption = model.token_losses(video.prefix, ids, wanted).sum() / wanted.sum()
+        if not model.config.use_contrastive:
+            return caption, {}
+        video_features, text_features = model.contrastive_features(video, ids, mask)
+        contrastive = contrastive_loss(video_features, text_features, model.temperature)
+        return caption + contrastive, {"loss_caption": caption.detach(), "loss_contrastive": contrastive.detach()}
+
+
+def contrastive_loss(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
+    """Clips against titles of all processes: each title meets the query that is nearest to it.
+
+    `video` (B, K, E) and `text` (B, E) are unit vectors.
+    """
+    all_video, all_text = gather(video), gather(text)
+    video_to_text = torch.einsum("bke,ce->bkc", video, all_text).amax(dim=1).float() / temperature  # (B, all)
+    text_to_video = torch.einsum("be,cke->bck", text, all_video).amax(dim=2).float() / temperature  # (B, all)
+    targets = own_rows(len(text), text.device)
+    losses = [
+        F.cross_entropy(sims, targets, label_smoothing=LABEL_SMOOTHING) for sims in (video_to_text, text_to_video)
+    ]
+    return sum(losses, torch.zeros((), device=text.device)) / 2

@@ -1,0 +1,20 @@
+"""A GPT-3 style tokenizer for a corpus, learned on its titles. The published models bring their own."""
+
+import tempfile
+from pathlib import Path
+
+from model import manifest, storage
+from model.data.annotations import read_annotations
+from model.mplug_video.processing import clean_caption
+from model.mplug_video.tokenization import train_tokenizer
+from model.tasks.pretraining import MAX_WORDS
+
+
+def publish_tokenizer(raw: str, root: str, vocab_size: int) -> str:
+    """Learns on the pre-training titles below `raw`; returns <root>/models/tokenizer."""
+    titles = [clean_caption(row.text, MAX_WORDS) for row in read_annotations(raw, "pretrain", "train")]
+    uri = storage.join(root, "models", "tokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(titles, vocab_size).save_pretrained(folder)
+        manifest.publish(Path(folder), uri, vocab_size=vocab_size)
+    return uri

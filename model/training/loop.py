@@ -1,0 +1,158 @@
+"""The training loop: `torchrun --nproc-per-node 2 -m model.training tiny_pretraining data.shards=s3://…`.
+
+One loop for every task, on one process and on many. `train` is the outline; the mechanics are one call away.
+"""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model import manifest, storage
+from model.config import ConfigError, RunConfig
+from model.data.loader import Batch, ClipDataset, training_loader
+from model.data.sampler import BatchSampler
+from model.data.shards import ShardReader
+from model.progress import progress
+from model.tasks import Task, build_task
+from model.tracking import Run, flat, tracked
+from model.training.distributed import Processes, processes
+from model.training.engine import Engine, StepResult
+from model.training.optim import lr_at
+
+log = logging.getLogger("mplug")
+HISTORY = "history.jsonl"
+"""The metrics of the run that made a model travel with it."""
+
+
+def train(config: RunConfig) -> str:
+    """Trains one run and publishes its model; returns the model's URI."""
+    with processes() as group:
+        _refuse_uneven(config, group.world_size)
+        torch.manual_seed(config.seed)  # the same fresh weights on every process
+        task = build_task(config)
+        engine = Engine(task.network, config, group)
+        task.model.train()
+        batches = _batches(task, config, group)
+        if not group.is_main:
+            for step in range(config.training.steps):
+                engine.step(_next(batches, config), _lr(step, config))
+            dist.barrier()
+            return _model_uri(config)
+        with tracked(config.tracking, config.name) as run:
+            run.params(flat(config.model_dump()))
+            _run_steps(engine, batches, config, run)
+            uri = _publish(task, config, run)
+        dist.barrier()
+        return uri
+
+
+def _run_steps(engine: Engine, batches: Iterator[Batch], config: RunConfig, run: Run) -> None:
+    """All steps of the run, on the process that reports them."""
+    meter = Meter(config.data.batch_size)
+    total = config.training.steps
+    bar = progress(range(total), total=total, desc=config.name, unit="step")
+    for step in bar:
+        micro_batches = _next(batches, config)
+        meter.data_ready()
+        lr = _lr(step, config)
+        result = engine.step(micro_batches, lr)
+        meter.step_done()
+
+        is_log_step = (step + 1) % config.training.log_every == 0 or step + 1 == total
+        if is_log_step:
+            metrics = {"train/loss": float(result.loss), "train/lr": lr, "train/grad_norm": result.grad_norm}
+            metrics |= {f"train/{name}": float(value) for name, value in result.parts.items()}
+            _refuse_divergence(result, step)
+            run.metrics({**metrics, **meter.flush()}, step + 1)
+            bar.set_postfix(loss=f"{float(result.loss):.3f}", refresh=False)
+
+
+class Meter:
+    """Speed over one logging interval."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.steps = 0
+        self.data_wait_s = 0.0
+        self.interval_start = self.step_start = time.perf_counter()
+
+    def data_ready(self) -> None:
+        self.data_wait_s += time.perf_counter() - self.step_start
+
+    def step_done(self) -> None:
+        self.steps += 1
+        self.step_start = time.perf_counter()
+
+    def flush(self) -> dict[str, float]:
+        elapsed_s = time.perf_counter() - self.interval_start
+        metrics = {
+            "perf/clips_per_s": self.steps * self.batch_size / elapsed_s,
+            "perf/data_wait_share": self.data_wait_s / elapsed_s,
+        }
+        self.steps, self.data_wait_s, self.interval_start = 0, 0.0, time.perf_counter()
+        return metrics
+
+
+def _batches(task: Task, config: RunConfig, group: Processes) -> Iterator[Batch]:
+    reader = ShardReader(storage.join(config.data.shards, "train"))
+    dataset = ClipDataset(reader, task.processor, augment=config.data, seed=config.seed, read_video=task.reads_video)
+    accumulation = config.training.gradient_accumulation
+    sampler = BatchSampler(
+        size=len(reader),
+        seed=config.seed,
+        batch_size=config.data.batch_size // accumulation,
+        steps=config.training.steps * accumulation,
+        rank=group.rank,
+        world_size=group.world_size,
+    )
+    loader: Iterable[Batch] = training_loader(dataset, sampler, task.collate, config.data.workers)
+    return iter(loader)
+
+
+def _next(batches: Iterator[Batch], config: RunConfig) -> list[Batch]:
+    """The micro-batches of one optimizer step."""
+    return list(islice(batches, config.training.gradient_accumulation))
+
+
+def _lr(step: int, config: RunConfig) -> float:
+    return lr_at(step, config.training.steps, config.optim)
+
+
+def _publish(task: Task, config: RunConfig, run: Run) -> str:
+    """Writes the model as transformers loads it, and its configuration, to <output>/models/<name>."""
+    uri = _model_uri(config)
+    with tempfile.TemporaryDirectory() as folder:
+        task.model.save_pretrained(folder)
+        if task.reads_video:
+            task.processor.save_pretrained(folder)
+        else:
+            task.processor.tokenizer.save_pretrained(folder)
+        shutil.copy(run.journal, Path(folder) / HISTORY)
+        sha256 = manifest.publish(Path(folder), uri, config=config.model_dump(mode="json"), run_id=run.run_id)
+    run.tags({"model_uri": uri, "manifest_sha256": sha256})
+    return uri
+
+
+def _model_uri(config: RunConfig) -> str:
+    return storage.join(config.output, "models", config.name)
+
+
+def _refuse_uneven(config: RunConfig, world_size: int) -> None:
+    share = world_size * config.training.gradient_accumulation
+    if config.data.batch_size % share:
+        raise ConfigError(
+            f"data.batch_size must be a multiple of processes x training.gradient_accumulation = {share}, "
+            f"got {config.data.batch_size}."
+        )
+
+
+def _refuse_divergence(result: StepResult, step: int) -> None:
+    if not torch.isfinite(result.loss):
+        raise FloatingPointError(f"loss is {float(result.loss)} at step {step + 1}. Lower optim.lr or warm up longer.")

@@ -1,0 +1,40 @@
+"""Parameter groups and the learning rate schedule, as published."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+
+from model.config import OptimConfig
+
+UNDECAYED = ("pos_embed", "cls_token", "temporal_embed")
+
+
+def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of one optimizer step: linear from 0 to `lr` over the warm-up, then a cosine to `min_lr`.
+
+    The first warm-up step has rate 0 and the peak comes twice, as upstream trains.
+    """
+    if step < config.warmup_steps:
+        return config.lr * step / max(config.warmup_steps - 1, 1)
+    progress = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay and learning rate scale.
+
+    No decay for vectors, biases and position embeddings; `vision_lr_scale` on the spatial part of the vision encoder.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        undecayed = parameter.ndim == 1 or "bias" in name or name.endswith(UNDECAYED)
+        spatial = "vision_encoder." in name and "temporal" not in name
+        groups[0.0 if undecayed else config.weight_decay, config.vision_lr_scale if spatial else 1.0].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale, "lr": config.lr * scale}
+        for (decay, scale), parameters in groups.items()
+    ]

@@ -1,0 +1,1 @@
+"""Steps wired into pipelines, and the command line `mplug`."""

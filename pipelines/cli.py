@@ -1,0 +1,190 @@
+"""The command line `mplug`: data, train, evaluate, pipeline, demo. Each command is a call into the package."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model.exits import exit_codes
+
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP, pretty_exceptions_enable=False,
+    help="mPLUG-Video: video-language pre-training on Youku-mPLUG, from clips to registered models.",
+)  # fmt: skip
+data = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Make, copy and shard datasets.")
+pipeline = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Run or compile the pipeline.")
+app.add_typer(data, name="data")
+app.add_typer(pipeline, name="pipeline")
+
+Config = Annotated[str, typer.Argument(help="Preset (`mplug presets` lists them) or a .yaml file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as dotted.key=value.")]
+TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server. Empty: no tracking.")]
+
+
+@data.command()
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same corpus.")] = 0,
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips; 1 gives about 1,800.")] = 1.0,
+    workers: Annotated[int | None, typer.Option(help="Rendering processes. Default: one per core.")] = None,
+) -> None:
+    """Make a small Youku-mPLUG in the published format.
+
+    Example: `mplug data synthesize corpus --scale 0.1`
+    """
+    from model.data.synthetic import synthesize as run
+
+    print(run(out, seed=seed, scale=scale, workers=workers))
+
+
+@data.command()
+def download(
+    source: Annotated[str, typer.Argument(help="Folder or s3:// URI of the dataset as published.")],
+    root: Annotated[str, typer.Argument(help="Folder or s3:// URI to copy to.")],
+    dataset: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "youku-mplug",
+) -> None:
+    """Copy a dataset into object storage; prints its URI.
+
+    Example: `mplug data download corpus s3://mplug/work`
+    """
+    from model.data.download import download as run
+
+    print(run(source, root, dataset)[0])
+
+
+@data.command()
+def shard(
+    raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
+    root: Annotated[str, typer.Argument(help="Folder or URI under which shards/ is written.")],
+    dataset: Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")] = "pretrain",
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames stored per clip.")] = 16,
+    short_side: Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")] = 256,
+    workers: Annotated[int | None, typer.Option(help="Decoding processes. Default: one per core.")] = None,
+) -> None:
+    """Decode every clip once and write shards; prints their URI.
+
+    Example: `mplug data shard work/raw/youku-mplug work --dataset retrieval --short-side 72`
+    """
+    from model.data.shards import build_shards
+
+    print(build_shards(raw, root, dataset, num_frames=num_frames, short_side=short_side, workers=workers))
+
+
+@app.command()
+def presets() -> None:
+    """List the run configurations that come with the package."""
+    from model.config import presets as known
+
+    print(*known(), sep="\n")
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes on this machine.")] = 1,
+) -> None:
+    """Train one run, on one process or several.
+
+    Example: `mplug train tiny_pretraining --processes 2 data.shards=work/shards/pretrain@… model.decoder=work/models/…`
+    """
+    from components.launcher import launch
+    from model.config import load
+
+    load(config, overrides)  # refused here, before any process starts
+    sys.exit(launch(config, overrides or [], processes))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or URI of a trained model.")],
+    shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 32,
+    out: Annotated[str, typer.Option(help="Where to write scores and predictions as JSON.")] = "",
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Score a model on a benchmark; prints its metrics.
+
+    Example: `mplug evaluate work/models/tiny-retrieval work/shards/retrieval@… --out scores.json`
+    """
+    from model.evaluation import runner
+
+    evaluation = runner.evaluate(
+        model, shards=shards, split=split, batch_size=batch_size, tracking={"uri": tracking_uri, "parent_run": ""}
+    )
+    if out:
+        runner.save(evaluation, out)
+    print(json.dumps(evaluation.scores, indent=1))
+
+
+@pipeline.command("run")
+def run_pipeline(
+    source: Annotated[str, typer.Argument(help="Folder or URI of the dataset as published.")],
+    root: Annotated[str, typer.Argument(help="Folder or s3:// URI under which everything is written.")],
+    overrides: Overrides = None,
+    tracking_uri: TrackingUri = "",
+    folder: Annotated[Path, typer.Option(help="Where kfp keeps step outputs and its cache.")] = Path("kfp"),
+    run_name: Annotated[str, typer.Option(help="Names the MLflow run.")] = "mplug-video",
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the pre-training.")] = 2,
+) -> None:
+    """Run the whole pipeline on this machine; finished stages are not run again.
+
+    Example: `mplug pipeline run corpus s3://mplug/work --tracking-uri http://127.0.0.1:5000`
+    """
+    from pipelines.local import run
+
+    arguments = {"source": source, "root": root, "tracking_uri": tracking_uri, "run_name": run_name}
+    run(folder, {**arguments, "processes": processes, "overrides": overrides or []})
+
+
+@pipeline.command("compile")
+def compile_pipeline(
+    out: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("mplug-video.yaml"),
+) -> None:
+    """Compile the pipeline for a cluster. $MPLUG_IMAGE names the image of every step.
+
+    Example: `MPLUG_IMAGE=registry.example/mplug-python@sha256:… mplug pipeline compile mplug-video.yaml`
+    """
+    from kfp import compiler
+
+    from pipelines.mplug_video import mplug_video
+
+    compiler.Compiler().compile(mplug_video, str(out))
+    print(out)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Everything the demo makes is kept here.")] = Path("demo"),
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
+    overrides: Overrides = None,
+) -> None:
+    """The main job on this machine: synthetic clips, S3 server, pipeline, MLflow, report.
+
+    Example: `mplug demo`
+    """
+    from pipelines.demo import run
+
+    sys.exit(run(folder.resolve(), scale=scale, overrides=overrides or []))
+
+
+@app.command()
+def ui(
+    folder: Annotated[Path, typer.Argument(help="The folder of a demo.")] = Path("demo"),
+) -> None:
+    """Open MLflow's page on what a demo made; Ctrl-C stops it.
+
+    Example: `mplug ui`
+    """
+    from pipelines.demo import serve
+
+    serve(folder.resolve())
+
+
+def main() -> None:
+    with exit_codes():
+        app()

@@ -1,0 +1,69 @@
+"""Small real things that tests share: a corpus, its shards, a tokenizer, an S3 server. Nothing here is a mock."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from running import train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["MPLUG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic Youku-mPLUG of about 120 clips."""
+    from model.data.synthetic import synthesize
+
+    return synthesize(tmp_path_factory.mktemp("corpus") / "source", seed=1, scale=0.05)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a session's shards and models are written."""
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="session")
+def shards(corpus: Path, root: Path) -> dict[str, str]:
+    """URI of each dataset's shards."""
+    from model.data.annotations import COLUMNS
+    from model.data.shards import build_shards
+
+    return {name: build_shards(str(corpus), str(root), name, num_frames=8, short_side=72) for name in COLUMNS}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: Path, root: Path) -> str:
+    """URI of a tokenizer trained on the corpus."""
+    from model.tasks.tokenizer import publish_tokenizer
+
+    return publish_tokenizer(str(corpus), str(root), vocab_size=448)
+
+
+@pytest.fixture(scope="session")
+def decoder(shards: dict[str, str], tokenizer: str, root: Path) -> str:
+    """URI of a decoder that was trained for two steps by the real command."""
+    return train("tiny_decoder", root, [f"model.decoder={tokenizer}", f"data.shards={shards['pretrain']}"])
+
+
+@pytest.fixture(scope="session")
+def pretrained(shards: dict[str, str], decoder: str, root: Path) -> str:
+    """URI of a model that was pre-trained for two steps on two processes."""
+    settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", "training.precision=bf16"]
+    return train("tiny_pretraining", root, settings, processes=2)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket of a real S3 server; the environment holds its credentials."""
+    from pipelines.services import BUCKET, object_storage
+
+    before = dict(os.environ)
+    with object_storage(tmp_path_factory.mktemp("s3")):
+        yield f"s3://{BUCKET}/tests"
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,0 +1,52 @@
+"""Headless Chromium for pages that people look at: tests open them, `make screenshots` takes pictures."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+WAIT_S = 60
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+
+
+def installed() -> bool:
+    return CHROMIUM.exists() and DRIVER.exists()
+
+
+class Page:
+    """A browser window."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def open(self, address: str) -> None:
+        self.driver.get("about:blank")  # a change behind # alone would not load the page anew
+        self.driver.get(address)
+
+    def wait_for(self, text: str) -> None:
+        WebDriverWait(self.driver, WAIT_S).until(lambda driver: text in driver.find_element(By.TAG_NAME, "body").text)
+
+    def picture(self, path: Path, *, height: int) -> None:
+        self.driver.set_window_size(1280, height)
+        self.driver.save_screenshot(str(path))
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Page]:
+    """A window with an empty profile in `profile`."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*FLAGS, f"--user-data-dir={profile / 'chromium'}", "--window-size=1280,1000"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    try:
+        yield Page(driver)
+    finally:
+        driver.quit()

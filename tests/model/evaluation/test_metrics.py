@@ -1,0 +1,73 @@
+"""Metrics against recorded values of upstream and against brute force."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.evaluation import metrics
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "fixtures" / "caption_metrics.json").read_text(encoding="utf-8"))
+
+
+def test_caption_metrics_are_upstreams_to_the_last_digit() -> None:
+    rows = [{"video": row["video_id"], "prediction": row["pred"], "references": row["gold"]} for row in GOLDEN["pairs"]]
+    scores = metrics.captioning(rows)
+    expected = GOLDEN["scores"]
+    assert [scores[f"bleu{n}"] for n in (1, 2, 3, 4)] == [expected[f"Bleu_{n}"] for n in (1, 2, 3, 4)]
+    assert scores["rouge_l"] == expected["ROUGE_L"]
+    assert scores["cider"] == expected["CIDEr"]
+
+
+def test_only_chinese_characters_count() -> None:
+    assert metrics.spaced("广场舞 MV 第3集！") == "广 场 舞 第 集"
+
+
+def brute_force_recall(similarity: list[list[float]], relevant: list[list[bool]], k: int) -> float:
+    hits = 0
+    for row, wanted in zip(similarity, relevant, strict=True):
+        best = max(value for value, is_relevant in zip(row, wanted, strict=True) if is_relevant)
+        before = sum(value >= best for value, is_relevant in zip(row, wanted, strict=True) if not is_relevant)
+        hits += before < k
+    return hits / len(similarity)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recalls_equal_counting_by_hand(seed: int) -> None:
+    rng = random.Random(seed)
+    similarity = [[round(rng.random(), 1) for _ in range(30)] for _ in range(20)]  # rounded: ties happen
+    relevant = [[column == row or rng.random() < 0.03 for column in range(30)] for row in range(20)]
+    found = metrics.recalls(np.array(similarity), np.array(relevant))
+    assert found == {k: brute_force_recall(similarity, relevant, k) for k in (1, 5, 10)}
+
+
+def test_a_model_that_cannot_tell_texts_apart_gains_nothing_from_ties() -> None:
+    assert metrics.recalls(np.zeros((4, 4)), np.eye(4, dtype=bool))[1] == 0
+
+
+def test_rows_of_one_clip_are_each_others_answers() -> None:
+    rows = [
+        {"video": "a", "video_embedding": [1.0, 0.0], "text_embedding": [0.0, 1.0]},
+        {"video": "a", "video_embedding": [0.0, 1.0], "text_embedding": [1.0, 0.0]},
+        {"video": "b", "video_embedding": [0.6, 0.8], "text_embedding": [0.6, 0.8]},
+    ]
+    assert metrics.retrieval(rows)["text_to_video_r1"] == 1.0
+
+
+def test_accuracy_counts_both_heads() -> None:
+    names = ["a", "b", "c", "d", "e", "f"]
+    rows = [
+        {"label": "b", "head_scores": [0, 9, 0, 0, 0, 0], "generation_scores": [9, 5, 4, 3, 2, 1]},
+        {"label": "f", "head_scores": [6, 5, 4, 3, 2, 1], "generation_scores": [6, 5, 4, 3, 2, 1]},
+    ]
+    scores = metrics.classification(rows, names)
+    assert scores == {"top1": 0.5, "top5": 0.5, "generation_top1": 0.0, "generation_top5": 0.5}
+
+
+def test_chance_is_one_in_the_number_of_classes_or_clips() -> None:
+    rows = [{"video": str(number)} for number in range(20)]
+    assert metrics.chance("classification", rows, list("abcdefgh"))["top1"] == 1 / 8
+    assert metrics.chance("retrieval", rows, [])["video_to_text_r5"] == 1 / 4
+    assert metrics.chance("captioning", rows, []) == {}

@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.mplug_video import (
+    MPlugVideoConfig,
+    MPlugVideoForClassification,
+    MPlugVideoForConditionalGeneration,
+    MPlugVideoForPreTraining,
+    MPlugVideoForRetrieval,
+)
+
+VISION = {"image_size": 32, "patch_size": 8, "num_frames": 3, "hidden_size": 32, "num_hidden_layers": 2}
+TEXT = {
+    "model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64,
+    "bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 7,
+}  # fmt: skip
+ALL = [
+    MPlugVideoForConditionalGeneration,
+    MPlugVideoForPreTraining,
+    MPlugVideoForClassification,
+    MPlugVideoForRetrieval,
+]
+
+
+def config(**changes: object) -> MPlugVideoConfig:
+    vision = {**VISION, "num_attention_heads": 4}
+    fields = {"num_queries": 5, "contrastive_size": 16, "use_contrastive": True, "class_names": ["a", "b", "c"]}
+    return MPlugVideoConfig(vision_config=vision, text_config=TEXT, **{**fields, **changes})
+
+
+def clips(batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 3, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def model() -> MPlugVideoForPreTraining:
+    torch.manual_seed(0)
+    return MPlugVideoForPreTraining(config()).eval()
+
+
+def test_losses_equal_those_of_full_logits(model: MPlugVideoForPreTraining) -> None:
+    ids = torch.randint(8, 100, (2, 9))
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
+    prefix = model.encode_video(clips()).prefix
+    embeddings = torch.cat((prefix, model.decoder.get_input_embeddings()(ids)), dim=1)
+    logits = model.decoder(inputs_embeds=embeddings).logits[:, 5:-1]
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask
+    torch.testing.assert_close(model.token_losses(prefix, ids, mask), expected)
+    torch.testing.assert_close(model(clips(), ids, mask), expected.sum() / mask.sum())
+
+
+def test_padding_on_the_right_changes_nothing(model: MPlugVideoForPreTraining) -> None:
+    ids, mask = torch.randint(8, 100, (2, 6)), torch.ones(2, 5)
+    longer, longer_mask = F.pad(ids, (0, 4), value=7), F.pad(mask, (0, 4))
+    torch.testing.assert_close(model(clips(), ids, mask), model(clips(), longer, longer_mask))
+
+
+def test_a_new_model_reads_frames_one_by_one_until_temporal_attention_has_learned(
+    model: MPlugVideoForPreTraining,
+) -> None:
+    video = clips()
+    swapped = video.flip(2)
+    patches = model.vision_encoder(video)[:, 1:].unflatten(1, (3, 16))
+    torch.testing.assert_close(patches, model.vision_encoder(swapped)[:, 1:].unflatten(1, (3, 16)).flip(1))
+    torch.nn.init.normal_(model.vision_encoder.temporal_embed)
+    assert not torch.allclose(patches, model.vision_encoder(swapped)[:, 1:].unflatten(1, (3, 16)).flip(1), atol=1e-2)
+
+
+def test_greedy_generation_equals_taking_the_best_token_again_and_again(model: MPlugVideoForPreTraining) -> None:
+    torch.nn.init.normal_(model.visual_projection.weight, std=1.0)  # so that the clips matter
+    begin = torch.full((2, 1), 5)
+    written = model.generate(clips(), begin, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=7)
+    sequence = begin
+    prefix = model.encode_video(clips()).prefix
+    for _ in range(6):
+        states = model.decode(prefix, sequence)[:, -1]
+        best = model.decoder.get_output_embeddings()(states).argmax(dim=-1, keepdim=True)
+        sequence = torch.cat((sequence, best), dim=1)
+    assert written.tolist() == sequence[:, 1:].tolist()
+
+
+def test_answers_are_scored_by_the_sum_of_their_tokens() -> None:
+    model = MPlugVideoForClassification(config()).eval()
+    ids = torch.randint(8, 100, (2, 3, 7))
+    mask = (torch.rand(2, 3, 6) > 0.4).long()
+    prefix = model.encode_video(clips()).prefix
+    scores = model.score_answers(prefix, ids, mask)
+    for row in range(2):
+        for answer in range(3):
+            losses = model.token_losses(prefix[row : row + 1], ids[row, answer][None], mask[row, answer][None])
+            torch.testing.assert_close(scores[row, answer], -losses.sum())
+
+
+def test_a_frozen_decoder_has_no_gradient_and_no_dropout(model: MPlugVideoForPreTraining) -> None:
+    model.train()
+    assert not model.decoder.training
+    model(clips(), torch.randint(8, 100, (2, 6)), torch.ones(2, 5)).backward()
+    assert all(parameter.grad is None for parameter in model.decoder.parameters())
+    assert model.abstractor.queries.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_saved_model_is_loaded_bit_by_bit(kind: type, tmp_path: Path) -> None:
+    model = kind(config())
+    model.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert loaded.config.class_names == ["a", "b", "c"]
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_embeddings_are_unit_vectors_and_end_at_the_last_real_token() -> None:
+    model = MPlugVideoForRetrieval(config()).eval()
+    ids = torch.randint(8, 100, (2, 6))
+    padded = F.pad(ids, (0, 3), value=7)
+    short, long = model.embed_text(ids, torch.ones(2, 6)), model.embed_text(padded, F.pad(torch.ones(2, 6), (0, 3)))
+    torch.testing.assert_close(short, long)
+    torch.testing.assert_close(model.embed_video(clips()).norm(dim=1), torch.ones(2))
+
+
+def test_clips_of_another_shape_are_refused_with_the_remedy(model: MPlugVideoForPreTraining) -> None:
+    with pytest.raises(ValueError, match=r"= \(3, 32, 32\), got \(4, 32, 32\)"):
+        model.encode_video(torch.zeros(1, 3, 4, 32, 32))
+
+
+def test_activation_checkpointing_changes_no_gradient(model: MPlugVideoForPreTraining) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.train().vision_encoder.gradient_checkpointing = checkpointing
+        model(clips(), torch.full((2, 6), 9), torch.ones(2, 5)).backward()
+        gradients.append(model.vision_encoder.patch_embed.weight.grad.clone())
+    torch.testing.assert_close(*gradients)

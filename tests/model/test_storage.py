@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+
+from model import manifest, storage
+from model.storage import Entry, StorageError
+
+
+@pytest.fixture(params=["local", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "base")
+    return storage.join(request.getfixturevalue("s3"), tmp_path.name)
+
+
+def test_what_is_written_is_read_listed_and_found(base: str) -> None:
+    uri = storage.join(base, "文件夹", "a b.bin")
+    assert not storage.exists(uri)
+    storage.write(uri, b"data")
+    assert storage.read(uri) == b"data"
+    assert storage.exists(uri)
+    assert list(storage.walk(base)) == [Entry("文件夹/a b.bin", 4)]
+
+
+def test_a_prefix_is_a_folder_not_a_beginning(base: str) -> None:
+    storage.write(storage.join(base, "run", "x"), b"1")
+    storage.write(storage.join(base, "run-2", "x"), b"22")
+    assert list(storage.walk(storage.join(base, "run"))) == [Entry("x", 1)]
+
+
+def test_files_come_back_whole(base: str, tmp_path: Path) -> None:
+    (tmp_path / "up").write_bytes(bytes(range(256)) * 50_000)
+    storage.upload(tmp_path / "up", storage.join(base, "big"))
+    storage.download(storage.join(base, "big"), tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
+
+
+def test_a_missing_object_is_one_line_that_names_it(base: str) -> None:
+    with pytest.raises(StorageError, match="nowhere") as caught:
+        storage.read(storage.join(base, "nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_schemes_are_refused() -> None:
+    with pytest.raises(StorageError, match="gs:// is not supported"):
+        storage.read("gs://bucket/key")
+
+
+def test_wrong_credentials_are_refused_by_the_server(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(storage.join(s3, "secret"), b"1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage._client_of.cache_clear()
+    try:
+        with pytest.raises(StorageError):
+            storage.read(storage.join(s3, "secret"))
+    finally:
+        storage._client_of.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "model" / "weights").write_bytes(b"weights")
+    (tmp_path / "model" / "sub" / "config").write_bytes(b"config")
+    return tmp_path / "model"
+
+
+def test_a_published_folder_is_fetched_with_its_facts(base: str, folder: Path) -> None:
+    digest = manifest.publish(folder, base, step=3)
+    fetched = manifest.fetch(base)
+    assert (fetched / "sub" / "config").read_bytes() == b"config"
+    assert manifest.read(base)["step"] == 3
+    assert manifest.sha256_of(base) == digest
+
+
+def test_a_folder_without_its_manifest_does_not_count(base: str) -> None:
+    storage.write(storage.join(base, "weights"), b"weights")
+    with pytest.raises(StorageError, match="never published, or its upload did not finish"):
+        manifest.fetch(base)
+
+
+def test_a_changed_file_is_refused(base: str, folder: Path) -> None:
+    manifest.publish(folder, base)
+    storage.write(storage.join(base, "weights"), b"WEIGHTS")
+    with pytest.raises(StorageError, match="weights must have sha256"):
+        manifest.fetch(base)
+
+
+def test_a_manifest_cannot_write_outside_the_cache(s3: str, folder: Path, tmp_path: Path) -> None:
+    base = storage.join(s3, tmp_path.name)
+    manifest.publish(folder, base)
+    evil = storage.read(storage.join(base, manifest.FILE)).replace(b'"weights"', b'"../../evil"')
+    storage.write(storage.join(base, manifest.FILE), evil)
+    with pytest.raises(StorageError, match="leaves the folder"):
+        manifest.fetch(base)

@@ -1,0 +1,138 @@
+"""Training and evaluation by the real commands, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import TINY, train
+
+from model import manifest
+from model.config import load
+from model.data.loader import ClipDataset, training_loader
+from model.data.sampler import BatchSampler
+from model.data.shards import ShardReader
+from model.mplug_video import MPlugVideoForPreTraining
+from model.tasks import build_task
+from model.training.optim import lr_at, parameter_groups
+
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+
+
+def history(model: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(model) / "history.jsonl").read_text().splitlines()]
+
+
+def plain_losses(preset: str, overrides: list[str]) -> list[float]:
+    """The same run as a plain PyTorch loop."""
+    config = load(preset, overrides)
+    torch.manual_seed(config.seed)
+    task = build_task(config)
+    task.model.train()
+    reader = ShardReader(f"{config.data.shards}/train")
+    sampler = BatchSampler(
+        size=len(reader), seed=config.seed, batch_size=config.data.batch_size, steps=config.training.steps
+    )
+    dataset = ClipDataset(reader, task.processor, augment=config.data, seed=config.seed)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(task.network, config.optim), betas=config.optim.betas, eps=config.optim.eps
+    )
+    losses = []
+    for step, batch in enumerate(training_loader(dataset, sampler, task.collate, workers=0)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, config.training.steps, config.optim) * group["lr_scale"]
+        loss, _ = task.network(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.optim.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decoder: str, root: Path) -> None:
+    settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", f"output={root}"]
+    settings += [*TINY, "training.steps=5", "name=golden", "model.use_contrastive=false"]
+    ours = history(train("tiny_pretraining", root, settings, steps=5))
+    assert [point["train/loss"] for point in ours] == pytest.approx(
+        plain_losses("tiny_pretraining", settings), rel=1e-4
+    )
+
+
+def test_two_processes_see_the_same_data_and_learn_the_same(shards: dict[str, str], decoder: str, root: Path) -> None:
+    settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", "model.use_contrastive=false"]
+    norms = [
+        [
+            point["train/grad_norm"]
+            for point in history(train("tiny_pretraining", root, [*settings, f"name=w{n}"], processes=n, steps=3))
+        ]
+        for n in (1, 2)
+    ]
+    # each process averages over its own tokens: equal only up to the spread of title lengths
+    assert norms[1] == pytest.approx(norms[0], rel=0.15)
+
+
+def test_a_frozen_decoder_leaves_training_as_it_came(pretrained: str, decoder: str) -> None:
+    model = MPlugVideoForPreTraining.from_pretrained(manifest.fetch(pretrained))
+    before = build_task(load("tiny_pretraining", [f"model.decoder={decoder}", "data.shards=unused"])).model
+    for name, value in before.decoder.state_dict().items():
+        torch.testing.assert_close(model.decoder.state_dict()[name].float(), value.to(torch.bfloat16).float())
+
+
+def test_a_model_travels_with_its_configuration_and_history(pretrained: str) -> None:
+    facts = manifest.read(pretrained)
+    assert facts["config"]["task"] == "pretraining"
+    assert {"train/loss", "train/lr", "train/grad_norm", "perf/clips_per_s", "perf/data_wait_share"} <= set(
+        history(pretrained)[-1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"), [("classification", "top1"), ("retrieval", "video_to_text_r1"), ("captioning", "cider")]
+)
+def test_each_task_is_trained_and_judged_by_the_command_line(
+    shards: dict[str, str], pretrained: str, root: Path, tmp_path: Path, task: str, metric: str
+) -> None:
+    settings = [f"model.init_from={pretrained}", f"data.shards={shards[task]}"]
+    model = train(f"tiny_{task}", root, settings)
+    out = tmp_path / "evaluation.json"
+    run = subprocess.run(
+        [MPLUG, "evaluate", model, shards[task], "--out", str(out)], capture_output=True, text=True, check=True
+    )
+    evaluation = json.loads(out.read_text(encoding="utf-8"))
+    assert json.loads(run.stdout) == evaluation["scores"]
+    assert metric in evaluation["scores"]
+    assert len(evaluation["predictions"]) == len(ShardReader(f"{shards[task]}/test"))
+    assert evaluation["pretrained"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([MPLUG, *arguments], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+def test_a_wrong_configuration_ends_with_code_2_and_lines_before_anything_starts() -> None:
+    ended = command("train", "tiny_pretraining", "optim.lrr=1", "training.steps=x")
+    assert ended.returncode == 2
+    assert all(line.startswith("error: ") for line in ended.stderr.splitlines())
+    assert "optim.lrr is not a known key" in ended.stderr
+    assert "training.steps" in ended.stderr
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_the_processes(shards: dict[str, str], decoder: str) -> None:
+    ended = command(
+        "train", "tiny_pretraining", "--processes", "2", f"data.shards={shards['pretrain']}",
+        f"model.decoder={decoder}", "data.batch_size=7",
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr.count("error: data.batch_size must be a multiple of processes") == 1
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_model_is_one_line_and_a_non_zero_exit(tmp_path: Path, shards: dict[str, str]) -> None:
+    ended = command("evaluate", str(tmp_path / "nothing"), shards["retrieval"])
+    assert ended.returncode >= 128
+    assert ended.stderr.count("\n") == 1
+    assert "manifest.json" in ended.stderr

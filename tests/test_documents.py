@@ -1,0 +1,50 @@
+"""What the documents say exists: files, make targets and commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from pipelines.cli import app
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def lines(document: Path) -> list[str]:
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    return [line.partition(" # ")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_a_document_exists(document: Path) -> None:
+    for line in lines(document):
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert set(words[1:]) <= TARGETS, line
+        elif words[0].endswith("mplug"):
+            group = get_command(app)
+            for word in words[1:]:
+                if not hasattr(group, "commands"):
+                    break
+                group = group.commands[word]
+            options = {name for parameter in group.params for name in parameter.opts}
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+def test_no_file_is_longer_than_the_house_allows() -> None:
+    for package in ("model", "components", "pipelines", "tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path

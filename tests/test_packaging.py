@@ -1,0 +1,64 @@
+"""The names are ours alone, the lock is what pyproject asks for, and the wheel is whole."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LOCK = {
+    canonicalize_name(name): version
+    for name, version in (line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if line)
+}
+
+
+@pytest.mark.parametrize("name", ["model", "components", "pipelines"])
+def test_no_other_distribution_owns_our_import_names(name: str) -> None:
+    assert packages_distributions()[name] == ["mplug-video"]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [*PROJECT["dependencies"], *(item for extra in PROJECT["optional-dependencies"].values() for item in extra)],
+)
+def test_the_lock_satisfies_pyproject(wanted: str) -> None:
+    requirement = Requirement(wanted)
+    assert LOCK[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_the_lock_pins_exactly_one_version_without_local_builds() -> None:
+    assert all(re.fullmatch(r"[0-9][0-9a-z.!]*", version) for version in LOCK.values())
+    assert LOCK["torch"] == "2.13.0"
+
+
+def test_the_wheel_holds_every_module_preset_and_template(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("model", "components", "pipelines")
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in {".py", ".yaml", ".j2"}
+    }
+    assert sources <= packed
