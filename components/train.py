@@ -5,8 +5,8 @@ from components.image import component
 
 @component()
 def train(
-    config: str, dataset: str, shards: dict[str, str], root: str, decoder: str, pretrained: str, init: str, processes: int,
-    overrides: list[str], tracking: dict[str, str], code_version: str,
+    config: str, dataset: str, shards: dict[str, str], root: str, decoder: str, pretrained: str, init: str,
+    processes: int, overrides: list[str], tracking: dict[str, str], code_version: str,
 ) -> str:  # fmt: skip
     """Returns the URI of the trained model, <root>/models/<name>-<init>.
 

@@ -133,7 +133,12 @@ def stage(name: str, tracking: Mapping[str, str], params: Mapping[str, Any]) -> 
 
 
 def pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]) -> str:
-    """The parent run of a pipeline, opened or opened again: runs of one name continue each other."""
+    """The parent run of a pipeline, opened or opened again: runs of one name continue each other.
+
+    Empty where no tracking server is configured.
+    """
+    if not uri:
+        return ""
     server = client(uri)
     found = _find_pipeline_run(server, experiment, name)
     if found:
@@ -146,6 +151,8 @@ def pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]
 
 
 def finish_pipeline_run(uri: str, experiment: str, name: str, *, succeeded: bool) -> None:
+    if not uri:
+        return
     server = client(uri)
     if found := _find_pipeline_run(server, experiment, name):
         server.set_terminated(found, "FINISHED" if succeeded else "FAILED")

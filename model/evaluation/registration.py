@@ -7,8 +7,13 @@ from model.evaluation.runner import load
 
 
 def register_candidates(evaluations: Sequence[str], where: Mapping[str, str], code_version: str) -> list[str]:
-    """Registers each fine-tuned model that started from pre-training; returns "name/version" of each."""
-    registered = []
+    """Registers each fine-tuned model that started from pre-training; returns "name/version" of each.
+
+    Without a tracking server there is no registry, and nothing is registered.
+    """
+    registered: list[str] = []
+    if not where["uri"]:
+        return registered
     for evaluation in map(load, evaluations):
         if not evaluation.pretrained:
             continue

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import boto3
 import pytest
 
 from model import manifest, storage
@@ -49,6 +50,7 @@ def test_other_schemes_are_refused() -> None:
 def test_wrong_credentials_are_refused_by_the_server(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write(storage.join(s3, "secret"), b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials it has seen
     storage._client_of.cache_clear()
     try:
         with pytest.raises(StorageError):
