@@ -2,7 +2,6 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-export MPLUG_CACHE ?= $(CURDIR)/demo/cache
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo ui test check format lock screenshots clean

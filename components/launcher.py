@@ -17,7 +17,7 @@ def launch(config: str, overrides: list[str], processes: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failed process has said why
     torchrun = ["--standalone", f"--nproc-per-node={processes}", "-m", "model.training"]
     try:
-        run(parse_args([*torchrun, config, *overrides]))
+        run(parse_args([*torchrun, config, *overrides]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         print(f"training process {first.local_rank} ended with exit code {first.exitcode}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The main job on one machine: `mplug demo` takes synthetic clips through the whole platform and shows the result."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,14 +21,16 @@ from model.exits import StageError
 from pipelines.services import BUCKET, Settings, services, stop
 
 ROOT = f"s3://{BUCKET}/demo"
-SHOWN = re.compile(r"(\d+%\|)|^\s*error: |finished with status|Error: ")
-"""Lines of the pipeline's log that are shown; all of it is in pipeline.log."""
+STAGE = re.compile(r"Task '([a-z-]+?)(-[0-9]+)?' finished with status (SUCCESS|FAILURE)")
+PROGRESS = re.compile(r"[0-9]%\|.*(clip|file|step|batch)")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 console = Console(highlight=False)
 
 
 def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
     """Runs the demo in `folder`; returns 0, or 1 where a required result was missed."""
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
     started = time.monotonic()
     with _interruptible():
         source = _corpus(folder, scale)
@@ -84,8 +87,14 @@ def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[st
 
 
 def _show(line: str) -> None:
-    if SHOWN.search(line):
-        print(line.strip(), flush=True)
+    """Shows the pipeline's progress; all of its output is in pipeline.log."""
+    line = COLOUR.sub("", line).strip()
+    if stage := STAGE.search(line):
+        if not line.startswith("Task"):  # kfp prints every line twice, once with the time
+            mark = "[green]✓[/]" if stage[3] == "SUCCESS" else "[red]✗[/]"
+            console.print(f"{mark} {stage[1]}")
+    elif PROGRESS.search(line) or line.startswith("error: "):
+        print(f"  {line}", flush=True)
 
 
 def _fetch_report(folder: Path) -> tuple[Path, list[dict[str, object]]]:

@@ -209,6 +209,11 @@ BACKGROUNDS: dict[str, Callable[[int, int, random.Random], Image.Image]] = {
 # --- subjects: drawn into a square of the given side --------------------------------------------------------------
 
 DARK: RGB = (30, 30, 34)
+GLASS: RGB = (190, 225, 240)
+PINK: RGB = (245, 140, 160)
+SKIN: RGB = (228, 178, 140)
+FLAME: RGB = (255, 130, 20)
+WOOD: RGB = (125, 78, 42)
 
 
 def _shaded(colour: RGB, by: int) -> RGB:
@@ -217,56 +222,55 @@ def _shaded(colour: RGB, by: int) -> RGB:
 
 
 def _ball(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
-    box = (s * 0.1, s * 0.1, s * 0.9, s * 0.9)
-    draw.ellipse(box, fill=colour, outline=DARK, width=s // 28)
-    draw.line((s * 0.5, s * 0.1, s * 0.5, s * 0.9), fill=DARK, width=s // 22)
-    draw.line((s * 0.1, s * 0.5, s * 0.9, s * 0.5), fill=DARK, width=s // 22)
-    draw.pieslice(box, 0, 90, fill=_shaded(colour, -70), outline=DARK)  # one dark quarter: a spin shows
+    box = (s * 0.04, s * 0.04, s * 0.96, s * 0.96)
+    draw.ellipse(box, fill=colour, outline=DARK, width=s // 20)
+    draw.pieslice(box, 0, 90, fill=DARK)  # two dark quarters: a spin shows
+    draw.pieslice(box, 180, 270, fill=DARK)
 
 
 def _car(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
-    cabin = [(s * 0.22, s * 0.46), (s * 0.34, s * 0.24), (s * 0.66, s * 0.24), (s * 0.78, s * 0.46)]
-    draw.polygon(cabin, fill=(190, 225, 240), outline=DARK)
-    draw.rounded_rectangle((0, s * 0.44, s - 1, s * 0.70), s * 0.08, fill=colour, outline=DARK, width=s // 32)
+    cabin = [(s * 0.18, s * 0.46), (s * 0.32, s * 0.18), (s * 0.68, s * 0.18), (s * 0.82, s * 0.46)]
+    draw.polygon(cabin, fill=GLASS, outline=DARK)
+    draw.rounded_rectangle((0, s * 0.42, s - 1, s * 0.72), s * 0.08, fill=colour, outline=DARK, width=s // 32)
     for x in (0.22, 0.78):
-        draw.ellipse((s * (x - 0.13), s * 0.58, s * (x + 0.13), s * 0.84), fill=DARK)
-        draw.ellipse((s * (x - 0.05), s * 0.66, s * (x + 0.05), s * 0.76), fill=(200, 200, 200))
+        draw.ellipse((s * (x - 0.17), s * 0.56, s * (x + 0.17), s * 0.90), fill=DARK)
+        draw.ellipse((s * (x - 0.06), s * 0.67, s * (x + 0.06), s * 0.79), fill=(200, 200, 200))
 
 
 def _cat(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
-    for points in ([(0.12, 0.5), (0.16, 0.02), (0.48, 0.3)], [(0.88, 0.5), (0.84, 0.02), (0.52, 0.3)]):
-        draw.polygon([(x * s, y * s) for x, y in points], fill=colour, outline=DARK)
-    draw.ellipse((s * 0.1, s * 0.24, s * 0.9, s * 0.94), fill=colour, outline=DARK, width=s // 32)
-    for x in (0.34, 0.66):
-        draw.ellipse((s * (x - 0.08), s * 0.44, s * (x + 0.08), s * 0.62), fill=DARK)
-    draw.polygon([(s * 0.43, s * 0.68), (s * 0.57, s * 0.68), (s * 0.5, s * 0.77)], fill=(240, 130, 140))
+    for points in ([(0.06, 0.5), (0.12, 0.0), (0.48, 0.26)], [(0.94, 0.5), (0.88, 0.0), (0.52, 0.26)]):
+        draw.polygon([(x * s, y * s) for x, y in points], fill=PINK, outline=DARK)
+    draw.ellipse((s * 0.04, s * 0.2, s * 0.96, s * 0.98), fill=colour, outline=DARK, width=s // 32)
+    for x in (0.32, 0.68):
+        draw.ellipse((s * (x - 0.09), s * 0.40, s * (x + 0.09), s * 0.60), fill=DARK)
+    draw.ellipse((s * 0.32, s * 0.62, s * 0.68, s * 0.88), fill=PINK)
 
 
 def _dancer(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
-    limb = s // 9
-    draw.line((s * 0.5, s * 0.4, s * 0.1, s * 0.14), fill=(225, 180, 150), width=limb)
-    draw.line((s * 0.5, s * 0.4, s * 0.92, s * 0.5), fill=(225, 180, 150), width=limb)
-    draw.line((s * 0.46, s * 0.66, s * 0.28, s * 0.98), fill=DARK, width=limb)
-    draw.line((s * 0.54, s * 0.66, s * 0.74, s * 0.98), fill=DARK, width=limb)
-    draw.polygon([(s * 0.34, s * 0.3), (s * 0.66, s * 0.3), (s * 0.72, s * 0.72), (s * 0.28, s * 0.72)], fill=colour)
-    draw.ellipse((s * 0.37, s * 0.02, s * 0.63, s * 0.28), fill=(225, 180, 150), outline=DARK)
+    limb = s // 6
+    draw.line((s * 0.5, s * 0.4, s * 0.06, s * 0.12), fill=SKIN, width=limb)
+    draw.line((s * 0.5, s * 0.4, s * 0.96, s * 0.5), fill=SKIN, width=limb)
+    draw.line((s * 0.46, s * 0.66, s * 0.26, s * 0.99), fill=SKIN, width=limb)
+    draw.line((s * 0.54, s * 0.66, s * 0.76, s * 0.99), fill=SKIN, width=limb)
+    draw.polygon([(s * 0.34, s * 0.3), (s * 0.66, s * 0.3), (s * 0.74, s * 0.72), (s * 0.26, s * 0.72)], fill=colour)
+    draw.ellipse((s * 0.35, 0, s * 0.65, s * 0.30), fill=SKIN, outline=DARK)
 
 
 def _rocket(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
-    draw.polygon([(s * 0.38, s * 0.78), (s * 0.62, s * 0.78), (s * 0.5, s * 0.99)], fill=(255, 150, 30))
-    for points in ([(0.34, 0.5), (0.16, 0.82), (0.36, 0.76)], [(0.66, 0.5), (0.84, 0.82), (0.64, 0.76)]):
-        draw.polygon([(x * s, y * s) for x, y in points], fill=DARK)
-    draw.polygon([(s * 0.5, 0), (s * 0.33, s * 0.3), (s * 0.67, s * 0.3)], fill=(120, 124, 132))
-    draw.rectangle((s * 0.33, s * 0.28, s * 0.67, s * 0.8), fill=colour, outline=DARK, width=s // 32)
-    draw.ellipse((s * 0.41, s * 0.38, s * 0.59, s * 0.56), fill=(190, 225, 240), outline=DARK)
+    draw.polygon([(s * 0.30, s * 0.72), (s * 0.70, s * 0.72), (s * 0.5, s * 0.99)], fill=FLAME)
+    for points in ([(0.34, 0.44), (0.10, 0.80), (0.36, 0.74)], [(0.66, 0.44), (0.90, 0.80), (0.64, 0.74)]):
+        draw.polygon([(x * s, y * s) for x, y in points], fill=FLAME)
+    draw.polygon([(s * 0.5, 0), (s * 0.30, s * 0.32), (s * 0.70, s * 0.32)], fill=(120, 124, 132))
+    draw.rectangle((s * 0.30, s * 0.30, s * 0.70, s * 0.76), fill=colour, outline=DARK, width=s // 32)
+    draw.ellipse((s * 0.41, s * 0.38, s * 0.59, s * 0.56), fill=GLASS, outline=DARK)
 
 
 def _boat(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
-    draw.line((s * 0.48, s * 0.04, s * 0.48, s * 0.72), fill=(90, 60, 40), width=s // 20)
-    draw.polygon([(s * 0.52, s * 0.04), (s * 0.52, s * 0.64), (s * 0.96, s * 0.64)], fill=colour, outline=DARK)
-    draw.polygon([(s * 0.44, s * 0.16), (s * 0.44, s * 0.64), (s * 0.12, s * 0.64)], fill=colour, outline=DARK)
-    hull = [(s * 0.02, s * 0.7), (s * 0.98, s * 0.7), (s * 0.8, s * 0.95), (s * 0.2, s * 0.95)]
-    draw.polygon(hull, fill=(120, 74, 40), outline=DARK)
+    draw.line((s * 0.48, 0, s * 0.48, s * 0.66), fill=WOOD, width=s // 16)
+    draw.polygon([(s * 0.52, s * 0.02), (s * 0.52, s * 0.58), (s * 0.98, s * 0.58)], fill=colour, outline=DARK)
+    draw.polygon([(s * 0.44, s * 0.12), (s * 0.44, s * 0.58), (s * 0.08, s * 0.58)], fill=colour, outline=DARK)
+    hull = [(0, s * 0.64), (s - 1, s * 0.64), (s * 0.82, s * 0.98), (s * 0.18, s * 0.98)]
+    draw.polygon(hull, fill=WOOD, outline=DARK)
 
 
 SUBJECTS: dict[str, Callable[[ImageDraw.ImageDraw, int, RGB], None]] = {

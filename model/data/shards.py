@@ -64,7 +64,7 @@ def build_shards(
     download, not broken clips.
     """
     with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder)
+        local = Path(folder) / dataset
         splits = [split for split in SPLITS if storage.exists(storage.join(raw, dataset, f"{split}.csv"))]
         if not splits:
             raise DataError(f"{storage.join(raw, dataset)} must hold a CSV for one of {', '.join(SPLITS)}; none found.")
@@ -102,7 +102,7 @@ def _build_split(
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         videos = [annotation.video for annotation in annotations]
         clips = pool.map(encode, videos, chunksize=8)
-        encoded = progress(clips, total=len(videos), desc=f"sharding {folder.name}", unit="clip")
+        encoded = progress(clips, total=len(videos), desc=f"sharding {folder.parent.name} {folder.name}", unit="clip")
         for number, (annotation, clip) in enumerate(zip(annotations, encoded, strict=True)):
             if isinstance(clip, str):
                 quarantine.append({"video": annotation.video, "reason": clip})

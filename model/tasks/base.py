@@ -13,7 +13,8 @@ from model.config import ConfigError, RunConfig
 from model.data.loader import Batch, Example
 from model.data.shards import describe
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
-from model.mplug_video.processing import MPlugVideoProcessor
+from model.mplug_video.processing import MPlugVideoProcessor, clean_caption
+from model.mplug_video.tokenization import encode_sentence
 
 Prediction = dict[str, Any]
 """One evaluated clip, ready for JSON: `video`, and what the task adds."""
@@ -102,6 +103,12 @@ class Task(ABC):
                 f"data.shards must be a classification dataset, {self.config.data.shards} has no classes."
             )
         return names
+
+    def encode_texts(self, examples: list[Example], max_words: int) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask (B, L) of the examples' cleaned texts."""
+        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        texts = (clean_caption(example.annotation.text, max_words) for example in examples)
+        return self.pad([encode_sentence(tokenizer, text, length) for text in texts])
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask (B, L), padded on the right to the longest row."""

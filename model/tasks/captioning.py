@@ -5,8 +5,6 @@ from torch import Tensor
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForConditionalGeneration
-from model.mplug_video.processing import clean_caption
-from model.mplug_video.tokenization import encode_sentence
 from model.tasks.base import Logs, Prediction, Task, stack_clips
 
 MAX_WORDS = 80
@@ -19,9 +17,7 @@ class Captioning(Task):
     model_class = MPlugVideoForConditionalGeneration
 
     def collate(self, examples: list[Example]) -> Batch:
-        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
-        texts = [clean_caption(example.annotation.text, MAX_WORDS) for example in examples]
-        ids, mask = self.pad([encode_sentence(tokenizer, text, length) for text in texts])
+        ids, mask = self.encode_texts(examples, MAX_WORDS)
         return {"pixel_values": stack_clips(examples), "input_ids": ids, "loss_mask": mask[:, 1:]}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:

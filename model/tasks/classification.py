@@ -10,7 +10,7 @@ from model.data.annotations import DataError
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
-from model.mplug_video.tokenization import encode_pair, encode_sentence
+from model.mplug_video.tokenization import encode_pair
 from model.tasks.base import Logs, Prediction, Task, answer_mask, stack_clips
 
 PROMPT = "视频标题：{} 视频类目："  # the released models were trained on this wording
@@ -24,19 +24,16 @@ class Classification(Task):
     def head_settings(self) -> dict[str, Any]:
         return {"class_names": self.class_names()}
 
-    def _title(self, example: Example) -> str:
-        return clean_caption(example.annotation.text, MAX_WORDS)
-
     def _question(self, example: Example) -> str:
-        return PROMPT.format(self._title(example)[: self.config.data.max_length - PROMPT_RESERVE])
+        title = clean_caption(example.annotation.text, MAX_WORDS)
+        return PROMPT.format(title[: self.config.data.max_length - PROMPT_RESERVE])
 
     def _encode(self, examples: list[Example]) -> tuple[Batch, list[int]]:
-        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
         names = self.model.config.class_names
         unknown = {example.annotation.label for example in examples} - set(names)
         if unknown:
             raise DataError(f"label must be one of the {len(names)} class names, got {sorted(unknown)}.")
-        titles, mask = self.pad([encode_sentence(tokenizer, self._title(example), length) for example in examples])
+        titles, mask = self.encode_texts(examples, MAX_WORDS)
         labels = [names.index(example.annotation.label) for example in examples]
         batch = {"pixel_values": stack_clips(examples), "title_ids": titles, "title_mask": mask}
         return batch, labels

@@ -6,8 +6,6 @@ from torch.nn import functional as F
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForPreTraining
-from model.mplug_video.processing import clean_caption
-from model.mplug_video.tokenization import encode_sentence
 from model.tasks.base import Logs, Task, stack_clips
 from model.tasks.gathering import gather, own_rows
 
@@ -19,9 +17,7 @@ class Pretraining(Task):
     model_class = MPlugVideoForPreTraining
 
     def collate(self, examples: list[Example]) -> Batch:
-        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
-        texts = [clean_caption(example.annotation.text, MAX_WORDS) for example in examples]
-        ids, mask = self.pad([encode_sentence(tokenizer, text, length) for text in texts])
+        ids, mask = self.encode_texts(examples, MAX_WORDS)
         return {"pixel_values": stack_clips(examples), "input_ids": ids, "attention_mask": mask}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:

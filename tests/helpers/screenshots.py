@@ -19,7 +19,7 @@ def main(demo: Path, out: Path) -> None:
     try:
         with tempfile.TemporaryDirectory() as profile, browser.chromium(Path(profile)) as page:
             page.open(f"file://{(demo / 'report.html').resolve()}")
-            page.picture(out / "report.png", height=1500)
+            page.picture(out / "report.png", height=2100)
             _mlflow(page, address, out)
     finally:
         server.terminate()
