@@ -10,7 +10,10 @@ T = TypeVar("T")
 LOG_EVERY_S = 15.0
 
 
-def progress(items: Iterable[T], *, total: int, desc: str, unit: str) -> "tqdm[T]":
+def progress(items: Iterable[T], *, total: int, desc: str, unit: str, show: bool = True) -> "tqdm[T]":
     """Passes `items` on and shows how far they are, how fast, and when they will be through."""
     interval_s = 0.5 if sys.stderr.isatty() else LOG_EVERY_S
-    return tqdm(items, total=total, desc=desc, unit=unit, mininterval=interval_s, maxinterval=interval_s, miniters=0)
+    return tqdm(
+        items, total=total, desc=desc, unit=unit, disable=not show,
+        mininterval=interval_s, maxinterval=interval_s, miniters=0,
+    )  # fmt: skip

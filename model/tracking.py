@@ -112,7 +112,7 @@ class Run:
 @contextmanager
 def tracked(config: TrackingConfig, name: str) -> Iterator[Run]:
     """A run whose status in MLflow says how it ended: FINISHED, FAILED or KILLED."""
-    run = Run(config, name, cache_folder() / "journal" / f"{name}-{time.time_ns()}.jsonl")
+    run = Run(config, name, cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl")
     try:
         yield run
     except (KeyboardInterrupt, SystemExit):

@@ -21,7 +21,7 @@ from model.data.rendering import BACKGROUNDS, COLOURS, MOTIONS, SUBJECTS, Encodi
 from model.progress import progress
 
 SIZES = ((320, 180), (320, 240), (352, 288), (426, 240), (240, 320))
-FPS = (8, 10, 12, 15, 24)
+FPS = (6, 8, 10, 12, 24)
 GOPS = (8, 12, 24, 48)
 DURATION_S = (3.0, 10.0)
 

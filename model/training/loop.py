@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from model import manifest, storage
-from model.config import ConfigError, RunConfig
+from model.config import ConfigError, RunConfig, TrackingConfig
 from model.data.loader import Batch, ClipDataset, training_loader
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
@@ -37,39 +37,36 @@ def train(config: RunConfig) -> str:
         _refuse_uneven(config, group.world_size)
         torch.manual_seed(config.seed)  # the same fresh weights on every process
         task = build_task(config)
-        engine = Engine(task.network, config, group)
         task.model.train()
+        engine = Engine(task.network, config, group)
         batches = _batches(task, config, group)
-        if not group.is_main:
-            for step in range(config.training.steps):
-                engine.step(_next(batches, config), _lr(step, config))
-            dist.barrier()
-            return _model_uri(config)
-        with tracked(config.tracking, config.name) as run:
+        # one process speaks to MLflow; the others keep a journal of their own
+        tracking = config.tracking if group.is_main else TrackingConfig()
+        with tracked(tracking, config.name) as run:
             run.params(flat(config.model_dump()))
-            _run_steps(engine, batches, config, run)
-            uri = _publish(task, config, run)
+            _run_steps(engine, batches, config, run, show=group.is_main)
+            if group.is_main:
+                _publish(task, config, run)
         dist.barrier()
-        return uri
+        return _model_uri(config)
 
 
-def _run_steps(engine: Engine, batches: Iterator[Batch], config: RunConfig, run: Run) -> None:
-    """All steps of the run, on the process that reports them."""
+def _run_steps(engine: Engine, batches: Iterator[Batch], config: RunConfig, run: Run, *, show: bool) -> None:
     meter = Meter(config.data.batch_size)
     total = config.training.steps
-    bar = progress(range(total), total=total, desc=config.name, unit="step")
+    bar = progress(range(total), total=total, desc=config.name, unit="step", show=show)
     for step in bar:
-        micro_batches = _next(batches, config)
+        micro_batches = list(islice(batches, config.training.gradient_accumulation))
         meter.data_ready()
-        lr = _lr(step, config)
+        lr = lr_at(step, total, config.optim)
         result = engine.step(micro_batches, lr)
         meter.step_done()
 
         is_log_step = (step + 1) % config.training.log_every == 0 or step + 1 == total
         if is_log_step:
+            _refuse_divergence(result, step)
             metrics = {"train/loss": float(result.loss), "train/lr": lr, "train/grad_norm": result.grad_norm}
             metrics |= {f"train/{name}": float(value) for name, value in result.parts.items()}
-            _refuse_divergence(result, step)
             run.metrics({**metrics, **meter.flush()}, step + 1)
             bar.set_postfix(loss=f"{float(result.loss):.3f}", refresh=False)
 
@@ -116,16 +113,7 @@ def _batches(task: Task, config: RunConfig, group: Processes) -> Iterator[Batch]
     return iter(loader)
 
 
-def _next(batches: Iterator[Batch], config: RunConfig) -> list[Batch]:
-    """The micro-batches of one optimizer step."""
-    return list(islice(batches, config.training.gradient_accumulation))
-
-
-def _lr(step: int, config: RunConfig) -> float:
-    return lr_at(step, config.training.steps, config.optim)
-
-
-def _publish(task: Task, config: RunConfig, run: Run) -> str:
+def _publish(task: Task, config: RunConfig, run: Run) -> None:
     """Writes the model as transformers loads it, and its configuration, to <output>/models/<name>."""
     uri = _model_uri(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +125,6 @@ def _publish(task: Task, config: RunConfig, run: Run) -> str:
         shutil.copy(run.journal, Path(folder) / HISTORY)
         sha256 = manifest.publish(Path(folder), uri, config=config.model_dump(mode="json"), run_id=run.run_id)
     run.tags({"model_uri": uri, "manifest_sha256": sha256})
-    return uri
 
 
 def _model_uri(config: RunConfig) -> str:
