@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     """The configuration cannot be used; one line per problem. Ends a command with exit code 2."""
 
 
+class TrackingError(OSError):
+    """MLflow cannot be used. Transient for a training job, like storage that does not answer."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from model.config import ConfigError
+from model.config import ConfigError, TrackingError
 from model.data.annotations import DataError
 from model.storage import StorageError
 
-FAILED, CONFIGURATION, DATA, INTERRUPTED, STORAGE = 1, 2, 3, 130, 134
-"""STORAGE is above 127: an unreachable bucket may be back after a restart."""
+FAILED, CONFIGURATION, DATA, INTERRUPTED, OUTAGE = 1, 2, 3, 130, 134
+"""OUTAGE is above 127: a bucket or a server that does not answer may be back after a restart."""
 
 
 class StageError(RuntimeError):
@@ -31,8 +31,8 @@ def exit_codes() -> Iterator[None]:
         _end(error, CONFIGURATION)
     except DataError as error:
         _end(error, DATA)
-    except StorageError as error:
-        _end(error, STORAGE)
+    except (StorageError, TrackingError) as error:
+        _end(error, OUTAGE)
     except StageError as error:
         _end(error, FAILED)
     except KeyboardInterrupt:

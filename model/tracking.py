@@ -20,7 +20,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from model import manifest
-from model.config import TrackingConfig
+from model.config import TrackingConfig, TrackingError
 from model.manifest import cache_folder
 
 log = logging.getLogger("mplug")
@@ -45,7 +45,10 @@ class Run:
             tags = {"mlflow.runName": name}
             if config.parent_run:
                 tags["mlflow.parentRunId"] = config.parent_run
-            run = self.client.create_run(experiment_id(self.client, config.experiment), tags=tags)
+            try:
+                run = self.client.create_run(experiment_id(self.client, config.experiment), tags=tags)
+            except MlflowException as error:
+                raise TrackingError(f"MLflow at {config.uri} did not open a run: {str(error)[:200]}") from error
             self.run_id = run.info.run_id
         self.sender = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
         self.sender.start()

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from model import storage
 from model.data.synthetic import synthesize
-from model.exits import StageError
+from model.exits import INTERRUPTED, StageError
 from pipelines.services import BUCKET, Settings, services, stop
 
 ROOT = f"s3://{BUCKET}/demo"
@@ -131,7 +131,7 @@ def _mplug() -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the demo like Ctrl-C: contexts close, so that no process stays behind."""
+    """Ends on SIGTERM as on Ctrl-C: the contexts inside have closed, so that no process stays behind."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -139,5 +139,8 @@ def _interruptible() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on where this one was")
+        sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -136,3 +136,13 @@ def test_a_missing_model_is_one_line_and_a_non_zero_exit(tmp_path: Path, shards:
     assert ended.returncode >= 128
     assert ended.stderr.count("\n") == 1
     assert "manifest.json" in ended.stderr
+
+
+def test_a_silent_tracking_server_is_one_line(shards: dict[str, str], decoder: str) -> None:
+    ended = command(
+        "train", "tiny_pretraining", f"data.shards={shards['pretrain']}", f"model.decoder={decoder}",
+        "tracking.uri=http://127.0.0.1:9",
+    )  # fmt: skip
+    assert ended.returncode == 134
+    assert "error: MLflow at http://127.0.0.1:9 did not open a run" in ended.stderr
+    assert "Traceback" not in ended.stderr
