@@ -20,4 +20,4 @@ def evaluate(
     evaluation = runner.evaluate(trained, shards=shards[dataset], tracking=tracking)
     for name, value in evaluation.scores.items():
         metrics.log_metric(name, value)
-    return runner.save(evaluation, f"{trained}/evaluation/test.json")
+    return runner.save(evaluation, f"{trained}.test.json")

@@ -8,6 +8,7 @@ import sys
 def launch(config: str, overrides: list[str], processes: int) -> int:
     """Trains on `processes` processes of this machine; returns 0, or the exit code of the first that failed."""
     # seconds of imports, and only here: the command line stays quick
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -22,4 +23,6 @@ def launch(config: str, overrides: list[str], processes: int) -> int:
         _, first = error.get_first_failure()
         print(f"training process {first.local_rank} ended with exit code {first.exitcode}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # killed by a signal: 128 + its number
+    except SignalException as signal:
+        return 128 + int(signal.sigval)
     return 0

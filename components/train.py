@@ -8,11 +8,12 @@ def train(
     config: str, dataset: str, shards: dict[str, str], root: str, decoder: str, pretrained: str, init: str,
     processes: int, overrides: list[str], tracking: dict[str, str], code_version: str,
 ) -> str:  # fmt: skip
-    """Returns the URI of the trained model, <root>/models/<name>-<init>.
+    """Returns the URI of the trained model, <root>/models/<name>-<init>/<version>.
 
     `init` is "pretrained" to start from `pretrained`, or anything else to start from fresh visual weights.
     """
     from components.launcher import launch
+    from model import manifest, storage
 
     name = f"{config}-{init}".replace("_", "-")
     settings = {
@@ -26,4 +27,4 @@ def train(
     code = launch(config, [f"{key}={value}" for key, value in settings.items()] + overrides, processes)
     if code:
         raise SystemExit(code)
-    return f"{root}/models/{name}"
+    return manifest.latest(storage.join(root, "models", name))

@@ -5,7 +5,7 @@ from components.image import component
 
 @component()
 def train_tokenizer(raw: str, root: str, vocab_size: int, tracking: dict[str, str], code_version: str) -> str:
-    """Returns the URI of the tokenizer, <root>/models/tokenizer."""
+    """Returns the URI of the tokenizer, <root>/models/tokenizer/<version>."""
     from model.tasks.tokenizer import publish_tokenizer
     from model.tracking import stage
 

@@ -33,6 +33,21 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class VisionConfig(Section):
+    """The vision encoder; the defaults are the released models' (see TimeSformerConfig)."""
+
+    image_size: int = Field(224, ge=1)
+    patch_size: int = Field(16, ge=1)
+    num_frames: int = Field(4, ge=1)
+    hidden_size: int = Field(768, ge=1)
+    num_hidden_layers: int = Field(12, ge=1)
+    num_attention_heads: int = Field(8, ge=1)
+    mlp_ratio: int = Field(4, ge=1)
+    layer_norm_eps: float = Field(1e-6, gt=0)
+    initializer_range: float = Field(0.015, gt=0)
+    clip_stem: bool = True
+
+
 class ModelConfig(Section):
     """Which networks, and where their weights come from."""
 
@@ -40,8 +55,7 @@ class ModelConfig(Section):
     """Folder or s3:// URI of the causal decoder and its tokenizer, in transformers' format."""
     init_from: str = ""
     """Folder or URI of a trained mPLUG-Video whose weights to start from. Empty: random visual weights."""
-    vision: dict[str, int | float | bool] = {}
-    """Fields of TimeSformerConfig that differ from its defaults."""
+    vision: VisionConfig = VisionConfig()
     text: dict[str, int | float | bool | str] = {}
     """Only to train a decoder from nothing: its transformers configuration, `model_type` included."""
     num_queries: int = Field(128, ge=1)
@@ -103,7 +117,7 @@ class TrainingConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow. Metrics are also written to a local journal, which is replayed after an outage."""
+    """MLflow. Metrics are also written to a local journal, and sent again after an outage while the run lasts."""
 
     uri: str = ""
     """Tracking server or sqlite:///file. Empty: no tracking, the journal only."""
@@ -157,9 +171,11 @@ def _impossible(config: RunConfig) -> Iterator[str]:
         yield f"optim.min_lr must not exceed optim.lr, got {optim.min_lr} and {optim.lr}."
     if optim.warmup_steps >= training.steps:
         yield f"optim.warmup_steps must be below training.steps, got {optim.warmup_steps} and {training.steps}."
-    patch, size = model.vision.get("patch_size", 16), model.vision.get("image_size", 224)
-    if size % patch:
-        yield f"model.vision.image_size must be a multiple of model.vision.patch_size, got {size} and {patch}."
+    vision = model.vision
+    for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
+        size, unit = getattr(vision, whole), getattr(vision, part)
+        if size % unit:
+            yield f"model.vision.{whole} must be a multiple of model.vision.{part}, got {size} and {unit}."
 
 
 def load(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -174,8 +190,12 @@ def load(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
         if not separator:
             problems.append(f"override must be dotted.key=value, got {override!r}.")
             continue
-        # YAML reads nothing as null; on a command line `key=` means the empty string
-        parsed = yaml.load(value, _Loader) if value else ""
+        try:
+            # YAML reads nothing as null; on a command line `key=` means the empty string
+            parsed = yaml.load(value, _Loader) if value else ""
+        except yaml.YAMLError:
+            problems.append(f"{key} must be given a YAML value, got {value!r}.")
+            continue
         _assign(tree, key.strip().split("."), parsed, problems)
     return _validated(tree, problems)
 
@@ -228,19 +248,24 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, problems: list[st
 
 def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
     """Validates again without each wrong leaf, so that one run names all problems, combinations included."""
+    tree = _text_keys(tree)
     while True:
         try:
             # as JSON in strict mode: lists become tuples, but "1" does not become 1
-            config = RunConfig.model_validate_json(json.dumps(tree), strict=True)
+            config = RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
             break
         except ValidationError as error:
             problems += [line for item in error.errors() for line in _explain(item)]
-            pruned = [_prune(tree, item["loc"]) for item in error.errors()]
-            if not all(pruned):
+            if not _prune(tree, error.errors()):
                 raise ConfigError("\n".join(dict.fromkeys(problems))) from None
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return config
+
+
+def _text_keys(value: Any) -> Any:
+    """YAML reads `on:` and `1:` as other keys than the words that stand there; JSON knows only text."""
+    return {str(key): _text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _explain(item: Any) -> list[str]:
@@ -271,17 +296,20 @@ def _is_union_arm(part: str | int) -> bool:
     return part in {"int", "float", "bool", "str"}  # pydantic names the arm of a union in the path
 
 
-def _prune(tree: Any, loc: tuple[str | int, ...]) -> bool:
-    """Removes the value at `loc`; False where there is nothing to remove."""
-    path = [part for part in loc if not _is_union_arm(part)]
-    while path and isinstance(path[-1], int):
-        path.pop()  # an item of a list: the list itself is wrong
-    if not path:
-        return False
-    for part in path[:-1]:
-        tree = tree.get(part, {})
-    tree.pop(path[-1], None)  # absent: another error of the same key was pruned already
-    return True
+def _prune(tree: dict[str, Any], problems: list[Any]) -> bool:
+    """Removes the values that the problems are about; False where nothing was left to remove."""
+    removed = False
+    for problem in problems:
+        path = [part for part in problem["loc"] if not _is_union_arm(part)]
+        while path and isinstance(path[-1], int):
+            path.pop()  # an item of a list: the list itself is wrong
+        section = tree
+        for part in path[:-1]:
+            section = section.get(part, {})
+        if path and path[-1] in section:
+            del section[path[-1]]
+            removed = True
+    return removed
 
 
 def _known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

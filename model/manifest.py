@@ -14,21 +14,32 @@ from typing import Any
 from model import storage
 from model.storage import StorageError
 
-FILE = "manifest.json"
+FILE, LATEST = "manifest.json", "latest"
 
 
-def publish(folder: Path, uri: str, **facts: Any) -> str:
-    """Uploads `folder` to `uri`, manifest last. Returns the manifest's sha256, which names the content."""
+def publish(folder: Path, base: str, **facts: Any) -> str:
+    """Uploads `folder` to <base>/<version>, manifest last, and returns that URI.
+
+    The version is the beginning of the manifest's sha256: it names the content, so nothing published ever changes.
+    """
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    manifest = json.dumps({**facts, "files": files}, ensure_ascii=False, indent=1, sort_keys=True).encode()
+    version = hashlib.sha256(manifest).hexdigest()[:12]
+    uri = storage.join(base, version)
     for name in files:
         storage.upload(folder / name, storage.join(uri, name))
-    manifest = json.dumps({**facts, "files": files}, ensure_ascii=False, indent=1, sort_keys=True).encode()
     storage.write(storage.join(uri, FILE), manifest)
-    return hashlib.sha256(manifest).hexdigest()
+    storage.write(storage.join(base, LATEST), version.encode())
+    return uri
+
+
+def latest(base: str) -> str:
+    """URI of the version that was published last below `base`."""
+    return storage.join(base, storage.read(storage.join(base, LATEST)).decode())
 
 
 def read(uri: str) -> dict[str, Any]:
@@ -41,7 +52,7 @@ def read(uri: str) -> dict[str, Any]:
 
 
 def sha256_of(uri: str) -> str:
-    """The hash that `publish` returned."""
+    """The hash of the manifest, and so of everything it lists."""
     return hashlib.sha256(storage.read(storage.join(uri, FILE))).hexdigest()
 
 

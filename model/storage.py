@@ -26,6 +26,10 @@ class StorageError(OSError):
     """The storage cannot be read or written. Transient for a training job: worth a restart."""
 
 
+class NotFoundError(StorageError):
+    """There is no such object. Asking again will not help."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One object below a prefix."""
@@ -56,11 +60,16 @@ def _one_line(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error) as error:
             uri = next((str(arg) for arg in args if str(arg).startswith("s3://")), "storage")
-            raise StorageError(f"{uri}: {' '.join(str(error).split())}") from error
+            kind = NotFoundError if _is_missing(error) else StorageError
+            raise kind(f"{uri}: {' '.join(str(error).split())}") from error
         except FileNotFoundError as error:
-            raise StorageError(f"{error.filename} does not exist.") from error
+            raise NotFoundError(f"{error.filename} does not exist.") from error
 
     return call
+
+
+def _is_missing(error: Exception) -> bool:
+    return isinstance(error, ClientError) and error.response["Error"]["Code"] in {"404", "NoSuchKey"}
 
 
 @_one_line
@@ -115,7 +124,7 @@ def exists(uri: str) -> bool:
     try:
         _client().head_object(Bucket=bucket, Key=key)
     except ClientError as error:
-        if error.response["Error"]["Code"] in {"404", "NoSuchKey"}:
+        if _is_missing(error):
             return False
         raise
     return True

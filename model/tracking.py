@@ -8,6 +8,8 @@ could not be sent is sent again: points carry their time, so a repeated one is t
 import json
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +30,8 @@ SEND_EVERY_S = 2.0
 FINAL_ATTEMPTS = 5
 MAX_PARAM_LENGTH = 500
 PIPELINE_TAG = "mplug.pipeline"
+TERMINATED = 143
+"""Exit code of a process that was asked to end."""
 
 
 class Run:
@@ -54,13 +58,19 @@ class Run:
         self.sender.start()
 
     def params(self, values: Mapping[str, Any]) -> None:
-        if self.client:
-            params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
-            self.client.log_batch(self.run_id, params=params)
+        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
+        self._try("log_batch", params=params)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        if self.client:
-            self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
+        self._try("log_batch", tags=[RunTag(key, value) for key, value in values.items()])
+
+    def artifact(self, path: Path) -> None:
+        self._try("log_artifact", str(path))
+
+    def table(self, rows: list[dict[str, Any]], name: str) -> None:
+        """A table that MLflow's page shows under `name`.json."""
+        if rows:
+            self._try("log_table", {key: [row[key] for row in rows] for key in rows[0]}, f"{name}.json")
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Writes to the journal and returns; the sender does the rest."""
@@ -71,16 +81,6 @@ class Run:
             with self.lock:
                 self.pending += [Metric(key, float(value), now_ms, step) for key, value in values.items()]
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        if self.client:
-            self.client.log_artifact(self.run_id, str(path), folder)
-
-    def table(self, rows: list[dict[str, Any]], name: str) -> None:
-        """A table that MLflow's page shows under `name`.json."""
-        if self.client and rows:
-            columns = {key: [row[key] for row in rows] for key in rows[0]}
-            self.client.log_table(self.run_id, columns, f"{name}.json")
-
     def finish(self, status: str) -> None:
         self.stopped.set()
         self.sender.join()
@@ -90,8 +90,15 @@ class Run:
             time.sleep(2**attempt)
         else:
             log.warning("%d points did not reach MLflow; they are in %s", len(self.pending), self.journal)
+        self._try("set_terminated", status)
+
+    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Calls the server; a failure is said and costs what was to be shown, never the run."""
         if self.client:
-            self.client.set_terminated(self.run_id, status)
+            try:
+                getattr(self.client, method)(self.run_id, *args, **kwargs)
+            except (MlflowException, OSError) as error:
+                log.warning("MLflow did not take %s of run %s: %s", method, self.run_id, str(error)[:200])
 
     def _send_forever(self) -> None:
         while not self.stopped.wait(SEND_EVERY_S):
@@ -116,6 +123,8 @@ class Run:
 def tracked(config: TrackingConfig, name: str) -> Iterator[Run]:
     """A run whose status in MLflow says how it ended: FINISHED, FAILED or KILLED."""
     run = Run(config, name, cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl")
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         yield run
     except (KeyboardInterrupt, SystemExit):
@@ -124,7 +133,16 @@ def tracked(config: TrackingConfig, name: str) -> Iterator[Run]:
     except BaseException:
         run.finish("FAILED")
         raise
-    run.finish("FINISHED")
+    else:
+        run.finish("FINISHED")
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    """A terminated process closes its run on the way out."""
+    sys.exit(TERMINATED)
 
 
 @contextmanager
@@ -143,7 +161,7 @@ def pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]
     if not uri:
         return ""
     server = client(uri)
-    found = _find_pipeline_run(server, experiment, name)
+    found = find_pipeline_run(server, experiment, name)
     if found:
         server.update_run(found, "RUNNING")
         return found
@@ -157,11 +175,12 @@ def finish_pipeline_run(uri: str, experiment: str, name: str, *, succeeded: bool
     if not uri:
         return
     server = client(uri)
-    if found := _find_pipeline_run(server, experiment, name):
+    if found := find_pipeline_run(server, experiment, name):
         server.set_terminated(found, "FINISHED" if succeeded else "FAILED")
 
 
-def _find_pipeline_run(server: mlflow.MlflowClient, experiment: str, name: str) -> str:
+def find_pipeline_run(server: mlflow.MlflowClient, experiment: str, name: str) -> str:
+    """Id of a pipeline's run, or nothing."""
     runs = server.search_runs([experiment_id(server, experiment)], f"tags.`{PIPELINE_TAG}` = '{name}'", max_results=1)
     return runs[0].info.run_id if runs else ""
 
@@ -179,6 +198,7 @@ def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
     except MlflowException:  # it exists
         for known in server.search_model_versions(f"name = '{name}'"):
             if known.tags.get("manifest_sha256") == all_tags["manifest_sha256"]:
+                server.set_registered_model_alias(name, "candidate", known.version)
                 return str(known.version)
     version = server.create_model_version(name, source=model, run_id=facts["run_id"] or None, tags=all_tags).version
     server.set_registered_model_alias(name, "candidate", version)

@@ -28,7 +28,7 @@ TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="ML
 def synthesize(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same corpus.")] = 0,
-    scale: Annotated[float, typer.Option(help="Factor on the number of clips; 1 gives about 1,800.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips; 1 gives about 2,250.")] = 1.0,
     workers: Annotated[int | None, typer.Option(help="Rendering processes. Default: one per core.")] = None,
 ) -> None:
     """Make a small Youku-mPLUG in the published format.
@@ -73,9 +73,27 @@ def shard(
     print(build_shards(raw, root, dataset, num_frames=num_frames, short_side=short_side, workers=workers))
 
 
+@data.command()
+def tokenizer(
+    raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
+    root: Annotated[str, typer.Argument(help="Folder or URI under which models/tokenizer is written.")],
+    vocab_size: Annotated[int, typer.Option(min=264, help="Tokens, 264 of them fixed.")] = 448,
+) -> None:
+    """Learn a GPT-3 style tokenizer on the titles; prints its URI.
+
+    Example: `mplug data tokenizer work/raw/youku-mplug work`
+    """
+    from model.tasks.tokenizer import publish_tokenizer
+
+    print(publish_tokenizer(raw, root, vocab_size))
+
+
 @app.command()
 def presets() -> None:
-    """List the run configurations that come with the package."""
+    """List the run configurations that come with the package.
+
+    Example: `mplug presets`
+    """
     from model.config import presets as known
 
     print(*known(), sep="\n")

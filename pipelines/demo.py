@@ -11,16 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from model import storage
+from model import storage, tracking
+from model.config import ConfigError
 from model.data.synthetic import synthesize
 from model.exits import INTERRUPTED, StageError
+from pipelines.local import refuse
 from pipelines.services import BUCKET, Settings, services, stop
 
 ROOT = f"s3://{BUCKET}/demo"
+EXPERIMENT, RUN_NAME = "mplug-video", "demo"
 STAGE = re.compile(r"Task '([a-z-]+?)(-[0-9]+)?' finished with status (SUCCESS|FAILURE)")
 PROGRESS = re.compile(r"[0-9]%\|.*(clip|file|step|batch)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -29,6 +33,7 @@ console = Console(highlight=False)
 
 def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
     """Runs the demo in `folder`; returns 0, or 1 where a required result was missed."""
+    refuse(ROOT, "", overrides)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
     started = time.monotonic()
@@ -37,7 +42,7 @@ def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
         console.print("[bold]starting S3 and MLflow[/]")
         with services(folder) as made:
             _run_pipeline(folder, source, made, overrides)
-            report, results = _fetch_report(folder)
+            report, results = _fetch_report(folder, made)
     missed = _print_results(results)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nreport   {report}\nMLflow   [bold]{_mplug()} ui {folder}[/]\ntook     {minutes:.1f} minutes")
@@ -57,10 +62,13 @@ def serve(folder: Path) -> None:
 
 def _corpus(folder: Path, scale: float) -> Path:
     """The synthetic dataset, made once: it appears when it is whole."""
-    source, partial = folder / "source", folder / "source.partial"
+    source, partial, note = folder / "source", folder / "source.partial", folder / "scale"
+    if source.exists() and note.read_text(encoding="utf-8") != str(scale):
+        raise ConfigError(f"--scale must be {note.read_text()} for {folder}, got {scale}. Name another folder.")
     if not source.exists():
         shutil.rmtree(partial, ignore_errors=True)
         synthesize(partial, scale=scale)
+        note.write_text(str(scale), encoding="utf-8")
         partial.rename(source)
     return source
 
@@ -69,7 +77,7 @@ def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[st
     log = folder / "pipeline.log"
     command = [
         _mplug(), "pipeline", "run", str(source), ROOT, *overrides, "--tracking-uri", made.tracking_uri,
-        "--folder", str(folder / "kfp"), "--run-name", "demo",
+        "--folder", str(folder / "kfp"), "--run-name", RUN_NAME,
     ]  # fmt: skip
     console.print(f"[bold]running the pipeline[/], log in {log}")
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -97,15 +105,15 @@ def _show(line: str) -> None:
         print(f"  {line}", flush=True)
 
 
-def _fetch_report(folder: Path) -> tuple[Path, list[dict[str, object]]]:
-    """Copies the report out of S3, which stops with the demo."""
-    reports = storage.join(ROOT, "reports")
-    names = {Path(entry.path).name: storage.join(reports, entry.path) for entry in storage.walk(reports)}
-    storage.download(names["report.html"], folder / "report.html")
-    return folder / "report.html", json.loads(storage.read(names["results.json"]))
+def _fetch_report(folder: Path, made: Settings) -> tuple[Path, list[dict[str, Any]]]:
+    """Copies the report of this run out of S3, which stops with the demo."""
+    run_id = tracking.find_pipeline_run(tracking.client(made.tracking_uri), EXPERIMENT, RUN_NAME)
+    uri = storage.join(ROOT, "reports", run_id)
+    storage.download(storage.join(uri, "report.html"), folder / "report.html")
+    return folder / "report.html", json.loads(storage.read(storage.join(uri, "results.json")))
 
 
-def _print_results(results: list[dict[str, object]]) -> list[dict[str, object]]:
+def _print_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Prints the table and returns the rows that were missed."""
     table = Table(title="results on the test splits", title_justify="left")
     for column in ("task", "metric"):
@@ -121,7 +129,7 @@ def _print_results(results: list[dict[str, object]]) -> list[dict[str, object]]:
     return [row for row in results if not row["passed"]]
 
 
-def _bound(row: dict[str, object]) -> str:
+def _bound(row: dict[str, Any]) -> str:
     return f"{'>' if row['strict'] else '≥'} {row['required']:.3f}"
 
 
@@ -131,16 +139,17 @@ def _mplug() -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ends on SIGTERM as on Ctrl-C: the contexts inside have closed, so that no process stays behind."""
+    """Ends on SIGTERM or a closed terminal as on Ctrl-C: contexts inside have closed, no process stays behind."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:
         console.print("\nstopped; the same command goes on where this one was")
         sys.exit(INTERRUPTED)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

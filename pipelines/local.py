@@ -9,11 +9,17 @@ from typing import Any
 import components
 import model
 import pipelines
+from model import storage
+from model.config import ConfigError, load
 from model.exits import StageError
+
+STAGE_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
+FIXED = {"name", "task", "output", "data.shards", "model.decoder", "model.init_from"}
 
 
 def run(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Runs all stages; those that finished before with the same inputs and code come from the cache."""
+    refuse(arguments["root"], arguments["tracking_uri"], arguments["overrides"])
     from kfp import local  # a second of imports: only where a pipeline runs
 
     from pipelines.mplug_video import mplug_video
@@ -27,9 +33,30 @@ def run(folder: Path, arguments: Mapping[str, Any]) -> None:
         cache_root=str(folder / "cache"),
     )
     try:
-        mplug_video(**arguments, code_version=code_version())
+        mplug_video(
+            **arguments, code_version=code_version(), source_version=source_version(arguments["source"])
+        )  # fmt: skip
     except RuntimeError as error:
         raise StageError(" ".join(str(error).split())) from error
+
+
+def refuse(root: str, tracking_uri: str, overrides: list[str]) -> None:
+    """Refuses before anything starts what some stage would refuse later. Raises ConfigError."""
+    if tracking_uri and not storage.is_s3(root):
+        raise ConfigError(f"root must be an s3:// URI where MLflow is used: its registry takes no folders, got {root}.")
+    fixed = [key for key in (item.partition("=")[0] for item in overrides) if key in FIXED]
+    if fixed:
+        raise ConfigError(
+            "\n".join(f"{key} is set by the pipeline for each stage, it cannot be overridden." for key in fixed)
+        )
+    for preset in STAGE_PRESETS:
+        load(preset, ["data.shards=set-later", "model.decoder=set-later", *overrides])
+
+
+def source_version(source: str) -> str:
+    """A digest of names and sizes below `source`: other data run every stage again."""
+    entries = "\n".join(f"{entry.path} {entry.size}" for entry in storage.walk(source))
+    return hashlib.sha256(entries.encode()).hexdigest()[:12]
 
 
 def code_version() -> str:

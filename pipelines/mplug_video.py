@@ -51,16 +51,20 @@ def benchmarks(
 
 @dsl.pipeline(name="mplug-video-stages")
 def stages(
-    source: str, root: str, dataset: str, tracking_uri: str, experiment: str, run_name: str, code_version: str,
-    processes: int, overrides: list[str], num_frames: int, short_side: int, vocab_size: int,
+    source: str, source_version: str, root: str, dataset: str, tracking_uri: str, experiment: str, run_name: str,
+    code_version: str, processes: int, overrides: list[str], num_frames: int, short_side: int, vocab_size: int,
 ) -> None:  # fmt: skip
     """All stages of a run, each under the pipeline's MLflow run."""
-    tracking = start_run(
+    opened = start_run(
         tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, source=source, root=root
-    ).output  # fmt: skip
+    )  # fmt: skip
+    opened.set_caching_options(False)  # a repeated pipeline opens its run again; the id stays, and with it the cache
+    tracking = opened.output
     common = {"tracking": tracking, "code_version": code_version}
 
-    raw = download(source=source, root=root, dataset=dataset, **common).output
+    raw = download(
+        source=source, source_version=source_version, root=root, dataset=dataset, **common
+    ).output  # fmt: skip
     shards = shard(
         raw=raw, root=root, datasets=DATASETS, num_frames=num_frames, short_side=short_side, **common
     ).output  # fmt: skip
@@ -84,6 +88,7 @@ def mplug_video(
     root: str,
     tracking_uri: str,
     code_version: str,
+    source_version: str = "",
     dataset: str = "youku-mplug",
     experiment: str = "mplug-video",
     run_name: str = "mplug-video",
@@ -100,6 +105,7 @@ def mplug_video(
         root: Folder or s3:// URI under which everything is written.
         tracking_uri: MLflow tracking server.
         code_version: Names the code; a new one runs every stage again.
+        source_version: Names the state of the source; a new one copies what has changed.
         dataset: Name of the dataset under <root>/raw.
         experiment: MLflow experiment.
         run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
@@ -110,9 +116,10 @@ def mplug_video(
         vocab_size: Tokens of the tokenizer.
     """
     last = finish_run(tracking_uri=tracking_uri, experiment=experiment, run_name=run_name)
+    last.set_caching_options(False)
     with dsl.ExitHandler(last, name="stages"):
         stages(
-            source=source, root=root, dataset=dataset, tracking_uri=tracking_uri, experiment=experiment,
-            run_name=run_name, code_version=code_version, processes=processes, overrides=overrides,
-            num_frames=num_frames, short_side=short_side, vocab_size=vocab_size,
+            source=source, source_version=source_version, root=root, dataset=dataset, tracking_uri=tracking_uri,
+            experiment=experiment, run_name=run_name, code_version=code_version, processes=processes,
+            overrides=overrides, num_frames=num_frames, short_side=short_side, vocab_size=vocab_size,
         )  # fmt: skip

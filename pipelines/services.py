@@ -62,8 +62,10 @@ def settings(folder: Path) -> Settings:
         secret_key=secrets.token_hex(20),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.touch(mode=0o600)
+    partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    partial.rename(path)
     return made
 
 
@@ -73,9 +75,9 @@ def object_storage(folder: Path) -> Iterator[Settings]:
     made = settings(folder)
     os.environ.update(made.environment())
     log = folder / "s3.log"
-    with process(_weed(folder, made), log, {"GOMEMLIMIT": "400MiB"}):
+    with process(_weed(folder, made), log, {"GOMEMLIMIT": "400MiB"}) as server:
         # its health page answers before it can store anything
-        _wait(lambda: storage.write(f"s3://{BUCKET}/ready", b""), log)
+        _wait(server, lambda: storage.write(f"s3://{BUCKET}/ready", b""), log)
         yield made
 
 
@@ -84,8 +86,8 @@ def services(folder: Path) -> Iterator[Settings]:
     """Runs S3 and MLflow while the context lasts."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = folder / "mlflow.log"
-    with object_storage(folder) as made, process(_mlflow(folder, made), log, quiet):
-        _wait(lambda: urllib.request.urlopen(f"{made.tracking_uri}/health", timeout=2).close(), log)
+    with object_storage(folder) as made, process(_mlflow(folder, made), log, quiet) as server:
+        _wait(server, lambda: urllib.request.urlopen(f"{made.tracking_uri}/health", timeout=2).close(), log)
         yield made
 
 
@@ -122,7 +124,11 @@ def process(command: list[str], log: Path, environment: dict[str, str]) -> Itera
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """Asks the whole tree to end, then makes it. A worker of torchrun is in a session of its own: groups miss it."""
+    """Asks the whole tree to end, then makes it; a second Ctrl-C does not cut that short.
+
+    The tree, not the group: a worker of torchrun is in a session of its own.
+    """
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -134,6 +140,7 @@ def stop(child: subprocess.Popen[bytes]) -> None:
         _signal(member, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=STOP_S)
     child.wait()
+    signal.signal(signal.SIGINT, previous)
 
 
 def _signal(member: psutil.Process, number: signal.Signals) -> None:
@@ -143,18 +150,18 @@ def _signal(member: psutil.Process, number: signal.Signals) -> None:
         pass
 
 
-def _wait(ready: Callable[[], None], log: Path) -> None:
-    """Calls `ready` until it no longer raises."""
+def _wait(server: subprocess.Popen[bytes], ready: Callable[[], None], log: Path) -> None:
+    """Calls `ready` until it no longer raises, while the server lives."""
     deadline = time.monotonic() + START_S
     while True:
+        if server.poll() is not None:
+            raise StageError(f"{log.stem} ended at once, perhaps because its port is taken; {log} says why.")
         try:
             ready()
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise StageError(
-                    f"{log.stem} did not start within {START_S:.0f} s ({error}); {log} says why."
-                ) from error
+                raise StageError(f"{log.stem} did not start within {START_S:.0f} s; {log} says why.") from error
             time.sleep(0.3)
 
 

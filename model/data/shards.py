@@ -128,7 +128,7 @@ def _encode(raw: str, num_frames: int, short_side: int, video: str) -> _Encoded 
     """The clip's frames as JPEG, or the reason why there are none."""
     try:
         clip = decode(storage.read(storage.join(raw, video)), num_frames)
-    except (VideoError, storage.StorageError) as error:
+    except (VideoError, storage.NotFoundError) as error:
         return str(error)
     scale = short_side / min(clip.width, clip.height)
     size = (round(clip.width * scale), round(clip.height * scale))

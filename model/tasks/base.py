@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from model import manifest
 from model.config import ConfigError, RunConfig
@@ -58,9 +58,11 @@ class Task(ABC):
         if settings.init_from:
             return self._continued(settings.init_from)
         folder = manifest.fetch(settings.decoder)
+        text_config = AutoConfig.from_pretrained(folder)
+        self.refuse_too_long(settings.num_queries, text_config)
         config = MPlugVideoConfig(
-            vision_config=TimeSformerConfig(**settings.vision),
-            text_config=AutoConfig.from_pretrained(folder),
+            vision_config=TimeSformerConfig(**settings.vision.model_dump()),
+            text_config=text_config,
             num_queries=settings.num_queries,
             use_contrastive=settings.use_contrastive,
             contrastive_size=settings.contrastive_size,
@@ -79,6 +81,7 @@ class Task(ABC):
     def _continued(self, uri: str) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
         folder = manifest.fetch(uri)
         config = MPlugVideoConfig.from_pretrained(folder)
+        self.refuse_too_long(config.num_queries, config.text_config)
         config.update({"freeze_decoder": self.config.model.freeze_decoder, **self.head_settings()})
         model, report = self.model_class.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
@@ -90,6 +93,16 @@ class Task(ABC):
                 f"{uri} must hold every weight but the task's head; missing or of another shape: {names}."
             )
         return model, MPlugVideoProcessor.from_pretrained(folder)
+
+    def refuse_too_long(self, prefix: int, text_config: PreTrainedConfig) -> None:
+        """A prefix and a text must fit into the decoder's positions together."""
+        positions = getattr(text_config, "max_position_embeddings", None)
+        longest = self.config.data.max_length
+        if positions and prefix + longest > positions:
+            raise ConfigError(
+                f"model.num_queries + data.max_length must not exceed the decoder's {positions} positions, "
+                f"got {prefix} + {longest}."
+            )
 
     def head_settings(self) -> dict[str, Any]:
         """Fields of MPlugVideoConfig that the task's head needs."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from model import manifest
+from model.config import ConfigError
 from model.data.loader import Batch, Example
 from model.mplug_video.processing import MPlugVideoProcessor, clean_caption
 from model.mplug_video.tokenization import encode_sentence
@@ -36,6 +37,10 @@ class LanguageModeling(Task):
             pad_token_id=tokenizer.pad_token_id,
             **text,
         )
+        known = config.to_dict().keys() | config.attribute_map.keys()
+        if unknown := sorted(text.keys() - known):
+            raise ConfigError(f"model.text has keys that {config.model_type} does not know: {', '.join(unknown)}.")
+        self.refuse_too_long(self.config.model.num_queries, config)
         return AutoModelForCausalLM.from_config(config), MPlugVideoProcessor(tokenizer, image_size=0, num_frames=0)
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -11,10 +11,8 @@ from model.tasks.pretraining import MAX_WORDS
 
 
 def publish_tokenizer(raw: str, root: str, vocab_size: int) -> str:
-    """Learns on the pre-training titles below `raw`; returns <root>/models/tokenizer."""
+    """Learns on the pre-training titles below `raw`; returns <root>/models/tokenizer/<version>."""
     titles = [clean_caption(row.text, MAX_WORDS) for row in read_annotations(raw, "pretrain", "train")]
-    uri = storage.join(root, "models", "tokenizer")
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(titles, vocab_size).save_pretrained(folder)
-        manifest.publish(Path(folder), uri, vocab_size=vocab_size)
-    return uri
+        return manifest.publish(Path(folder), storage.join(root, "models", "tokenizer"), vocab_size=vocab_size)

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)
 """Of a collective operation. The slowest ordinary one is rank 0 publishing a model while the others wait."""
@@ -37,3 +38,10 @@ def processes() -> Iterator[Processes]:
         yield Processes(rank, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:
+    """Means of scalars over all processes, which must all call this with the same names."""
+    stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
+    dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / dist.get_world_size()).tolist(), strict=True))

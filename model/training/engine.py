@@ -20,8 +20,8 @@ from model.training.optim import parameter_groups
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    loss: Tensor
-    parts: dict[str, Tensor]
+    losses: dict[str, Tensor]
+    """`loss` and its parts by name: means over this process's micro-batches."""
     grad_norm: float
 
 
@@ -46,18 +46,19 @@ class Engine:
         )
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step; the loss is the mean over the micro-batches of this process."""
+        """One optimizer step over this process's micro-batches."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        losses, parts = [], {}
+        steps: list[dict[str, Tensor]] = []
         for batch in micro_batches:
             on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             loss, parts = self.engine(on_device)
             self.engine.backward(loss)
             self.engine.step()
-            losses.append(loss.detach().float())
+            steps.append({"loss": loss.detach(), **parts})
         norm = self.engine.get_global_grad_norm()  # None, a float or a tensor, depending on the ZeRO stage
-        return StepResult(loss=torch.stack(losses).mean(), parts=parts, grad_norm=float(norm or 0.0))
+        losses = {name: torch.stack([step[name].float() for step in steps]).mean() for name in steps[0]}
+        return StepResult(losses=losses, grad_norm=float(norm or 0.0))
 
 
 def render(config: RunConfig, world_size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ One loop for every task, on one process and on many. `train` is the outline; the
 """
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -19,11 +20,12 @@ from model.config import ConfigError, RunConfig, TrackingConfig
 from model.data.loader import Batch, ClipDataset, training_loader
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
+from model.exits import StageError
 from model.progress import progress
 from model.tasks import Task, build_task
 from model.tracking import Run, flat, tracked
-from model.training.distributed import Processes, processes
-from model.training.engine import Engine, StepResult
+from model.training.distributed import Processes, mean_over_processes, processes
+from model.training.engine import Engine
 from model.training.optim import lr_at
 
 log = logging.getLogger("mplug")
@@ -31,8 +33,8 @@ HISTORY = "history.jsonl"
 """The metrics of the run that made a model travel with it."""
 
 
-def train(config: RunConfig) -> str:
-    """Trains one run and publishes its model; returns the model's URI."""
+def train(config: RunConfig) -> None:
+    """Trains one run and publishes its model; prints the model's URI."""
     with processes() as group:
         _refuse_uneven(config, group.world_size)
         torch.manual_seed(config.seed)  # the same fresh weights on every process
@@ -46,9 +48,8 @@ def train(config: RunConfig) -> str:
             run.params(flat(config.model_dump()))
             _run_steps(engine, batches, config, run, show=group.is_main)
             if group.is_main:
-                _publish(task, config, run)
+                print(_publish(task, config, run))
         dist.barrier()
-        return _model_uri(config)
 
 
 def _run_steps(engine: Engine, batches: Iterator[Batch], config: RunConfig, run: Run, *, show: bool) -> None:
@@ -64,11 +65,12 @@ def _run_steps(engine: Engine, batches: Iterator[Batch], config: RunConfig, run:
 
         is_log_step = (step + 1) % config.training.log_every == 0 or step + 1 == total
         if is_log_step:
-            _refuse_divergence(result, step)
-            metrics = {"train/loss": float(result.loss), "train/lr": lr, "train/grad_norm": result.grad_norm}
-            metrics |= {f"train/{name}": float(value) for name, value in result.parts.items()}
+            losses = mean_over_processes(result.losses)
+            _refuse_divergence(losses["loss"], step)
+            metrics = {f"train/{name}": value for name, value in losses.items()}
+            metrics |= {"train/lr": lr, "train/grad_norm": result.grad_norm}
             run.metrics({**metrics, **meter.flush()}, step + 1)
-            bar.set_postfix(loss=f"{float(result.loss):.3f}", refresh=False)
+            bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
 
 
 class Meter:
@@ -113,9 +115,8 @@ def _batches(task: Task, config: RunConfig, group: Processes) -> Iterator[Batch]
     return iter(loader)
 
 
-def _publish(task: Task, config: RunConfig, run: Run) -> None:
-    """Writes the model as transformers loads it, and its configuration, to <output>/models/<name>."""
-    uri = _model_uri(config)
+def _publish(task: Task, config: RunConfig, run: Run) -> str:
+    """Writes the model as transformers loads it, its configuration and its history; returns its URI."""
     with tempfile.TemporaryDirectory() as folder:
         task.model.save_pretrained(folder)
         if task.reads_video:
@@ -123,12 +124,10 @@ def _publish(task: Task, config: RunConfig, run: Run) -> None:
         else:
             task.processor.tokenizer.save_pretrained(folder)
         shutil.copy(run.journal, Path(folder) / HISTORY)
-        sha256 = manifest.publish(Path(folder), uri, config=config.model_dump(mode="json"), run_id=run.run_id)
-    run.tags({"model_uri": uri, "manifest_sha256": sha256})
-
-
-def _model_uri(config: RunConfig) -> str:
-    return storage.join(config.output, "models", config.name)
+        base = storage.join(config.output, "models", config.name)
+        uri = manifest.publish(Path(folder), base, config=config.model_dump(mode="json"), run_id=run.run_id)
+    run.tags({"model_uri": uri, "manifest_sha256": manifest.sha256_of(uri)})
+    return uri
 
 
 def _refuse_uneven(config: RunConfig, world_size: int) -> None:
@@ -140,6 +139,6 @@ def _refuse_uneven(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _refuse_divergence(result: StepResult, step: int) -> None:
-    if not torch.isfinite(result.loss):
-        raise FloatingPointError(f"loss is {float(result.loss)} at step {step + 1}. Lower optim.lr or warm up longer.")
+def _refuse_divergence(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise StageError(f"loss is {loss} at step {step + 1}. Lower optim.lr or warm up longer.")

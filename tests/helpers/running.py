@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from components.launcher import launch
+from model import manifest
 from model.config import load
 
 TINY = ["training.precision=fp32", "data.batch_size=8", "optim.warmup_steps=0", "training.log_every=1"]
@@ -13,4 +14,4 @@ def train(preset: str, root: Path, settings: list[str], *, processes: int = 1, s
     """Trains in processes of its own, as `mplug train` does; returns the model's URI."""
     overrides = [*TINY, f"training.steps={steps}", f"output={root}", *settings]
     assert launch(preset, overrides, processes) == 0
-    return f"{root}/models/{load(preset, overrides).name}"
+    return manifest.latest(f"{root}/models/{load(preset, overrides).name}")

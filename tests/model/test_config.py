@@ -1,6 +1,7 @@
 import pytest
 
-from model.config import ConfigError, load, parse, presets
+from model.config import ConfigError, VisionConfig, load, parse, presets
+from model.mplug_video.configuration import TimeSformerConfig
 
 COMPLETE = ["data.shards=s", "model.decoder=d"]
 
@@ -19,7 +20,7 @@ def test_every_preset_is_complete_but_for_its_data(preset: str) -> None:
 def test_overrides_reach_nested_fields_and_read_yaml_numbers_without_a_dot() -> None:
     config = load("tiny_pretraining", [*COMPLETE, "optim.lr=1e-4", "model.vision.num_frames=8"])
     assert config.optim.lr == 1e-4
-    assert config.model.vision["num_frames"] == 8
+    assert config.model.vision.num_frames == 8
 
 
 def test_a_saved_configuration_is_read_back_the_same() -> None:
@@ -58,6 +59,11 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str)
         ("training.precision=fp8", "training.precision"),
         ("model.vision.image_size=[1]", "model.vision.image_size"),
         ("optim.betas=[0.9]", "optim.betas"),
+        ("optim.lr=[1", "optim.lr must be given a YAML value"),
+        ("optim={1: 2}", "optim.1 is not a known key"),
+        ("training.steps=2024-01-01", "training.steps"),
+        ("model.vision.patch_size=0", "model.vision.patch_size"),
+        ("model.vision.hiden_size=5", "model.vision.hiden_size is not a known key. The nearest is model.vision.hidden"),
         ("name=../escape", "name"),
     ],
 )
@@ -71,6 +77,7 @@ def test_a_wrong_value_is_refused_with_its_key(override: str, complaint: str) ->
         (["optim.min_lr=1"], "optim.min_lr must not exceed optim.lr"),
         (["optim.warmup_steps=600"], "optim.warmup_steps must be below training.steps"),
         (["model.vision.image_size=65"], "model.vision.image_size must be a multiple"),
+        (["model.vision.num_attention_heads=5"], "model.vision.hidden_size must be a multiple"),
     ],
 )
 def test_impossible_combinations_are_refused(overrides: list[str], complaint: str) -> None:
@@ -93,3 +100,14 @@ def test_a_file_that_is_no_yaml_is_one_line(tmp_path) -> None:
     with pytest.raises(ConfigError, match="is not valid YAML") as caught:
         load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_that_yaml_reads_as_other_things_are_refused_not_looped_over(tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("on: true\n1: 2\n")
+    with pytest.raises(ConfigError, match="True is not a known key"):
+        load(path, COMPLETE)
+
+
+def test_the_vision_section_has_the_networks_own_defaults() -> None:
+    assert VisionConfig().model_dump() == {key: getattr(TimeSformerConfig(), key) for key in VisionConfig.model_fields}

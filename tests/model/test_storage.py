@@ -68,11 +68,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_published_folder_is_fetched_with_its_facts(base: str, folder: Path) -> None:
-    digest = manifest.publish(folder, base, step=3)
-    fetched = manifest.fetch(base)
-    assert (fetched / "sub" / "config").read_bytes() == b"config"
-    assert manifest.read(base)["step"] == 3
-    assert manifest.sha256_of(base) == digest
+    uri = manifest.publish(folder, base, step=3)
+    assert manifest.latest(base) == uri
+    assert (manifest.fetch(uri) / "sub" / "config").read_bytes() == b"config"
+    assert manifest.read(uri)["step"] == 3
+    assert manifest.sha256_of(uri).startswith(uri.rpartition("/")[2])
+
+
+def test_publishing_again_leaves_the_first_version_as_it_was(base: str, folder: Path) -> None:
+    first = manifest.publish(folder, base)
+    (folder / "weights").write_bytes(b"other")
+    second = manifest.publish(folder, base)
+    assert (manifest.fetch(first) / "weights").read_bytes() == b"weights"
+    assert (manifest.fetch(second) / "weights").read_bytes() == b"other"
+    assert manifest.latest(base) == second
 
 
 def test_a_folder_without_its_manifest_does_not_count(base: str) -> None:
@@ -82,16 +91,15 @@ def test_a_folder_without_its_manifest_does_not_count(base: str) -> None:
 
 
 def test_a_changed_file_is_refused(base: str, folder: Path) -> None:
-    manifest.publish(folder, base)
-    storage.write(storage.join(base, "weights"), b"WEIGHTS")
+    uri = manifest.publish(folder, base, fetched="never before")
+    storage.write(storage.join(uri, "weights"), b"WEIGHTS")
     with pytest.raises(StorageError, match="weights must have sha256"):
-        manifest.fetch(base)
+        manifest.fetch(uri)
 
 
 def test_a_manifest_cannot_write_outside_the_cache(s3: str, folder: Path, tmp_path: Path) -> None:
-    base = storage.join(s3, tmp_path.name)
-    manifest.publish(folder, base)
-    evil = storage.read(storage.join(base, manifest.FILE)).replace(b'"weights"', b'"../../evil"')
-    storage.write(storage.join(base, manifest.FILE), evil)
+    uri = manifest.publish(folder, storage.join(s3, tmp_path.name))
+    evil = storage.read(storage.join(uri, manifest.FILE)).replace(b'"weights"', b'"../../evil"')
+    storage.write(storage.join(uri, manifest.FILE), evil)
     with pytest.raises(StorageError, match="leaves the folder"):
-        manifest.fetch(base)
+        manifest.fetch(uri)

@@ -77,9 +77,12 @@ def test_an_interrupted_demo_leaves_no_process_behind(folder: Path, interrupted:
     assert "Traceback" not in interrupted
 
 
-def test_the_rerun_goes_on_where_the_first_stopped(folder: Path, finished: str) -> None:
+def test_the_rerun_goes_on_where_the_first_stopped(folder: Path, interrupted: str, finished: str) -> None:
     assert "rendering" not in finished
-    assert "sharding" not in finished
+    # kfp runs independent stages in any order: whichever were through the first time are not run again
+    before, after = (set(re.findall(r"✓ ([a-z-]+)", output)) for output in (interrupted, finished))
+    assert "train-tokenizer" in before
+    assert before & after <= {"start-run"}
     assert processes_of(folder) == []
 
 
@@ -105,7 +108,7 @@ def test_a_repeated_demo_takes_every_stage_from_the_cache(folder: Path, finished
     assert "results on the test splits" in repeated
     assert "step/s" not in repeated
     executed = re.findall(r"Executing task .*?'([a-z0-9-]+)'", (folder / "pipeline.log").read_text(encoding="utf-8"))
-    assert set(executed) <= {"finish-run"}
+    assert set(executed) <= {"start-run", "finish-run"}
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +166,9 @@ def test_an_evaluation_holds_tables_and_a_figure_in_s3(tracking: mlflow.MlflowCl
 def test_each_fine_tuned_model_is_registered_as_a_candidate(tracking: mlflow.MlflowClient) -> None:
     for task in ("classification", "retrieval", "captioning"):
         version = tracking.get_model_version_by_alias(f"mplug-video-{task}", "candidate")
-        assert version.source == f"s3://mplug/demo/models/tiny-{task}-pretrained"
-        assert len(version.tags["manifest_sha256"]) == 64
+        base, _, content = version.source.rpartition("/")
+        assert base == f"s3://mplug/demo/models/tiny-{task}-pretrained"
+        assert version.tags["manifest_sha256"].startswith(content)
 
 
 def test_mlflows_run_and_compare_pages_show_the_runs(tracking: mlflow.MlflowClient, tmp_path: Path) -> None:

@@ -62,17 +62,14 @@ def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decod
     )
 
 
-def test_two_processes_see_the_same_data_and_learn_the_same(shards: dict[str, str], decoder: str, root: Path) -> None:
+def test_two_processes_start_from_the_same_loss_as_one(shards: dict[str, str], decoder: str, root: Path) -> None:
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", "model.use_contrastive=false"]
-    norms = [
-        [
-            point["train/grad_norm"]
-            for point in history(train("tiny_pretraining", root, [*settings, f"name=w{n}"], processes=n, steps=3))
-        ]
-        for n in (1, 2)
-    ]
-    # each process averages over its own tokens: equal only up to the spread of title lengths
-    assert norms[1] == pytest.approx(norms[0], rel=0.15)
+    losses = []
+    for processes in (1, 2):
+        model = train("tiny_pretraining", root, [*settings, f"name=w{processes}"], processes=processes, steps=1)
+        losses.append(history(model)[0]["train/loss"])
+    # each process averages over its own tokens: equal up to the spread of title lengths
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
 def test_a_frozen_decoder_leaves_training_as_it_came(pretrained: str, decoder: str) -> None:
@@ -146,3 +143,16 @@ def test_a_silent_tracking_server_is_one_line(shards: dict[str, str], decoder: s
     assert ended.returncode == 134
     assert "error: MLflow at http://127.0.0.1:9 did not open a run" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_terminated_training_ends_with_143_and_says_nothing_more(shards: dict[str, str], decoder: str) -> None:
+    arguments = ["train", "tiny_pretraining", f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
+    child = subprocess.Popen([MPLUG, *arguments], stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    seen = ""
+    while "step/s" not in seen:
+        seen += child.stderr.readline()
+    child.terminate()
+    _, rest = child.communicate(timeout=60)
+    assert child.returncode == 143
+    assert "Traceback" not in rest
