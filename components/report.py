@@ -9,5 +9,9 @@ def report(
 ) -> str:
     """Returns the URI of report.html."""
     from model.evaluation.report import publish_report
+    from model.tracking import stage
 
-    return publish_report(evaluations, shards, root, tracking)
+    with stage("report", tracking, {"code_version": code_version}) as tracked:
+        uri = publish_report(evaluations, shards, root, tracking)
+        tracked.tags({"report": uri})
+    return uri

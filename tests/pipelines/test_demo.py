@@ -18,7 +18,15 @@ import pytest
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 SHORT = ["training.steps=3", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
-STAGES = {"download", "shard", "tokenizer", "tiny-decoder-titles", "tiny-pretraining-random"} | {
+STAGES = {
+    "download",
+    "shard",
+    "tokenizer",
+    "tiny-decoder-titles",
+    "tiny-pretraining-random",
+    "register",
+    "report",
+} | {
     f"{prefix}tiny-{task}-{init}"
     for prefix in ("", "evaluate-")
     for task in ("classification", "retrieval", "captioning")
