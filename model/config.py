@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PRESETS = Path(__file__).parent / "configs"
-TaskName = Literal["language_modeling", "pretraining", "classification", "retrieval", "captioning"]
+TaskName = Literal["language_modeling", "pretraining", "classification", "retrieval", "matching", "captioning"]
 
 
 class ConfigError(ValueError):
@@ -43,6 +43,7 @@ class VisionConfig(Section):
     num_hidden_layers: int = Field(12, ge=1)
     num_attention_heads: int = Field(8, ge=1)
     mlp_ratio: int = Field(4, ge=1)
+    hidden_act: str = "gelu"
     layer_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.015, gt=0)
     clip_stem: bool = True
@@ -54,12 +55,18 @@ class ModelConfig(Section):
     decoder: str = ""
     """Folder or s3:// URI of the causal decoder and its tokenizer, in transformers' format."""
     init_from: str = ""
-    """Folder or URI of a trained mPLUG-Video whose weights to start from. Empty: random visual weights."""
+    """Folder or URI of a trained mPLUG-Video whose weights to start from. Its position embeddings are resized to
+    `vision.image_size` and `vision.num_frames`."""
+    vision_weights: str = ""
+    """Folder or URI of an image encoder (`mplug convert` makes one of CLIP) to start from. Empty: random weights."""
     vision: VisionConfig = VisionConfig()
     text: dict[str, int | float | bool | str] = {}
-    """Only to train a decoder from nothing: its transformers configuration, `model_type` included."""
+    """The decoder's transformers configuration, `model_type` included. Builds the decoder where one is trained from
+    nothing; elsewhere it says what `decoder` must be."""
     num_queries: int = Field(128, ge=1)
     """Learned queries of the abstractor: tokens of the visual prefix."""
+    query_norm: bool = False
+    """LayerNorm on the visual prefix."""
     use_contrastive: bool = False
     """Adds the contrastive loss to pre-training."""
     contrastive_size: int = Field(256, ge=1)
@@ -68,6 +75,10 @@ class ModelConfig(Section):
     """Initial temperature of contrastive losses."""
     freeze_decoder: bool = True
     """Train the visual side only, as published."""
+    freeze_vision: bool = False
+    """Of the vision encoder, train only what reads over time."""
+    decoder_dropout: bool = False
+    """Dropout in a frozen decoder, as upstream leaves it on."""
 
 
 class DataConfig(Section):
@@ -83,16 +94,27 @@ class DataConfig(Section):
     """Longest text, in tokens."""
     crop_area: float = Field(0.5, gt=0, le=1)
     """Smallest share of the frame that a random training crop keeps."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Narrowest and widest width / height of a crop."""
+    crop_relative: bool = False
+    """Aspect ratios relative to the frame's own, so that crops are squeezed as whole frames are in evaluation."""
     flip_probability: float = Field(0.5, ge=0, le=1)
     """Chance of a mirrored training clip. 0 where texts speak of left and right."""
+    augment_ops: int = Field(2, ge=0, le=9)
+    """Random operations (contrast, shear, rotation, …) on each training clip."""
+    augment_level: float = Field(5, ge=0, le=10)
+    """Their strength: 5 shears by 0.15 and turns by 15 degrees."""
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up from 0, then a cosine to `min_lr`."""
+    """AdamW and its schedule: linear warm-up from 0, then a cosine (or a line) to `min_lr`."""
 
     lr: float = Field(1e-4, gt=0)
     min_lr: float = Field(1e-6, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    """0: `warmup_epochs` say it."""
+    warmup_epochs: float = Field(0, ge=0)
+    schedule: Literal["cosine", "linear"] = "cosine"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -106,12 +128,16 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """How long, in which precision and on how many processes' memory."""
 
-    steps: int = Field(1000, ge=1)
-    """Optimizer steps."""
+    steps: int = Field(0, ge=0)
+    """Optimizer steps. 0: `epochs` say it."""
+    epochs: float = Field(1, ge=0)
+    """Passes over the dataset; the clips of an incomplete last batch are left out."""
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: int = Field(1, ge=0, le=2)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too."""
     gradient_accumulation: int = Field(1, ge=1)
+    activation_checkpointing: tuple[Literal["vision", "abstractor", "decoder"], ...] = ()
+    """Parts whose activations are computed again in the backward pass: slower, less memory."""
     log_every: int = Field(10, ge=1)
     """Steps between two points of a metric."""
 
@@ -169,8 +195,12 @@ def _impossible(config: RunConfig) -> Iterator[str]:
         )
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr must not exceed optim.lr, got {optim.min_lr} and {optim.lr}."
-    if optim.warmup_steps >= training.steps:
+    if not training.steps and not training.epochs:
+        yield "training.steps or training.epochs must be set, both are 0."
+    if training.steps and optim.warmup_steps >= training.steps:
         yield f"optim.warmup_steps must be below training.steps, got {optim.warmup_steps} and {training.steps}."
+    if data.crop_aspect[0] > data.crop_aspect[1]:
+        yield f"data.crop_aspect must be [narrowest, widest], got {list(data.crop_aspect)}."
     vision = model.vision
     for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
         size, unit = getattr(vision, whole), getattr(vision, part)
@@ -203,6 +233,24 @@ def load(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
 def parse(tree: dict[str, Any]) -> RunConfig:
     """Checks a configuration that was saved with a model."""
     return _validated(tree, [])
+
+
+def in_steps(config: RunConfig, clips: int) -> RunConfig:
+    """The same run with its epochs counted in optimizer steps over a dataset of `clips`."""
+    per_epoch = clips // config.data.batch_size
+    steps = config.training.steps or int(config.training.epochs * per_epoch)
+    warmup = config.optim.warmup_steps or int(config.optim.warmup_epochs * per_epoch)
+    if steps <= warmup:
+        raise ConfigError(
+            f"a run over {clips} clips in batches of {config.data.batch_size} has {steps} steps, {warmup} of them "
+            "warm-up; some must be left. Lower data.batch_size or the warm-up, or train for more epochs."
+        )
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"steps": steps, "epochs": 0}),
+            "optim": config.optim.model_copy(update={"warmup_steps": warmup, "warmup_epochs": 0}),
+        }
+    )
 
 
 def presets() -> list[str]:

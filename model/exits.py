@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from model.config import ConfigError, TrackingError
 from model.data.annotations import DataError
+from model.mplug_video.checkpoints import ConversionError
 from model.storage import StorageError
 
 FAILED, CONFIGURATION, DATA, INTERRUPTED, OUTAGE = 1, 2, 3, 130, 134
@@ -29,7 +30,7 @@ def exit_codes() -> Iterator[None]:
         yield
     except ConfigError as error:
         _end(error, CONFIGURATION)
-    except DataError as error:
+    except (DataError, ConversionError) as error:
         _end(error, DATA)
     except (StorageError, TrackingError) as error:
         _end(error, OUTAGE)

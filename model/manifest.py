@@ -22,19 +22,29 @@ def publish(folder: Path, base: str, **facts: Any) -> str:
 
     The version is the beginning of the manifest's sha256: it names the content, so nothing published ever changes.
     """
+    manifest = describe(folder, **facts)
+    version = hashlib.sha256(manifest).hexdigest()[:12]
+    uri = storage.join(base, version)
+    put(folder, uri, manifest)
+    storage.write(storage.join(base, LATEST), version.encode())
+    return uri
+
+
+def describe(folder: Path, **facts: Any) -> bytes:
+    """The manifest of a local folder."""
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != FILE
     }
-    manifest = json.dumps({**facts, "files": files}, ensure_ascii=False, indent=1, sort_keys=True).encode()
-    version = hashlib.sha256(manifest).hexdigest()[:12]
-    uri = storage.join(base, version)
-    for name in files:
+    return json.dumps({**facts, "files": files}, ensure_ascii=False, indent=1, sort_keys=True).encode()
+
+
+def put(folder: Path, uri: str, manifest: bytes) -> None:
+    """Uploads what `manifest` lists to `uri`, and the manifest last."""
+    for name in json.loads(manifest)["files"]:
         storage.upload(folder / name, storage.join(uri, name))
     storage.write(storage.join(uri, FILE), manifest)
-    storage.write(storage.join(base, LATEST), version.encode())
-    return uri
 
 
 def latest(base: str) -> str:

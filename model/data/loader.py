@@ -1,12 +1,10 @@
 """From shards to examples: picks frames, augments, hands annotation and clip to the task's collate function."""
 
-import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,6 +12,7 @@ from model.config import DataConfig
 from model.data.annotations import Annotation
 from model.data.sampler import BatchSampler, Draw
 from model.data.shards import ShardReader
+from model.data.transforms import training_transform
 from model.data.video import frame_indices, padded
 from model.mplug_video.processing import MPlugVideoProcessor
 
@@ -62,24 +61,9 @@ class ClipDataset(Dataset[Example]):
         indices = frame_indices(self.reader.stored_frames(position), count, rng)
         frames = self.reader.frames(position, padded(indices, count))
         if self.augment and rng:
-            frames = random_crop(frames, self.processor.image_size, self.augment, rng)
+            frames = training_transform(frames, self.processor.image_size, self.augment, rng)
             return Example(annotation=annotation, clip=self.processor.normalize(frames), seed=seed)
         return Example(annotation=annotation, clip=self.processor.clip(frames), seed=seed)
-
-
-def random_crop(frames: Sequence[Image.Image], size: int, augment: DataConfig, rng: random.Random) -> list[Image.Image]:
-    """One random crop for all frames (area from `crop_area` up, aspect 3/4 to 4/3), and perhaps a mirror image."""
-    width, height = frames[0].size
-    area = width * height * rng.uniform(augment.crop_area, 1)
-    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))) * width / height
-    crop_width = min(width, math.sqrt(area * aspect))
-    crop_height = min(height, area / crop_width)
-    left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
-    box = (left, top, left + crop_width, top + crop_height)
-    cropped = [frame.resize((size, size), Image.Resampling.BICUBIC, box=box) for frame in frames]
-    if rng.random() < augment.flip_probability:
-        return [frame.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for frame in cropped]
-    return cropped
 
 
 def training_loader(

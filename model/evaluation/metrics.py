@@ -39,6 +39,18 @@ def retrieval(predictions: Sequence[Prediction]) -> Scores:
     }
 
 
+def matching(predictions: Sequence[Prediction]) -> Scores:
+    """Recalls as in retrieval, by the head's probabilities and by the answers' likelihoods (`generation_`)."""
+    names = np.array([prediction["video"] for prediction in predictions])
+    relevant = names[:, None] == names[None, :]
+    scores: Scores = {}
+    for source, prefix in (("head_scores", ""), ("generation_scores", "generation_")):
+        similarity = np.array([prediction[source] for prediction in predictions])  # (clips, texts)
+        for way, sims in (("text_to_video", similarity.T), ("video_to_text", similarity)):
+            scores |= {f"{prefix}{way}_r{k}": value for k, value in recalls(sims, relevant).items()}
+    return scores
+
+
 def recalls(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> dict[int, float]:
     """Share of queries (rows) with a relevant item (column) among the k most similar, for k of 1, 5 and 10.
 
@@ -79,6 +91,8 @@ def score(task: str, predictions: Sequence[Prediction], class_names: Sequence[st
             return classification(predictions, class_names)
         case "retrieval":
             return retrieval(predictions)
+        case "matching":
+            return matching(predictions)
         case _:
             return captioning(predictions)
 
@@ -88,7 +102,7 @@ def chance(task: str, predictions: Sequence[Prediction], class_names: Sequence[s
     match task:
         case "classification":
             return {f"{prefix}top{k}": min(k / len(class_names), 1) for prefix in ("", "generation_") for k in (1, 5)}
-        case "retrieval":
+        case "retrieval" | "matching":
             count = len({prediction["video"] for prediction in predictions})
             return {f"{way}_r{k}": min(k / count, 1) for way in ("text_to_video", "video_to_text") for k in (1, 5, 10)}
         case _:

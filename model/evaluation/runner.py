@@ -1,7 +1,6 @@
 """Evaluates a published model on one split: `mplug evaluate MODEL SHARDS`."""
 
 import json
-import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from model import manifest, storage
 from model.config import RunConfig, parse
 from model.data.annotations import DataError
-from model.data.loader import ClipDataset, evaluation_loader
+from model.data.loader import Batch, ClipDataset, evaluation_loader
 from model.data.shards import ShardReader, quarantined
 from model.evaluation import metrics
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
@@ -20,7 +19,6 @@ from model.tasks import Task, build_task
 from model.tasks.base import Prediction
 from model.tracking import Run, tracked
 
-log = logging.getLogger("mplug")
 SHOWN = 8
 """Clips in the figure of predictions."""
 
@@ -83,15 +81,17 @@ def _config(model: str, shards: str, tracking: dict[str, str] | None) -> tuple[R
 
 @torch.inference_mode()
 def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batch_size: int) -> Evaluation:
-    task.model.eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task.model.eval().to(device)
     dataset = ClipDataset(reader, task.processor, read_video=task.reads_video)
     loader = evaluation_loader(dataset, task.collate_evaluation, batch_size)
+    task.read_split([reader.annotation(position) for position in range(len(reader))])
     total = -(-len(dataset) // batch_size)
     name = task.config.task
     predictions = [
         prediction
         for batch in progress(loader, total=total, desc=f"evaluating {task.config.name}", unit="batch")
-        for prediction in task.predict(batch)
+        for prediction in task.predict(_on(device, batch))
     ]
     class_names = list(task.model.config.class_names or [])
     return Evaluation(
@@ -103,6 +103,10 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
         predictions=predictions,
         class_names=class_names,
     )
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Task) -> None:
@@ -122,7 +126,11 @@ def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: T
 
 
 def captions(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(predicted, true) text of each clip; for retrieval the nearest text of the split."""
+    """(predicted, true) text of each clip; for retrieval and matching the nearest text of the split."""
+    if evaluation.task == "matching":
+        rows = evaluation.predictions
+        best = [max(range(len(rows)), key=row["head_scores"].__getitem__) for row in rows]
+        return [(rows[found]["text"], row["text"]) for row, found in zip(rows, best, strict=True)]
     if evaluation.task == "retrieval":
         videos = torch.tensor([row["video_embedding"] for row in evaluation.predictions])
         texts = torch.tensor([row["text_embedding"] for row in evaluation.predictions])

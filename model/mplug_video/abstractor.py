@@ -23,7 +23,7 @@ class VisualAbstractor(nn.Module):
         # add_bias_kv: one learned key and value beside the clip's own, as in the released weights
         self.attn = nn.MultiheadAttention(width, vision.num_attention_heads, add_bias_kv=True, batch_first=True)
         self.norm_mlp = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, vision.mlp_ratio)
+        self.mlp = MLP(vision)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, S, D)
         # the residual carries the normalised queries: a quirk that the released weights depend on

@@ -1,4 +1,7 @@
-"""Shapes of the networks: one configuration for the vision encoder, one for the whole model."""
+"""Shapes of the networks: one configuration for the vision encoder, one for the whole model.
+
+Where the released models do something that a new model need not do, a field says so; `mplug convert` sets it.
+"""
 
 from typing import Any
 
@@ -19,7 +22,10 @@ class TimeSformerConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
+    """CLIP itself has 12; the released models re-cut its projections into 8 and were trained so."""
     mlp_ratio: int = 4
+    hidden_act: str = "gelu"
+    """CLIP itself has "quick_gelu"; the released models were trained with the exact one."""
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.015
     clip_stem: bool = True
@@ -45,8 +51,18 @@ class MPlugVideoConfig(PreTrainedConfig):
     temperature: float = 0.07
     """Initial value of the learned temperature of contrastive losses."""
     freeze_decoder: bool = True
+    freeze_vision: bool = False
+    """Of the vision encoder, train only what reads over time."""
+    decoder_dropout: bool = False
+    """Dropout in a frozen decoder: upstream leaves it on, where it only adds noise to what cannot learn from it."""
     class_names: list[str] | None = None
     """The categories, in the order of the classification head's outputs."""
+    mean_answer_scores: bool = False
+    """Scores an answer by the mean of its tokens' log likelihoods. The published figures take the sum, which favours
+    short names."""
+    released_beam_search: bool = False
+    """Beam search as the released models' captions were made: no length normalisation and an early stop (see
+    decoding.py). Otherwise transformers' own."""
 
     def __post_init__(self, **kwargs: object) -> None:
         vision = self.vision_config

@@ -7,18 +7,26 @@ B batch, K queries, L text tokens, D decoder width, Dv vision width, V vocabular
 on the right and the decoder is causal, so no real token ever sees it and no attention mask is needed.
 """
 
+from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
-from model.mplug_video.vision import Block, TimeSformer
+from model.mplug_video.decoding import beam_search
+from model.mplug_video.vision import TimeSformer
+
+CANDIDATES_AT_ONCE = 64
+"""Texts that are scored against one clip in one pass. Each holds a copy of the clip's keys and values."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +47,46 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     _supports_sdpa = True
 
-    def __init__(self, config: MPlugVideoConfig) -> None:
+    def __init__(
+        self,
+        config: MPlugVideoConfig,
+        *,
+        vision_encoder: TimeSformer | None = None,
+        decoder: PreTrainedModel | None = None,
+    ) -> None:
+        """A fresh network, around a trained vision encoder and decoder where they are given."""
         super().__init__(config)
         text_width = config.text_config.hidden_size
-        self.vision_encoder = TimeSformer(config.vision_config)
+        self.vision_encoder = vision_encoder or TimeSformer(config.vision_config)
         self.abstractor = VisualAbstractor(config)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, text_width)
         self.visual_norm = nn.LayerNorm(text_width, eps=1e-6) if config.query_norm else nn.Identity()
-        self.decoder = AutoModelForCausalLM.from_config(config.text_config)
-        if config.freeze_decoder:
+        self.decoder = decoder or AutoModelForCausalLM.from_config(decoder_config(config))
+        self.abstractor_checkpointing = False
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every weight trainable; what the configuration freezes is frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def freeze(self) -> None:
+        """Takes the gradients from what the configuration does not train."""
+        if self.config.freeze_decoder:
             self.decoder.requires_grad_(False)
+        if self.config.freeze_vision:
+            for name, parameter in self.vision_encoder.named_parameters():
+                parameter.requires_grad_("temporal" in name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals of 0.015 for weights and embeddings; residual outputs shrink with depth.
-
-        temporal_fc starts at zero in every block, so that a clip is first read frame by frame.
-        """
+        """Truncated normals of 0.015 for weights and queries; the vision encoder and the decoder have their own."""
         std = self.config.vision_config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -71,34 +97,22 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
             init.xavier_normal_(module.bias_v)
         elif isinstance(module, VisualAbstractor):
             init.trunc_normal_(module.queries, std=std)
-        elif isinstance(module, TimeSformer):
-            init.trunc_normal_(module.cls_token, std=std)
-            init.trunc_normal_(module.pos_embed, std=std)
-            init.zeros_(module.temporal_embed)
-            for depth, block in enumerate(module.blocks, start=1):
-                self._init_block(block, depth, std)
 
-    @staticmethod
-    def _init_block(block: nn.Module, depth: int, std: float) -> None:
-        assert isinstance(block, Block)
-        for linear in (block.attn.proj, block.mlp.fc2):
-            init.trunc_normal_(linear.weight, std=std / (2 * depth) ** 0.5)
-        for attention in (block.attn, block.temporal_attn):
-            init.zeros_(attention.q_bias)
-            init.zeros_(attention.v_bias)
-        init.zeros_(block.temporal_fc.weight)
-        init.zeros_(block.temporal_fc.bias)
-
-    def train(self, mode: bool = True) -> Self:
-        """A frozen decoder stays in evaluation mode: its dropout would only add noise to what it cannot learn from."""
-        super().train(mode)
-        if self.config.freeze_decoder:
-            self.decoder.eval()
-        return self
+    def checkpoint_activations(self, parts: Collection[str]) -> None:
+        """Recomputes activations in the backward pass of "vision", "abstractor", "decoder": slower, less memory."""
+        self.vision_encoder.checkpoint_activations = "vision" in parts
+        self.abstractor_checkpointing = "abstractor" in parts
+        if "decoder" in parts:
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.decoder.gradient_checkpointing_disable()
 
     def encode_video(self, pixel_values: Tensor) -> VideoFeatures:  # (B, C, T, H, W)
         tokens = self.vision_encoder(pixel_values.to(self.dtype))
-        queries = self.abstractor(tokens)
+        if self.abstractor_checkpointing and self.training:
+            queries = checkpoint(self.abstractor, tokens, use_reentrant=False)
+        else:
+            queries = self.abstractor(tokens)
         return VideoFeatures(tokens, queries, self.visual_norm(self.visual_projection(queries)))
 
     def decode(self, prefix: Tensor | None, input_ids: Tensor) -> Tensor:
@@ -110,14 +124,34 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         states = self.decoder.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return states[:, prefix.shape[1] :]
 
+    def decode_candidates(self, prefix: Tensor, input_ids: Tensor) -> Tensor:
+        """Decoder states (R, L, D) of R texts (R, L) that all follow one clip's prefix (1, K, D).
+
+        The prefix and the tokens in which the texts agree are read once; each text goes on from their keys and values.
+        """
+        rows, length = input_ids.shape
+        agreeing = (input_ids == input_ids[:1]).all(dim=0).long().cumprod(dim=0).sum()
+        common = min(int(agreeing), length - 1)
+        embeddings = self.decoder.get_input_embeddings()(input_ids)  # (R, L, D)
+        cache = DynamicCache(config=self.decoder.config)
+        start = torch.cat((prefix, embeddings[:1, :common]), dim=1)  # (1, K + common, D)
+        read_once = self.decoder.base_model(inputs_embeds=start, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)
+        each = self.decoder.base_model(inputs_embeds=embeddings[:, common:], past_key_values=cache, use_cache=True)
+        shared_states = read_once.last_hidden_state[:, prefix.shape[1] :].expand(rows, -1, -1)
+        return torch.cat((shared_states, each.last_hidden_state), dim=1)
+
     def token_losses(self, prefix: Tensor | None, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Cross entropies (B, L - 1) of tokens 1..L-1, zero where `loss_mask` (B, L - 1) is: fp32.
+        """Cross entropies (B, L - 1) of tokens 1..L-1 after an optional prefix (B, K, D), fp32. See `losses_of`."""
+        return self.losses_of(self.decode(prefix, input_ids), input_ids, loss_mask)
+
+    def losses_of(self, states: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+        """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), zero where `loss_mask` (B, L - 1) is.
 
         Logits are computed only where a loss is taken: with V = 51,200 they would be the largest tensor of the step.
         """
         wanted = loss_mask.bool()
-        states = self.decode(prefix, input_ids)[:, :-1]
-        logits = self.decoder.get_output_embeddings()(states[wanted]).float()  # (wanted, V)
+        logits = self.decoder.get_output_embeddings()(states[:, :-1][wanted]).float()  # (wanted, V)
         losses = states.new_zeros(wanted.shape, dtype=torch.float32)
         return losses.masked_scatter(wanted, F.cross_entropy(logits, input_ids[:, 1:][wanted], reduction="none"))
 
@@ -130,8 +164,8 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
 class MPlugVideoForConditionalGeneration(MPlugVideoPreTrainedModel):
     """Reads a clip and writes text: captioning, and pre-training without the contrastive loss."""
 
-    def __init__(self, config: MPlugVideoConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MPlugVideoConfig, **trained: PreTrainedModel) -> None:
+        super().__init__(config, **trained)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
@@ -140,22 +174,33 @@ class MPlugVideoForConditionalGeneration(MPlugVideoPreTrainedModel):
         return losses.sum() / loss_mask.sum()
 
     @torch.no_grad()
-    def generate(self, pixel_values: Tensor, input_ids: Tensor, **options: Any) -> Tensor:
-        """Token ids written after the clip and the prompt `input_ids` (B, L), which all rows share in length.
+    def generate(self, pixel_values: Tensor, input_ids: Tensor, max_new_tokens: int = 100, **options: Any) -> Tensor:
+        """Token ids (B, new) written after clips (B, C, T, H, W) and prompts (B, L), which share their length.
 
-        `options` go to transformers' `generate` (num_beams, do_sample, max_new_tokens, …).
+        `options` go to transformers' `generate` (num_beams, do_sample, top_p, …). Each row ends with the tokenizer's
+        end token, then padding.
         """
-        prompt = self.decoder.get_input_embeddings()(input_ids)
-        embeddings = torch.cat((self.encode_video(pixel_values).prefix, prompt), dim=1)  # (B, K + L, D)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-        return self.decoder.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+        prefix = self.encode_video(pixel_values).prefix
+        embeddings = torch.cat((prefix, self.decoder.get_input_embeddings()(input_ids)), dim=1)  # (B, K + L, D)
+        num_beams, text = options.get("num_beams", 1), self.config.text_config
+        if not self.config.released_beam_search or num_beams == 1 or options.get("do_sample"):
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+            return self.decoder.generate(
+                inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, **options
+            )
+        found = beam_search(
+            self.decoder, embeddings, num_beams=num_beams, max_new_tokens=max_new_tokens,
+            width=input_ids.shape[1] + max_new_tokens, end=text.eos_token_id,
+        )  # fmt: skip
+        texts = [torch.tensor(row.found[0][1], device=embeddings.device) for row in found]
+        return pad_sequence(texts, batch_first=True, padding_value=text.pad_token_id)
 
 
 class MPlugVideoForPreTraining(MPlugVideoForConditionalGeneration):
     """Video captioning on titles, with an optional contrastive loss between queries and titles."""
 
-    def __init__(self, config: MPlugVideoConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MPlugVideoConfig, **trained: PreTrainedModel) -> None:
+        super().__init__(config, **trained)
         if config.use_contrastive:
             self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.contrastive_size)
             self.text_proj = nn.Linear(config.text_config.hidden_size, config.contrastive_size)
@@ -173,12 +218,16 @@ class MPlugVideoForPreTraining(MPlugVideoForConditionalGeneration):
 class MPlugVideoForRetrieval(MPlugVideoPreTrainedModel):
     """Dual encoder: a clip's class token and a text's last state in one space of E dimensions."""
 
-    def __init__(self, config: MPlugVideoConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MPlugVideoConfig, **trained: PreTrainedModel) -> None:
+        super().__init__(config, **trained)
         self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.contrastive_size)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.contrastive_size)
         self.temperature = nn.Parameter(torch.tensor([config.temperature]))  # ZeRO cannot shard a scalar
         self.post_init()
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors (B, E) of clips and of texts."""
+        return self.embed_video(pixel_values), self.embed_text(input_ids, attention_mask)
 
     def embed_video(self, pixel_values: Tensor) -> Tensor:
         """Unit vectors (B, E) of clips (B, C, T, H, W)."""
@@ -192,26 +241,55 @@ class MPlugVideoForRetrieval(MPlugVideoPreTrainedModel):
 
 
 class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
-    """Two ways to name a clip's category: the likelihood of each name as an answer, and a head of its own."""
+    """Two ways to judge a clip: the likelihood of each class's name as an answer, and a head of its own.
 
-    def __init__(self, config: MPlugVideoConfig) -> None:
-        super().__init__(config)
+    With the classes 否 and 是 it is the matching variant of retrieval: whether a clip and a title belong together.
+    """
+
+    def __init__(self, config: MPlugVideoConfig, **trained: PreTrainedModel) -> None:
+        super().__init__(config, **trained)
         if not config.class_names:
             raise ValueError("class_names must list the categories of the classification head, it is empty.")
         width = config.text_config.hidden_size
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(config.class_names)))
         self.post_init()
 
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Head logits (B, classes) of clips (B, C, T, H, W) with their titles (B, L)."""
+        return self.classify(self.encode_video(pixel_values).prefix, input_ids, attention_mask)
+
     def classify(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Head logits (B, classes) from the state at the end of prefix + title."""
         return self.classifier(self.text_features(self.decode(prefix, input_ids), attention_mask))
 
-    def score_answers(self, prefix: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Log likelihoods (B, classes) of the answers in `input_ids` (B, classes, L), summed over their tokens.
+    def classify_candidates(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Head logits (R, classes) of R titles (R, L) for the clip whose prefix is (1, K, D)."""
+        logits = [
+            self.classifier(self.text_features(self.decode_candidates(prefix, ids), mask))
+            for ids, mask in zip(*_split(input_ids, attention_mask), strict=True)
+        ]
+        return torch.cat(logits)
 
-        Sums favour short names; so does the published evaluation, whose figures this keeps comparable.
+    def score_answers(self, prefix: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+        """Log likelihoods (R,) of R texts (R, L) for the clip whose prefix is (1, K, D), summed where `loss_mask` is 1.
+
+        Sums favour short answers; so does the published evaluation (see `mean_answer_scores`).
         """
-        batch, classes, _ = input_ids.shape
-        repeated = prefix.repeat_interleave(classes, dim=0)  # (B · classes, K, D)
-        losses = self.token_losses(repeated, input_ids.flatten(0, 1), loss_mask.flatten(0, 1))
-        return -losses.sum(dim=1).view(batch, classes)
+        losses = torch.cat([
+            self.losses_of(self.decode_candidates(prefix, ids), ids, mask)
+            for ids, mask in zip(*_split(input_ids, loss_mask), strict=True)
+        ])  # fmt: skip
+        scores = -losses.sum(dim=1)
+        return scores / loss_mask.sum(dim=1) if self.config.mean_answer_scores else scores
+
+
+def decoder_config(config: MPlugVideoConfig) -> PreTrainedConfig:
+    """The decoder's configuration in this network: a frozen one has no dropout, unless `decoder_dropout` is set."""
+    text_config = deepcopy(config.text_config)
+    if config.freeze_decoder and not config.decoder_dropout:
+        text_config.update({name: 0.0 for name in text_config.to_dict() if "drop" in name})
+    return text_config
+
+
+def _split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [torch.split(tensor, CANDIDATES_AT_ONCE) for tensor in tensors]

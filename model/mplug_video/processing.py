@@ -27,17 +27,20 @@ class MPlugVideoProcessor:
         num_frames: int,
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
+        resample: str = "bicubic",
     ) -> None:
+        """`resample`: "bicubic", as clips are cropped in training, or "nearest", as the released models are judged."""
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.num_frames = num_frames
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.resample = resample
 
     def clip(self, frames: Sequence[Image.Image]) -> Tensor:
-        """Resizes T frames to the model's square (nearest neighbour, as upstream evaluates) -> (C, T, H, W)."""
-        size = (self.image_size, self.image_size)
-        return self.normalize([frame.resize(size, Image.Resampling.NEAREST) for frame in frames])
+        """Resizes T frames to the model's square -> (C, T, H, W). The aspect ratio is not kept, nothing is cut off."""
+        size, filtered = (self.image_size, self.image_size), Image.Resampling[self.resample.upper()]
+        return self.normalize([frame.resize(size, filtered) for frame in frames])
 
     def normalize(self, frames: Sequence[Image.Image]) -> Tensor:
         """RGB frames of the model's size -> (C, T, H, W) float32."""
@@ -53,6 +56,7 @@ class MPlugVideoProcessor:
             "num_frames": self.num_frames,
             "mean": self.mean,
             "std": self.std,
+            "resample": self.resample,
         }
         (Path(folder) / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -45,6 +45,13 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def with_special_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Gives another decoder's tokenizer what the recipe needs; its end token also begins and pads if need be."""
+    tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
 def encode_sentence(tokenizer: PreTrainedTokenizerFast, text: str, max_length: int) -> list[int]:
     """begin + text + end, cut on the right to `max_length` (a cut sentence loses its end token)."""
     ids = tokenizer.encode(text, add_special_tokens=False)

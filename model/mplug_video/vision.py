@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
 
 from model.mplug_video.configuration import TimeSformerConfig
 
@@ -33,15 +36,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around an exact GELU. (CLIP's own QuickGELU is not used by the released weights.)"""
+    """Two linear layers around an activation."""
 
-    def __init__(self, width: int, ratio: int) -> None:
+    def __init__(self, config: TimeSformerConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, ratio * width)
-        self.fc2 = nn.Linear(ratio * width, width)
+        width = config.hidden_size
+        self.fc1 = nn.Linear(width, config.mlp_ratio * width)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.mlp_ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -56,7 +61,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, config.mlp_ratio)
+        self.mlp = MLP(config)
 
     def forward(self, cls: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, 1, D), (B, T, N, D)
         batch, frames, patches, width = x.shape
@@ -76,12 +81,16 @@ class Block(nn.Module):
         return cls, x
 
 
-class TimeSformer(nn.Module):
+class TimeSformer(PreTrainedModel):
     """The vision encoder. Row 0 of its output is the class token, then the patches, frame by frame."""
 
+    config_class = TimeSformerConfig
+    config: TimeSformerConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
     def __init__(self, config: TimeSformerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, patch = config.hidden_size, config.patch_size
         num_patches = (config.image_size // patch) ** 2
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not config.clip_stem)
@@ -91,7 +100,8 @@ class TimeSformer(nn.Module):
         self.norm_pre = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.clip_stem else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
+        self.checkpoint_activations = False
+        self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, C, T, H, W)
         batch, _, frames, height, width = pixel_values.shape
@@ -99,7 +109,7 @@ class TimeSformer(nn.Module):
         if (frames, height, width) != expected:
             raise ValueError(
                 f"pixel_values must have (frames, height, width) = {expected}, got {(frames, height, width)}. "
-                "Preprocess with the processor saved beside the model, or convert the model to another size."
+                "Preprocess with the processor saved beside the model, or resize the model (TimeSformer.resize)."
             )
         x = self.patch_embed(pixel_values.transpose(1, 2).flatten(0, 1))  # (B·T, D, H/P, W/P)
         x = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))  # (B, T, N, D)
@@ -107,8 +117,66 @@ class TimeSformer(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)  # (B, 1, D)
         cls, x = self.norm_pre(cls), self.norm_pre(x)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
+            if self.checkpoint_activations and self.training:
                 cls, x = checkpoint(block, cls, x, use_reentrant=False)
             else:
                 cls, x = block(cls, x)
         return self.norm(torch.cat((cls, x.flatten(1, 2)), dim=1))  # (B, 1 + T·N, D)
+
+    def resize(self, image_size: int, num_frames: int) -> None:
+        """Makes the encoder read clips of another size or length: its position embeddings are interpolated."""
+        side = image_size // self.config.patch_size
+        self.pos_embed = nn.Parameter(resize_positions(self.pos_embed.detach(), side))
+        self.temporal_embed = nn.Parameter(resize_frames(self.temporal_embed.detach(), num_frames))
+        self.config.image_size, self.config.num_frames = image_size, num_frames
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normals of 0.015 for weights and embeddings; residual outputs shrink with depth.
+
+        temporal_fc starts at zero in every block, so that a clip is first read frame by frame.
+        """
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TimeSformer):
+            init.trunc_normal_(module.cls_token, std=std)
+            init.trunc_normal_(module.pos_embed, std=std)
+            init.zeros_(module.temporal_embed)
+            for depth, block in enumerate(module.blocks, start=1):
+                _init_block(block, std, residual_std=std / (2 * depth) ** 0.5)
+
+
+def _init_block(block: nn.Module, std: float, residual_std: float) -> None:
+    assert isinstance(block, Block)
+    for linear in (block.attn.proj, block.mlp.fc2):
+        init.trunc_normal_(linear.weight, std=residual_std)
+    for attention in (block.attn, block.temporal_attn):
+        init.zeros_(attention.q_bias)
+        init.zeros_(attention.v_bias)
+    init.zeros_(block.temporal_fc.weight)
+    init.zeros_(block.temporal_fc.bias)
+
+
+def resize_positions(pos_embed: Tensor, side: int) -> Tensor:
+    """Position embeddings (1, 1 + N, D) for side · side patches: bilinear, the class token's row as it is."""
+    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
+    old_side = round(grid.shape[1] ** 0.5)
+    if side == old_side:
+        return pos_embed
+    grid = grid.view(1, old_side, old_side, -1).permute(0, 3, 1, 2).float()  # (1, D, side, side)
+    grid = F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)
+    return torch.cat((cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)), dim=1)
+
+
+def resize_frames(temporal_embed: Tensor, num_frames: int) -> Tensor:
+    """Frame embeddings (1, T, D) for another number of frames: linear, in their own precision."""
+    if temporal_embed.shape[1] == num_frames:
+        return temporal_embed
+    resized = F.interpolate(temporal_embed.transpose(1, 2), size=num_frames, mode="linear", align_corners=False)
+    return resized.transpose(1, 2).contiguous()

@@ -5,6 +5,7 @@ from model.tasks.base import Task
 from model.tasks.captioning import Captioning
 from model.tasks.classification import Classification
 from model.tasks.language_modeling import LanguageModeling
+from model.tasks.matching import Matching
 from model.tasks.pretraining import Pretraining
 from model.tasks.retrieval import Retrieval
 
@@ -13,6 +14,7 @@ TASKS: dict[str, type[Task]] = {
     "pretraining": Pretraining,
     "classification": Classification,
     "retrieval": Retrieval,
+    "matching": Matching,
     "captioning": Captioning,
 }
 

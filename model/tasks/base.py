@@ -9,12 +9,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from model import manifest
-from model.config import ConfigError, RunConfig
+from model.config import ConfigError, RunConfig, VisionConfig
+from model.data.annotations import Annotation
 from model.data.loader import Batch, Example
 from model.data.shards import describe
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
+from model.mplug_video.modeling import decoder_config
 from model.mplug_video.processing import MPlugVideoProcessor, clean_caption
-from model.mplug_video.tokenization import encode_sentence
+from model.mplug_video.tokenization import encode_sentence, with_special_tokens
+from model.mplug_video.vision import TimeSformer
 
 Prediction = dict[str, Any]
 """One evaluated clip, ready for JSON: `video`, and what the task adds."""
@@ -48,6 +51,9 @@ class Task(ABC):
         """Evaluation batch; holds the annotations as well."""
         return {**self.collate(examples), "annotations": [example.annotation for example in examples]}
 
+    def read_split(self, annotations: list[Annotation]) -> None:  # noqa: B027  # most tasks need none
+        """Sees all of a split before its first batch, for tasks that compare clips with the texts of others."""
+
     def predict(self, batch: Batch) -> list[Prediction]:
         """One prediction per clip of an evaluation batch."""
         raise ConfigError(f"task {self.config.task} has no evaluation. Fine-tune a task that has one.")
@@ -55,34 +61,49 @@ class Task(ABC):
     def build(self) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
         """A model on top of `model.decoder`, or one that starts from the weights of `model.init_from`."""
         settings = self.config.model
-        if settings.init_from:
-            return self._continued(settings.init_from)
+        model, processor = self._continued(settings.init_from) if settings.init_from else self._fresh()
+        model.checkpoint_activations(self.config.training.activation_checkpointing)
+        return model, processor
+
+    def _fresh(self) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
+        settings = self.config.model
         folder = manifest.fetch(settings.decoder)
         text_config = AutoConfig.from_pretrained(folder)
         self.refuse_too_long(settings.num_queries, text_config)
+        _refuse_other_decoder(settings.text, text_config)
+        vision_encoder = self._vision_encoder()
+        tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(folder))
+        text_config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
         config = MPlugVideoConfig(
-            vision_config=TimeSformerConfig(**settings.vision.model_dump()),
+            vision_config=vision_encoder.config,
             text_config=text_config,
             num_queries=settings.num_queries,
+            query_norm=settings.query_norm,
             use_contrastive=settings.use_contrastive,
             contrastive_size=settings.contrastive_size,
             temperature=settings.temperature,
-            freeze_decoder=settings.freeze_decoder,
+            **self.freezing(),
             **self.head_settings(),
         )
-        model = self.model_class(config)
-        model.decoder.load_state_dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+        decoder = AutoModelForCausalLM.from_pretrained(folder, config=decoder_config(config), dtype=torch.float32)
+        model = self.model_class(config, vision_encoder=vision_encoder, decoder=decoder)
         vision = config.vision_config
-        processor = MPlugVideoProcessor(
-            AutoTokenizer.from_pretrained(folder), image_size=vision.image_size, num_frames=vision.num_frames
-        )
-        return model, processor
+        return model, MPlugVideoProcessor(tokenizer, image_size=vision.image_size, num_frames=vision.num_frames)
+
+    def _vision_encoder(self) -> TimeSformer:
+        settings = self.config.model
+        if not settings.vision_weights:
+            return TimeSformer(TimeSformerConfig(**settings.vision.model_dump()))
+        encoder = TimeSformer.from_pretrained(manifest.fetch(settings.vision_weights), dtype=torch.float32)
+        encoder.resize(settings.vision.image_size, settings.vision.num_frames)
+        _refuse_other_vision(settings.vision, encoder.config, settings.vision_weights)
+        return encoder
 
     def _continued(self, uri: str) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
-        folder = manifest.fetch(uri)
+        folder, vision = manifest.fetch(uri), self.config.model.vision
         config = MPlugVideoConfig.from_pretrained(folder)
         self.refuse_too_long(config.num_queries, config.text_config)
-        config.update({"freeze_decoder": self.config.model.freeze_decoder, **self.head_settings()})
+        config.update({**self.freezing(), **self.head_settings()})
         model, report = self.model_class.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -92,12 +113,20 @@ class Task(ABC):
             raise ConfigError(
                 f"{uri} must hold every weight but the task's head; missing or of another shape: {names}."
             )
-        return model, MPlugVideoProcessor.from_pretrained(folder)
+        model.vision_encoder.resize(vision.image_size, vision.num_frames)
+        _refuse_other_vision(vision, model.vision_encoder.config, uri)
+        processor = MPlugVideoProcessor.from_pretrained(folder)
+        processor.image_size, processor.num_frames = vision.image_size, vision.num_frames
+        return model, processor
+
+    def freezing(self) -> dict[str, bool]:
+        """Fields of MPlugVideoConfig that say what is trained."""
+        names = ("freeze_decoder", "freeze_vision", "decoder_dropout")
+        return {name: getattr(self.config.model, name) for name in names}
 
     def refuse_too_long(self, prefix: int, text_config: PreTrainedConfig) -> None:
         """A prefix and a text must fit into the decoder's positions together."""
-        positions = getattr(text_config, "max_position_embeddings", None)
-        longest = self.config.data.max_length
+        positions, longest = getattr(text_config, "max_position_embeddings", None), self.config.data.max_length
         if positions and prefix + longest > positions:
             raise ConfigError(
                 f"model.num_queries + data.max_length must not exceed the decoder's {positions} positions, "
@@ -128,6 +157,21 @@ class Task(ABC):
         ids = pad_sequence([torch.tensor(row) for row in rows], True, self.processor.tokenizer.pad_token_id)
         mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
         return ids, mask
+
+
+def _refuse_other_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> None:
+    """A preset is made for one decoder: its sizes must be those of the folder that was given."""
+    for key, value in expected.items():
+        if getattr(found, key, None) != value:
+            raise ConfigError(
+                f"model.text.{key} must be that of model.decoder, {getattr(found, key, None)}, got {value}."
+            )
+
+
+def _refuse_other_vision(expected: VisionConfig, found: TimeSformerConfig, uri: str) -> None:
+    for key, value in expected.model_dump(exclude={"initializer_range"}).items():
+        if getattr(found, key) != value:
+            raise ConfigError(f"model.vision.{key} must be that of {uri}, {getattr(found, key)}, got {value}.")
 
 
 class TaskNetwork(nn.Module):

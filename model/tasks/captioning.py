@@ -9,6 +9,8 @@ from model.tasks.base import Logs, Prediction, Task, stack_clips
 
 MAX_WORDS = 80
 NUM_BEAMS = 5
+RELEASED_NEW_TOKENS = 119
+"""The released search's buffer: 20 places for a prompt and 100 tokens, of which the begin token takes one."""
 
 
 class Captioning(Task):
@@ -26,15 +28,14 @@ class Captioning(Task):
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
         tokenizer, pixels = self.processor.tokenizer, batch["pixel_values"]
+        released = self.model.config.released_beam_search
         begin = torch.full((len(pixels), 1), tokenizer.bos_token_id, device=pixels.device)
         written = self.model.generate(
             pixels,
             begin,
             num_beams=NUM_BEAMS,
             do_sample=False,
-            max_new_tokens=self.config.data.max_length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=RELEASED_NEW_TOKENS if released else self.config.data.max_length,
         )
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         return [

@@ -62,27 +62,31 @@ class Classification(Task):
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
-        prefix = self.model.encode_video(batch["pixel_values"]).prefix
-        mask = batch["loss_mask"]
-        generation = self.model.token_losses(prefix, batch["input_ids"], mask).sum() / mask.sum()
-        logits = self.model.classify(prefix, batch["title_ids"], batch["title_mask"]).float()
-        head = F.cross_entropy(logits, batch["labels"])
-        return generation + head, {"loss_generation": generation.detach(), "loss_head": head.detach()}
+        return answer_and_head_loss(self.model, self.model.encode_video(batch["pixel_values"]).prefix, batch)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
         prefix = self.model.encode_video(batch["pixel_values"]).prefix
-        generation = self.model.score_answers(prefix, batch["answer_ids"], batch["answer_mask"])
         head = self.model.classify(prefix, batch["title_ids"], batch["title_mask"])
         names = self.model.config.class_names
-        return [
-            {
+        predictions = []
+        for row, annotation in enumerate(batch["annotations"]):
+            answers = batch["answer_ids"][row], batch["answer_mask"][row]
+            predictions.append({
                 "video": annotation.video,
                 "text": annotation.text,
                 "label": annotation.label,
                 "prediction": names[int(head[row].argmax())],
-                "generation_scores": generation[row].float().tolist(),
+                "generation_scores": self.model.score_answers(prefix[row, None], *answers).float().tolist(),
                 "head_scores": head[row].float().tolist(),
-            }
-            for row, annotation in enumerate(batch["annotations"])
-        ]
+            })  # fmt: skip
+        return predictions
+
+
+def answer_and_head_loss(model: MPlugVideoForClassification, prefix: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+    """The loss of the right answer's tokens, and of the head on prefix + title alone (a second pass)."""
+    mask = batch["loss_mask"]
+    generation = model.token_losses(prefix, batch["input_ids"], mask).sum() / mask.sum()
+    logits = model.classify(prefix, batch["title_ids"], batch["title_mask"]).float()
+    head = F.cross_entropy(logits, batch["labels"])
+    return generation + head, {"loss_generation": generation.detach(), "loss_head": head.detach()}

@@ -3,7 +3,6 @@
 One loop for every task, on one process and on many. `train` is the outline; the mechanics are one call away.
 """
 
-import logging
 import math
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from model import manifest, storage
-from model.config import ConfigError, RunConfig, TrackingConfig
+from model.config import ConfigError, RunConfig, TrackingConfig, in_steps
 from model.data.loader import Batch, ClipDataset, training_loader
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
@@ -28,7 +27,6 @@ from model.training.distributed import Processes, mean_over_processes, processes
 from model.training.engine import Engine
 from model.training.optim import lr_at
 
-log = logging.getLogger("mplug")
 HISTORY = "history.jsonl"
 """The metrics of the run that made a model travel with it."""
 
@@ -38,10 +36,12 @@ def train(config: RunConfig) -> None:
     with processes() as group:
         _refuse_uneven(config, group.world_size)
         torch.manual_seed(config.seed)  # the same fresh weights on every process
+        reader = ShardReader(storage.join(config.data.shards, "train"))
+        config = in_steps(config, len(reader))
         task = build_task(config)
         task.model.train()
         engine = Engine(task.network, config, group)
-        batches = _batches(task, config, group)
+        batches = _batches(task, reader, config, group)
         # one process speaks to MLflow; the others keep a journal of their own
         tracking = config.tracking if group.is_main else TrackingConfig()
         with tracked(tracking, config.name) as run:
@@ -99,8 +99,7 @@ class Meter:
         return metrics
 
 
-def _batches(task: Task, config: RunConfig, group: Processes) -> Iterator[Batch]:
-    reader = ShardReader(storage.join(config.data.shards, "train"))
+def _batches(task: Task, reader: ShardReader, config: RunConfig, group: Processes) -> Iterator[Batch]:
     dataset = ClipDataset(reader, task.processor, augment=config.data, seed=config.seed, read_video=task.reads_video)
     accumulation = config.training.gradient_accumulation
     sampler = BatchSampler(

@@ -8,18 +8,20 @@ from torch import nn
 
 from model.config import OptimConfig
 
-UNDECAYED = ("pos_embed", "cls_token", "temporal_embed")
+UNDECAYED = ("vision_encoder.pos_embed", "vision_encoder.cls_token", "vision_encoder.temporal_embed")
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Learning rate of one optimizer step: linear from 0 to `lr` over the warm-up, then a cosine to `min_lr`.
+    """Learning rate of one optimizer step: linear from 0 to `lr` over the warm-up, then a cosine or line to `min_lr`.
 
     The first warm-up step has rate 0 and the peak comes twice, as upstream trains.
     """
     if step < config.warmup_steps:
         return config.lr * step / max(config.warmup_steps - 1, 1)
-    progress = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+    step, remaining = step - config.warmup_steps, total_steps - config.warmup_steps
+    if config.schedule == "linear":
+        return config.lr + (config.min_lr - config.lr) * step / max(remaining - 1, 1)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * step / remaining))
 
 
 def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -31,7 +33,9 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, 
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        undecayed = parameter.ndim == 1 or "bias" in name or name.endswith(UNDECAYED)
+        # the temperature is a vector only because ZeRO cannot shard a scalar; upstream's scalar decays
+        vector = parameter.ndim == 1 and not name.endswith("temperature")
+        undecayed = vector or "bias" in name or name.endswith(UNDECAYED)
         spatial = "vision_encoder." in name and "temporal" not in name
         groups[0.0 if undecayed else config.weight_decay, config.vision_lr_scale if spatial else 1.0].append(parameter)
     return [

@@ -13,7 +13,9 @@ AUGMENT = DataConfig(crop_area=0.5, flip_probability=0.5)
 
 
 def dataset(shards: dict[str, str], augment: DataConfig | None = AUGMENT) -> ClipDataset:
-    processor = MPlugVideoProcessor(load_tokenizer(FIXTURES / "tokenizer.json"), image_size=32, num_frames=4)
+    processor = MPlugVideoProcessor(
+        load_tokenizer(FIXTURES / "upstream" / "modelscope_gpt3" / "tokenizer.json"), image_size=32, num_frames=4
+    )
     return ClipDataset(ShardReader(shards["pretrain"] + "/train"), processor, augment=augment, seed=1)
 
 

@@ -10,7 +10,7 @@ from model.mplug_video.tokenization import encode_pair, encode_sentence, load_to
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDEN = json.loads((FIXTURES / "tokenizer_golden.json").read_text(encoding="utf-8"))
 CLEANED = json.loads((FIXTURES / "cleaned_captions.json").read_text(encoding="utf-8"))
-TOKENIZER = load_tokenizer(FIXTURES / "tokenizer.json")
+TOKENIZER = load_tokenizer(FIXTURES / "upstream" / "modelscope_gpt3" / "tokenizer.json")
 
 
 @pytest.mark.parametrize("case", GOLDEN["sentences"], ids=lambda case: case["text"][:12])

@@ -1,0 +1,89 @@
+"""The matching variant of retrieval (ITM): does this title belong to this clip? Answered in words and by a head.
+
+Upstream pairs its negatives with the clip they came from, so that they are true pairs labelled false; here a negative
+is the title of another clip.
+"""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.data.annotations import Annotation
+from model.data.loader import Batch, Example
+from model.mplug_video.modeling import MPlugVideoForClassification
+from model.mplug_video.processing import clean_caption
+from model.mplug_video.tokenization import encode_pair, encode_sentence
+from model.mplug_video.upstream_shapes import MATCHING_CLASSES
+from model.tasks.base import Logs, Prediction, Task, answer_mask, stack_clips
+from model.tasks.classification import answer_and_head_loss
+
+PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the released models were trained on this wording
+PROMPT_RESERVE = 20  # characters of a title that make room for the prompt's own words
+MAX_WORDS = 80
+NEGATIVES = 2
+"""Titles of other clips per clip."""
+
+
+class Matching(Task):
+    model_class = MPlugVideoForClassification
+
+    def head_settings(self) -> dict[str, Any]:
+        return {"class_names": MATCHING_CLASSES}
+
+    def collate(self, examples: list[Example]) -> Batch:
+        pairs = [(row, row, 1) for row in range(len(examples))]  # (clip, title, whether they match)
+        for row, example in enumerate(examples):
+            others = [n for n, other in enumerate(examples) if other.annotation.video != example.annotation.video]
+            drawn = random.Random(example.seed).sample(others, min(NEGATIVES, len(others)))
+            pairs += [(row, other, 0) for other in drawn]
+        titles = [self._title(examples[title].annotation) for _, title, _ in pairs]
+        return {
+            "pixel_values": stack_clips(examples),
+            "clips": torch.tensor([clip for clip, _, _ in pairs]),
+            "labels": torch.tensor([label for _, _, label in pairs]),
+            **self._questions(titles, [MATCHING_CLASSES[label] for _, _, label in pairs]),
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
+        prefix = self.model.encode_video(batch["pixel_values"]).prefix
+        return answer_and_head_loss(self.model, prefix[batch["clips"]], batch)
+
+    def collate_evaluation(self, examples: list[Example]) -> Batch:
+        annotations = [example.annotation for example in examples]
+        return {"pixel_values": stack_clips(examples), "annotations": annotations}
+
+    def read_split(self, annotations: list[Annotation]) -> None:
+        titles = [self._title(annotation) for annotation in annotations]
+        self.candidates = self._questions(titles, [MATCHING_CLASSES[1]] * len(titles))
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """Scores of every title of the split for each clip: the likelihood of 是, and the head's probability."""
+        every = {name: tensor.to(self.model.device) for name, tensor in self.candidates.items()}
+        predictions = []
+        for row, annotation in enumerate(batch["annotations"]):
+            prefix = self.model.encode_video(batch["pixel_values"][row, None]).prefix
+            answers = self.model.score_answers(prefix, every["input_ids"], every["loss_mask"])
+            head = self.model.classify_candidates(prefix, every["title_ids"], every["title_mask"])
+            predictions.append({
+                "video": annotation.video,
+                "text": annotation.text,
+                "generation_scores": answers.float().tolist(),
+                "head_scores": head.float().softmax(dim=1)[:, 1].tolist(),
+            })  # fmt: skip
+        return predictions
+
+    def _title(self, annotation: Annotation) -> str:
+        return clean_caption(annotation.text, MAX_WORDS)
+
+    def _questions(self, titles: list[str], answers: list[str]) -> Batch:
+        """Prompt and answer as token ids, and the titles alone, which the head reads."""
+        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        questions = [PROMPT.format(title[: length - PROMPT_RESERVE]) for title in titles]
+        pairs = [encode_pair(tokenizer, *pair, length) for pair in zip(questions, answers, strict=True)]
+        ids, mask = self.pad([row for row, _ in pairs])
+        title_ids, title_mask = self.pad([encode_sentence(tokenizer, title, length) for title in titles])
+        loss_mask = answer_mask(mask, [prompt for _, prompt in pairs])
+        return {"input_ids": ids, "loss_mask": loss_mask, "title_ids": title_ids, "title_mask": title_mask}

@@ -1,0 +1,63 @@
+"""Recorded runs of the original code: `Recording("cls")` holds its inputs and outputs, and converts its weights."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from model.mplug_video.conversion import convert
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "upstream"
+GPT3 = FOLDER / "modelscope_gpt3"
+
+
+class Recording:
+    """One recorded case. Weights are random, of tiny sizes; every number comes from the original code in float32."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.facts = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(FOLDER / f"{self.name}.safetensors")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def convert(self, folder: Path, **options: object) -> Path:
+        """Writes the recorded weights as they are published, and converts them."""
+        decoder = folder / "gpt3"
+        decoder.mkdir(parents=True)
+        (decoder / "config.json").write_text(json.dumps(self.facts["text_cfg"]))
+        (decoder / "tokenizer.json").write_bytes((GPT3 / "tokenizer.json").read_bytes())
+        state = {
+            name.removeprefix("state/"): value for name, value in self.tensors.items() if name.startswith("state/")
+        }
+        torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
+        heads = self.facts["visual_cfg"]["num_heads"]
+        convert(
+            folder / "mp_rank_00_model_states.pt", folder / "converted", decoder=decoder, vision_heads=heads, **options
+        )
+        return folder / "converted"
+
+    def load(self, kind: type[PreTrainedModel], folder: Path, **options: object) -> PreTrainedModel:
+        converted = self.convert(folder, **options)
+        return kind.from_pretrained(converted, dtype=torch.float32).eval()
+
+
+def mapped_names(folder: Path) -> dict[str, str]:
+    """The recorded names of parameters -> ours."""
+    names: dict[str, str] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["mapped"]
+    return names
+
+
+def grad_norms(model: PreTrainedModel, names: list[str], folder: Path) -> Tensor:
+    """Gradient norms in the order of recorded names, -1 where no gradient arrived."""
+    ours, parameters = mapped_names(folder), dict(model.named_parameters())
+    grads = [parameters[ours[name]].grad for name in names]
+    return torch.stack([torch.tensor(-1.0) if grad is None else grad.norm() for grad in grads])
