@@ -100,6 +100,44 @@ def presets() -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="GPT-3 folder, image encoder, or trained model, as published.")],
+    dest: Annotated[str, typer.Argument(help="Folder or s3:// URI to write; must not exist.")],
+    decoder: Annotated[
+        Path | None, typer.Option(help="A trained model's GPT-3 folder: tokenizer, number of heads.")
+    ] = None,
+    vision_heads: Annotated[int, typer.Option(min=1, help="Attention heads of the vision encoder.")] = 8,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize position embeddings to this image size.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Resize frame embeddings to this many frames.")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="JSON of a head's categories: a list, or name: number.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Leave out tensors of this name or pattern; repeatable.")
+    ] = None,
+) -> None:
+    """Convert published weights into a folder that `from_pretrained` loads.
+
+    What SOURCE is, its tensors tell: a ModelScope GPT-3 folder (also in tensor-parallel pieces) becomes a decoder, CLIP
+    or a timm ViT a vision encoder, `1_3B_mp_rank_00_model_states.pt` a whole model. DEST/conversion.json lists what
+    became of every tensor.
+
+    Example: `mplug convert 1_3B_mp_rank_00_model_states.pt work/mplug-1.3b --decoder nlp_gpt3_text-generation_1.3B`
+    """
+    from model.mplug_video.conversion import convert_to
+    from model.mplug_video.upstream_shapes import read_class_names
+
+    conversion = convert_to(
+        source, dest, decoder=decoder, vision_heads=vision_heads, image_size=image_size, num_frames=num_frames,
+        class_names=read_class_names(class_names) if class_names else None, drop=drop or [],
+    )  # fmt: skip
+    print(conversion.summary(), file=sys.stderr)
+    print(dest)
+
+
+@app.command()
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -121,6 +159,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or URI of a trained model.")],
     shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    preset: Annotated[str, typer.Option(help="The task's preset, for a model that `mplug convert` made.")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 32,
     out: Annotated[str, typer.Option(help="Where to write scores and predictions as JSON.")] = "",
     tracking_uri: TrackingUri = "",
@@ -132,7 +171,12 @@ def evaluate(
     from model.evaluation import runner
 
     evaluation = runner.evaluate(
-        model, shards=shards, split=split, batch_size=batch_size, tracking={"uri": tracking_uri, "parent_run": ""}
+        model,
+        shards=shards,
+        split=split,
+        preset=preset,
+        batch_size=batch_size,
+        tracking={"uri": tracking_uri, "parent_run": ""},
     )
     if out:
         runner.save(evaluation, out)

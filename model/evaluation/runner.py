@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from model import manifest, storage
-from model.config import RunConfig, parse
+from model.config import ConfigError, RunConfig, parse
+from model.config import load as load_config
 from model.data.annotations import DataError
 from model.data.loader import Batch, ClipDataset, evaluation_loader
 from model.data.shards import ShardReader, quarantined
@@ -39,13 +40,20 @@ class Evaluation:
 
 
 def evaluate(
-    model: str, *, shards: str, split: str = "test", batch_size: int = 32, tracking: dict[str, str] | None = None
+    model: str,
+    *,
+    shards: str,
+    split: str = "test",
+    preset: str = "",
+    batch_size: int = 32,
+    tracking: dict[str, str] | None = None,
 ) -> Evaluation:
     """Scores the model at `model` on <shards>/<split>; every clip of the split counts exactly once.
 
+    A trained model brings its configuration, for a converted one `preset` names it.
     Raises DataError where some clips of the split are in quarantine: a figure on the rest would not be comparable.
     """
-    config, pretrained = _config(model, shards, tracking)
+    config, pretrained = _config(model, shards, tracking, preset)
     reader = ShardReader(storage.join(shards, split))
     missing = list(quarantined(storage.join(shards, split)))
     if missing:
@@ -69,9 +77,13 @@ def load(uri: str) -> Evaluation:
     return Evaluation(**json.loads(storage.read(uri)))
 
 
-def _config(model: str, shards: str, tracking: dict[str, str] | None) -> tuple[RunConfig, bool]:
+def _config(model: str, shards: str, tracking: dict[str, str] | None, preset: str) -> tuple[RunConfig, bool]:
     """The model's own configuration, pointed at its weights and the data to judge; and whether it was pre-trained."""
-    tree = manifest.read(model)["config"]
+    tree = manifest.read(model).get("config")
+    if preset or tree is None:
+        if not preset:
+            raise ConfigError(f"{model} was converted, not trained here: --preset must name its task's configuration.")
+        tree = load_config(preset, [f"model.init_from={model}", f"data.shards={shards}"]).model_dump(mode="json")
     pretrained = bool(tree["model"]["init_from"])
     tree["model"] |= {"init_from": model}
     tree["data"] |= {"shards": shards}

@@ -7,6 +7,7 @@ error.
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from model import manifest
+from model import manifest, storage
 from model.mplug_video.checkpoints import ConversionError, open_checkpoint, write_checkpoint
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.mplug_video.modeling import (
@@ -97,6 +98,19 @@ class Conversion:
         if self.initialised:
             lines.append(f"{len(self.initialised)} initialised, the source has none: {self.initialised[0]}, …")
         return "\n".join(lines)
+
+
+def convert_to(source: Path, dest: str, **options: Any) -> Conversion:
+    """Like `convert`, to a folder or an s3:// URI."""
+    if not storage.is_s3(dest):
+        return convert(source, Path(dest), **options)
+    if storage.exists(storage.join(dest, manifest.FILE)):
+        raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Choose another.")
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "converted"
+        conversion = convert(source, local, **options)
+        manifest.put(local, dest, (local / manifest.FILE).read_bytes())
+    return conversion
 
 
 def convert(

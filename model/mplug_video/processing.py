@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -30,6 +31,8 @@ class MPlugVideoProcessor:
         resample: str = "bicubic",
     ) -> None:
         """`resample`: "bicubic", as clips are cropped in training, or "nearest", as the released models are judged."""
+        if resample not in ("bicubic", "nearest"):
+            raise ValueError(f"resample must be bicubic or nearest, got {resample}.")
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.num_frames = num_frames
@@ -39,8 +42,10 @@ class MPlugVideoProcessor:
 
     def clip(self, frames: Sequence[Image.Image]) -> Tensor:
         """Resizes T frames to the model's square -> (C, T, H, W). The aspect ratio is not kept, nothing is cut off."""
-        size, filtered = (self.image_size, self.image_size), Image.Resampling[self.resample.upper()]
-        return self.normalize([frame.resize(size, filtered) for frame in frames])
+        size = (self.image_size, self.image_size)
+        if self.resample == "bicubic":
+            return self.normalize([frame.resize(size, Image.Resampling.BICUBIC) for frame in frames])
+        return self.normalize([_nearest(frame, self.image_size) for frame in frames])
 
     def normalize(self, frames: Sequence[Image.Image]) -> Tensor:
         """RGB frames of the model's size -> (C, T, H, W) float32."""
@@ -65,6 +70,12 @@ class MPlugVideoProcessor:
         settings = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
         settings.pop("processor_class")
         return cls(AutoTokenizer.from_pretrained(str(folder)), **settings)
+
+
+def _nearest(frame: Image.Image, size: int) -> Image.Image:
+    """Pixel i of the result is pixel floor(i · scale), as OpenCV counts; Pillow takes the one in the middle."""
+    rows, columns = (np.arange(size) * side // size for side in (frame.height, frame.width))
+    return Image.fromarray(np.asarray(frame)[rows[:, None], columns])
 
 
 def _to_tensor(frame: Image.Image) -> Tensor:

@@ -77,6 +77,15 @@ def vision_config_of(tensors: dict[str, Tensor], heads: int, num_frames: int) ->
     )
 
 
+def read_class_names(path: Path) -> list[str]:
+    """The categories of a classname.json, in the order of their numbers."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} must be JSON, a list of names or name: number: {error}.") from error
+    return sorted(names, key=names.__getitem__) if isinstance(names, dict) else list(names)
+
+
 def class_names_of(state: dict[str, Tensor], names: list[str] | None) -> list[str] | None:
     if "cls_head.2.weight" not in state:
         return None

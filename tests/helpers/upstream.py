@@ -31,10 +31,7 @@ class Recording:
 
     def convert(self, folder: Path, **options: object) -> Path:
         """Writes the recorded weights as they are published, and converts them."""
-        decoder = folder / "gpt3"
-        decoder.mkdir(parents=True)
-        (decoder / "config.json").write_text(json.dumps(self.facts["text_cfg"]))
-        (decoder / "tokenizer.json").write_bytes((GPT3 / "tokenizer.json").read_bytes())
+        decoder = gpt3_folder(folder / "gpt3", self.facts["text_cfg"])
         state = {
             name.removeprefix("state/"): value for name, value in self.tensors.items() if name.startswith("state/")
         }
@@ -48,6 +45,14 @@ class Recording:
     def load(self, kind: type[PreTrainedModel], folder: Path, **options: object) -> PreTrainedModel:
         converted = self.convert(folder, **options)
         return kind.from_pretrained(converted, dtype=torch.float32).eval()
+
+
+def gpt3_folder(folder: Path, config: dict[str, object]) -> Path:
+    """What ModelScope's folder holds beside the weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_bytes((GPT3 / "tokenizer.json").read_bytes())
+    return folder
 
 
 def mapped_names(folder: Path) -> dict[str, str]:

@@ -71,3 +71,18 @@ def test_chance_is_one_in_the_number_of_classes_or_clips() -> None:
     assert metrics.chance("classification", rows, list("abcdefgh"))["top1"] == 1 / 8
     assert metrics.chance("retrieval", rows, [])["video_to_text_r5"] == 1 / 4
     assert metrics.chance("captioning", rows, []) == {}
+
+
+def test_matching_ranks_texts_per_clip_and_clips_per_text() -> None:
+    head = [[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.3, 0.6]]  # the second clip prefers the first's title
+    answers = [[-3.0, -1.0, -2.0]] * 3
+    predictions = [
+        {"video": f"{row}.mp4", "text": str(row), "head_scores": head[row], "generation_scores": answers[row]}
+        for row in range(3)
+    ]
+    scores = metrics.score("matching", predictions, [])
+    assert scores["video_to_text_r1"] == pytest.approx(2 / 3)
+    assert scores["text_to_video_r1"] == 1
+    assert scores["generation_video_to_text_r1"] == pytest.approx(1 / 3)
+    assert scores["generation_text_to_video_r1"] == 0  # every clip ties
+    assert metrics.chance("matching", predictions, [])["text_to_video_r1"] == pytest.approx(1 / 3)

@@ -3,20 +3,71 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from upstream import FOLDER, Recording, mapped_names
 
-from model.config import OptimConfig
+from model.config import OptimConfig, in_steps, load
+from model.mplug_video import (
+    MPlugVideoForClassification,
+    MPlugVideoForConditionalGeneration,
+    MPlugVideoForPreTraining,
+    MPlugVideoForRetrieval,
+)
 from model.training.optim import lr_at, parameter_groups
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "fixtures" / "lr_schedule.json").read_text())
+RECORDED = json.loads((FOLDER / "optimisation.json").read_text())
+SCHEDULES = load_file(FOLDER / "schedules.safetensors")
+MODELS = {
+    "pretrain": MPlugVideoForConditionalGeneration,
+    "pretrain_contrastive": MPlugVideoForPreTraining,
+    "cls": MPlugVideoForClassification,
+    "caption": MPlugVideoForConditionalGeneration,
+    "retrieval": MPlugVideoForRetrieval,
+    "retrieval_itm": MPlugVideoForClassification,
+}
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_the_schedule_is_upstreams(name: str) -> None:
-    case = GOLDEN[name]
-    config = OptimConfig(lr=case["base_value"], min_lr=case["final_value"], warmup_steps=case["warmup_steps"])
-    for step, expected in case["values"].items():
-        assert lr_at(int(step), case["total"], config) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    case = RECORDED["schedules"][name]
+    settings = {
+        "optim.lr": case["base_value"],
+        "optim.min_lr": case["final_value"],
+        "optim.warmup_steps": max(case.get("warmup_steps", 0), 0),
+        "optim.warmup_epochs": max(case.get("warmup_epochs", 0), 0),
+        "optim.schedule": case.get("sched_type", "cosine"),
+        "training.epochs": case["epochs"],
+        "training.steps": 0,
+        "model.decoder": "d",
+        "data.shards": "s",
+        "data.batch_size": 4,
+    }
+    config = load("tiny_pretraining", [f"{key}={value}" for key, value in settings.items()])
+    config = in_steps(config, clips=4 * case["niter_per_ep"] + 3)  # an incomplete last batch is left out
+    expected = SCHEDULES[name].tolist()
+    assert config.training.steps == len(expected)
+    found = [lr_at(step, len(expected), config.optim) for step in range(len(expected))]
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", RECORDED["parameter_groups"])
+def test_the_parameter_groups_are_upstreams(name: str, tmp_path: Path) -> None:
+    weights = name if name in MODELS else "pretrain"
+    options = {"class_names": list("abcde")} if weights == "cls" else {}
+    folder = Recording(weights).convert(tmp_path, **options)
+    trained = {"freeze_decoder": False, "freeze_vision": True} if "unfrozen_text" in name else {}
+    model = MODELS[weights].from_pretrained(folder, **trained)
+    scale = 1.0 if name == "pretrain_no_backbone_scale" else 0.1
+    names, ours = {id(value): key for key, value in model.named_parameters()}, mapped_names(folder)
+    found = {
+        (group["weight_decay"], group["lr_scale"]): {names[id(parameter)] for parameter in group["params"]}
+        for group in parameter_groups(model, OptimConfig(weight_decay=0.05, vision_lr_scale=scale))
+    }
+    assert found == {
+        (group["weight_decay"], group["lr_scale"]): {ours[parameter] for parameter in group["params"]}
+        for group in RECORDED["parameter_groups"][name]
+    }
 
 
 def test_vectors_biases_and_position_embeddings_do_not_decay_and_clip_weights_move_slowly() -> None:
