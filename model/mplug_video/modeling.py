@@ -23,6 +23,7 @@ from transformers import initialization as init
 from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
 from model.mplug_video.decoding import beam_search
+from model.mplug_video.losses import token_cross_entropy
 from model.mplug_video.vision import TimeSformer
 
 CANDIDATES_AT_ONCE = 64
@@ -103,9 +104,9 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         self.vision_encoder.checkpoint_activations = "vision" in parts
         self.abstractor_checkpointing = "abstractor" in parts
         if "decoder" in parts:
-            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            self.decoder.activation_checkpointing_enable()
         else:
-            self.decoder.gradient_checkpointing_disable()
+            self.decoder.activation_checkpointing_disable()
 
     def encode_video(self, pixel_values: Tensor) -> VideoFeatures:  # (B, C, T, H, W)
         tokens = self.vision_encoder(pixel_values.to(self.dtype))
@@ -151,9 +152,9 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         Logits are computed only where a loss is taken: with V = 51,200 they would be the largest tensor of the step.
         """
         wanted = loss_mask.bool()
-        logits = self.decoder.get_output_embeddings()(states[:, :-1][wanted]).float()  # (wanted, V)
+        targets, head = input_ids[:, 1:][wanted], self.decoder.get_output_embeddings()
         losses = states.new_zeros(wanted.shape, dtype=torch.float32)
-        return losses.masked_scatter(wanted, F.cross_entropy(logits, input_ids[:, 1:][wanted], reduction="none"))
+        return losses.masked_scatter(wanted, token_cross_entropy(states[:, :-1][wanted], head, targets))
 
     def text_features(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """The state of each row's last real token, (B, L, D) -> (B, D)."""

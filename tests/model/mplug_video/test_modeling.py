@@ -1,3 +1,4 @@
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from model.mplug_video import (
     MPlugVideoForConditionalGeneration,
     MPlugVideoForPreTraining,
     MPlugVideoForRetrieval,
+    vision,
 )
 
 VISION = {"image_size": 32, "patch_size": 8, "num_frames": 3, "hidden_size": 32, "num_hidden_layers": 2}
@@ -138,3 +140,46 @@ def test_activation_checkpointing_changes_no_gradient(model: MPlugVideoForPreTra
         gradients.append(model.vision_encoder.patch_embed.weight.grad.clone())
     for found in gradients[1:]:
         torch.testing.assert_close(found, gradients[0])
+
+
+def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    for way in (vision.kept, vision.remade):
+        monkeypatch.setattr(vision, "remade", way)
+        torch.manual_seed(0)
+        model = MPlugVideoForPreTraining(config()).train()
+        for parameter in model.vision_encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        model(clips(), torch.full((2, 6), 9), torch.ones(2, 5)).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for kept, remade in zip(*gradients, strict=True):
+        torch.testing.assert_close(remade, kept)
+
+
+def test_a_linear_layer_on_a_cpu_is_a_linear_layer() -> None:
+    layer = vision.Linear(12, 7)
+    x = torch.randn(3, 5, 12, requires_grad=True)
+    y, expected = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    inputs = (x, layer.weight, layer.bias)
+    for found, other in zip(
+        torch.autograd.grad(y.square().sum(), inputs), torch.autograd.grad(expected.square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_agrees_with_fp32(model: MPlugVideoForPreTraining) -> None:
+    """The bounds that the README states: 1 % of a loss, a cosine of 0.999 between features and between gradients."""
+    arguments = clips(), torch.randint(8, 100, (2, 9)), torch.ones(2, 8)
+    found = {}
+    for precision in ("fp32", "autocast", "bf16"):
+        copied = deepcopy(model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            loss, tokens = copied(*arguments), copied.encode_video(arguments[0]).tokens
+        loss.backward()
+        found[precision] = (loss.float(), tokens.float().flatten(), copied.abstractor.queries.grad.float().flatten())
+    for precision in ("autocast", "bf16"):
+        loss, *vectors = found[precision]
+        torch.testing.assert_close(loss, found["fp32"][0], rtol=0.01, atol=0)
+        for vector, expected in zip(vectors, found["fp32"][1:], strict=True):
+            assert torch.nn.functional.cosine_similarity(vector, expected, dim=0) > 0.999

@@ -1,0 +1,40 @@
+"""Cross entropy of tokens over a large vocabulary, without ever holding all logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROWS_AT_ONCE = 64
+"""Tokens whose logits exist at the same time: at V = 51,200 and fp32, 13 MB."""
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Makes the gradient of the states while the logits are there, and keeps it in place of them."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        losses, gradients = [], []
+        for rows, wanted in zip(torch.split(states, ROWS_AT_ONCE), torch.split(targets, ROWS_AT_ONCE), strict=True):
+            logits = F.linear(rows, weight, bias).float()  # (rows, V)
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            losses.append((normaliser - logits.gather(1, wanted[:, None])).squeeze(1))
+            gradient = logits.sub_(normaliser).exp_()
+            gradient.scatter_add_(1, wanted[:, None], -torch.ones_like(normaliser))
+            gradients.append(gradient.to(weight.dtype) @ weight)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (of_states,) = ctx.saved_tensors
+        return of_states * gradient[:, None].to(of_states.dtype), None, None, None
+
+
+def token_cross_entropy(states: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
+    """Cross entropies (R,) in fp32 of R tokens with states (R, D), under the output layer `head` (V, D)."""
+    if len(states) and states.requires_grad and not head.weight.requires_grad:
+        losses: Tensor = _FrozenHead.apply(states, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+        return losses
+    return F.cross_entropy(head(states).float(), targets, reduction="none")
