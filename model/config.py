@@ -10,12 +10,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.config_problems import explain, prune
 
 PRESETS = Path(__file__).parent / "configs"
 TaskName = Literal["language_modeling", "pretraining", "classification", "retrieval", "matching", "captioning"]
@@ -303,8 +304,8 @@ def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
             config = RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
             break
         except ValidationError as error:
-            problems += [line for item in error.errors() for line in _explain(item)]
-            if not _prune(tree, error.errors()):
+            problems += [line for item in error.errors() for line in explain(item, RunConfig)]
+            if not prune(tree, error.errors()):
                 raise ConfigError("\n".join(dict.fromkeys(problems))) from None
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
@@ -314,58 +315,3 @@ def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
 def _text_keys(value: Any) -> Any:
     """YAML reads `on:` and `1:` as other keys than the words that stand there; JSON knows only text."""
     return {str(key): _text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _explain(item: Any) -> list[str]:
-    key = ".".join(str(part) for part in item["loc"] if not _is_union_arm(part))
-    match item["type"]:
-        case "extra_forbidden":
-            leaves = [f"{key}.{leaf}" for leaf in item["input"]] if isinstance(item["input"], dict) else [key]
-            return [f"{leaf} is not a known key. The nearest is {_nearest(leaf)}." for leaf in leaves]
-        case "value_error":
-            return str(item["ctx"]["error"]).splitlines()
-        case _ if _is_union_arm(item["loc"][-1]):
-            return [f"{key}: input should be a number, a boolean or a string, got {item['input']!r}."]
-        case _:
-            return [f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}."]
-
-
-def _nearest(key: str) -> str:
-    return max(_known_keys(), key=partial(_likeness, key))
-
-
-def _likeness(key: str, known: str) -> float:
-    """How alike two dotted keys are, the last part counting as much as the whole."""
-    pairs = (key, known), (key.rpartition(".")[2], known.rpartition(".")[2])
-    return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-
-def _is_union_arm(part: str | int) -> bool:
-    return part in {"int", "float", "bool", "str"}  # pydantic names the arm of a union in the path
-
-
-def _prune(tree: dict[str, Any], problems: list[Any]) -> bool:
-    """Removes the values that the problems are about; False where nothing was left to remove."""
-    removed = False
-    for problem in problems:
-        path = [part for part in problem["loc"] if not _is_union_arm(part)]
-        while path and isinstance(path[-1], int):
-            path.pop()  # an item of a list: the list itself is wrong
-        section = tree
-        for part in path[:-1]:
-            section = section.get(part, {})
-        if path and path[-1] in section:
-            del section[path[-1]]
-            removed = True
-    return removed
-
-
-def _known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys += _known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys

@@ -2,10 +2,12 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from upstream import Recording
 
 from pipelines.cli import app
 
@@ -37,6 +39,24 @@ def test_every_command_in_a_document_exists(document: Path) -> None:
             assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
 
 
+def test_the_python_example_runs_on_converted_weights(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "work").mkdir()
+    for name, folder in (("caption", "mplug-1.3b"), ("cls", "classifier"), ("retrieval", "retriever")):
+        options = {"class_names": list("abcde"), "num_frames": 4} if name == "cls" else {}
+        Recording(name).convert(tmp_path / name, **options).rename(tmp_path / "work" / folder)
+    shutil.copy(next((corpus / "videos").glob("*.mp4")), tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(example, {})
+    caption, category, similarities = capsys.readouterr().out.strip().split("\n")[-3:]
+    assert caption.startswith("['")
+    assert category in "abcde"
+    assert similarities.startswith("tensor([[")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
@@ -46,6 +66,6 @@ def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
 
 
 def test_no_file_is_longer_than_the_house_allows() -> None:
-    for package in ("model", "components", "pipelines", "tests"):
+    for package in ("model", "components", "pipelines", "tests", "benchmarks"):
         for path in (ROOT / package).rglob("*.py"):
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from model.mplug_video.tokenization import encode_pair, encode_sentence
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,8 +43,12 @@ class MPlugVideoProcessor:
         self.std = tuple(std)
         self.resample = resample
 
-    def clip(self, frames: Sequence[Image.Image]) -> Tensor:
-        """Resizes T frames to the model's square -> (C, T, H, W). The aspect ratio is not kept, nothing is cut off."""
+    def clip(self, frames: list[Image.Image]) -> Tensor:
+        """Resizes T frames to the model's square -> (C, T, H, W). The aspect ratio is not kept, nothing is cut off.
+
+        The last frame of a clip that has fewer is repeated.
+        """
+        frames = [*frames, *frames[-1:] * (self.num_frames - len(frames))]
         size = (self.image_size, self.image_size)
         if self.resample == "bicubic":
             return self.normalize([frame.resize(size, Image.Resampling.BICUBIC) for frame in frames])
@@ -52,6 +59,30 @@ class MPlugVideoProcessor:
         pixels = torch.stack([_to_tensor(frame) for frame in frames])  # (T, H, W, C)
         pixels = (pixels.float() / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
         return pixels.permute(3, 0, 1, 2).contiguous()  # (C, T, H, W)
+
+    def texts(self, texts: Sequence[str], max_length: int = 80) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask (B, L) of sentences, with begin and end."""
+        return self.pad([encode_sentence(self.tokenizer, text, max_length) for text in texts])
+
+    def pairs(self, pairs: Iterable[tuple[str, str]], max_length: int = 80) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) of (prompt, answer) pairs, and the loss mask (B, L - 1) of the answers."""
+        encoded = [encode_pair(self.tokenizer, *pair, max_length) for pair in pairs]
+        ids, mask = self.pad([row for row, _ in encoded])
+        return ids, answer_mask(mask, [prompt_length for _, prompt_length in encoded])
+
+    def pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask (B, L), padded on the right to the longest row."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.tokenizer.pad_token_id)
+        return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
+
+    def begin(self, clips: int) -> Tensor:
+        """The prompt (B, 1) of captions, which are written after the begin token alone."""
+        return torch.full((clips, 1), self.tokenizer.bos_token_id)
+
+    def captions(self, written: Tensor) -> list[str]:
+        """The texts of generated token ids (B, new); Chinese is written without spaces."""
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [text.replace(" ", "").strip() for text in texts]
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(str(folder))
@@ -80,6 +111,14 @@ def _nearest(frame: Image.Image, size: int) -> Image.Image:
 
 def _to_tensor(frame: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).view(frame.height, frame.width, 3)
+
+
+def answer_mask(attention_mask: Tensor, prompt_lengths: list[int]) -> Tensor:
+    """Loss mask (B, L - 1) of the tokens after the prompt: column j is the loss of token j + 1."""
+    mask = attention_mask[:, 1:].clone()
+    for row, length in enumerate(prompt_lengths):
+        mask[row, :length] = 0
+    return mask
 
 
 def clean_caption(text: str, max_words: int) -> str:

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from model import manifest
@@ -16,7 +15,7 @@ from model.data.shards import describe
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.mplug_video.modeling import decoder_config
 from model.mplug_video.processing import MPlugVideoProcessor, clean_caption
-from model.mplug_video.tokenization import encode_sentence, with_special_tokens
+from model.mplug_video.tokenization import with_special_tokens
 from model.mplug_video.vision import TimeSformer
 
 Prediction = dict[str, Any]
@@ -148,15 +147,8 @@ class Task(ABC):
 
     def encode_texts(self, examples: list[Example], max_words: int) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask (B, L) of the examples' cleaned texts."""
-        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
-        texts = (clean_caption(example.annotation.text, max_words) for example in examples)
-        return self.pad([encode_sentence(tokenizer, text, length) for text in texts])
-
-    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask (B, L), padded on the right to the longest row."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.processor.tokenizer.pad_token_id)
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
-        return ids, mask
+        texts = [clean_caption(example.annotation.text, max_words) for example in examples]
+        return self.processor.texts(texts, self.config.data.max_length)
 
 
 def _refuse_other_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> None:
@@ -189,11 +181,3 @@ class TaskNetwork(nn.Module):
 def stack_clips(examples: list[Example]) -> Tensor:
     """(B, C, T, H, W)"""
     return torch.stack([example.clip for example in examples if example.clip is not None])
-
-
-def answer_mask(attention_mask: Tensor, prompt_lengths: list[int]) -> Tensor:
-    """Loss mask (B, L - 1) of the tokens after the prompt: column j is the loss of token j + 1."""
-    mask = attention_mask[:, 1:].clone()
-    for row, length in enumerate(prompt_lengths):
-        mask[row, :length] = 0
-    return mask

@@ -27,22 +27,19 @@ class Captioning(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        tokenizer, pixels = self.processor.tokenizer, batch["pixel_values"]
-        released = self.model.config.released_beam_search
-        begin = torch.full((len(pixels), 1), tokenizer.bos_token_id, device=pixels.device)
+        pixels, released = batch["pixel_values"], self.model.config.released_beam_search
         written = self.model.generate(
             pixels,
-            begin,
+            self.processor.begin(len(pixels)).to(pixels.device),
             num_beams=NUM_BEAMS,
             do_sample=False,
             max_new_tokens=RELEASED_NEW_TOKENS if released else self.config.data.max_length,
         )
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         return [
             {
                 "video": annotation.video,
-                "prediction": text.replace(" ", ""),
+                "prediction": text,
                 "references": list(annotation.references or [annotation.text]),
             }
-            for annotation, text in zip(batch["annotations"], texts, strict=True)
+            for annotation, text in zip(batch["annotations"], self.processor.captions(written), strict=True)
         ]

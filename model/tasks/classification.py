@@ -10,8 +10,7 @@ from model.data.annotations import DataError
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
-from model.mplug_video.tokenization import encode_pair
-from model.tasks.base import Logs, Prediction, Task, answer_mask, stack_clips
+from model.tasks.base import Logs, Prediction, Task, stack_clips
 
 PROMPT = "视频标题：{} 视频类目："  # the released models were trained on this wording
 PROMPT_RESERVE = 15  # characters of a title that make room for the prompt's own words
@@ -39,20 +38,16 @@ class Classification(Task):
         return batch, labels
 
     def collate(self, examples: list[Example]) -> Batch:
-        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
         batch, labels = self._encode(examples)
-        pairs = [encode_pair(tokenizer, self._question(item), item.annotation.label, length) for item in examples]
-        ids, mask = self.pad([row for row, _ in pairs])
-        loss_mask = answer_mask(mask, [prompt for _, prompt in pairs])
+        pairs = [(self._question(item), item.annotation.label) for item in examples]
+        ids, loss_mask = self.processor.pairs(pairs, self.config.data.max_length)
         return {**batch, "labels": torch.tensor(labels), "input_ids": ids, "loss_mask": loss_mask}
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
-        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
         batch, _ = self._encode(examples)
         names = self.model.config.class_names
-        pairs = [encode_pair(tokenizer, self._question(item), name, length) for item in examples for name in names]
-        ids, mask = self.pad([row for row, _ in pairs])
-        loss_mask = answer_mask(mask, [prompt for _, prompt in pairs])
+        pairs = [(self._question(item), name) for item in examples for name in names]
+        ids, loss_mask = self.processor.pairs(pairs, self.config.data.max_length)
         shape = (len(examples), len(names), -1)
         return {
             **batch,

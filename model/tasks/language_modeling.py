@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from model import manifest
 from model.config import ConfigError
 from model.data.loader import Batch, Example
-from model.mplug_video.processing import MPlugVideoProcessor, clean_caption
+from model.mplug_video.processing import MPlugVideoProcessor, answer_mask, clean_caption
 from model.mplug_video.tokenization import encode_sentence
-from model.tasks.base import Logs, Task, answer_mask
+from model.tasks.base import Logs, Task
 from model.tasks.pretraining import MAX_WORDS
 
 
@@ -51,7 +51,7 @@ class LanguageModeling(Task):
             sentence = encode_sentence(tokenizer, clean_caption(example.annotation.text, MAX_WORDS), length)
             rng = random.Random(example.seed)
             rows.append([rng.choice(sentence[1:-1] or sentence) for _ in range(hints)] + sentence)
-        ids, mask = self.pad(rows)
+        ids, mask = self.processor.pad(rows)
         return {"input_ids": ids, "loss_mask": answer_mask(mask, [hints] * len(rows))}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:

@@ -14,9 +14,8 @@ from model.data.annotations import Annotation
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
-from model.mplug_video.tokenization import encode_pair, encode_sentence
 from model.mplug_video.upstream_shapes import MATCHING_CLASSES
-from model.tasks.base import Logs, Prediction, Task, answer_mask, stack_clips
+from model.tasks.base import Logs, Prediction, Task, stack_clips
 from model.tasks.classification import answer_and_head_loss
 
 PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the released models were trained on this wording
@@ -80,10 +79,8 @@ class Matching(Task):
 
     def _questions(self, titles: list[str], answers: list[str]) -> Batch:
         """Prompt and answer as token ids, and the titles alone, which the head reads."""
-        tokenizer, length = self.processor.tokenizer, self.config.data.max_length
+        length = self.config.data.max_length
         questions = [PROMPT.format(title[: length - PROMPT_RESERVE]) for title in titles]
-        pairs = [encode_pair(tokenizer, *pair, length) for pair in zip(questions, answers, strict=True)]
-        ids, mask = self.pad([row for row, _ in pairs])
-        title_ids, title_mask = self.pad([encode_sentence(tokenizer, title, length) for title in titles])
-        loss_mask = answer_mask(mask, [prompt for _, prompt in pairs])
+        ids, loss_mask = self.processor.pairs(zip(questions, answers, strict=True), length)
+        title_ids, title_mask = self.processor.texts(titles, length)
         return {"input_ids": ids, "loss_mask": loss_mask, "title_ids": title_ids, "title_mask": title_mask}

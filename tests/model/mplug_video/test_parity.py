@@ -23,7 +23,7 @@ from model.mplug_video import (
     MPlugVideoForRetrieval,
 )
 from model.mplug_video.decoding import beam_search
-from model.tasks.base import answer_mask
+from model.mplug_video.processing import answer_mask
 from model.tasks.pretraining import contrastive_loss
 from model.tasks.retrieval import matching_loss
 

@@ -1,0 +1,102 @@
+"""Peak memory and time of `mplug convert` on a synthetic checkpoint of a published size, in bf16.
+
+    python benchmarks/conversion.py                     # 2.7B: writes and reads 5.6 GB below the temporary folder
+    python benchmarks/conversion.py --preset pretrain_1.3b
+
+Writes benchmarks/results/conversion.json. The peak is the whole process's, with the program itself and the pages of the
+checkpoint that are mapped into it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py would hide the package
+
+import torch  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+
+from model.config import load  # noqa: E402
+from model.mplug_video import MPlugVideoConfig, MPlugVideoForConditionalGeneration  # noqa: E402
+from model.mplug_video.configuration import TimeSformerConfig  # noqa: E402
+from model.mplug_video.tokenization import train_tokenizer  # noqa: E402
+from model.mplug_video.upstream_names import BRIDGE_AND_HEADS, DECODER, VISION, translate  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {
+    "decoder.": ("text_decoder.dist_model.language_model.", DECODER),
+    "vision_encoder.": ("visual_encoder.", VISION),
+    "": ("", BRIDGE_AND_HEADS),
+}
+"""Our prefix -> the published prefix, and the table of names below it."""
+CONVERT = """
+import resource, sys
+from pipelines.cli import app
+app(sys.argv[1:], standalone_mode=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def synthetic_checkpoint(preset: str, folder: Path) -> None:
+    """What is published for a size, with random weights: the checkpoint, and its GPT-3 folder without weights."""
+    settings = load(preset, ["model.decoder=d", "data.shards=s"]).model
+    text = dict(settings.text)
+    config = MPlugVideoConfig(
+        vision_config=TimeSformerConfig(**settings.vision.model_dump()),
+        text_config=AutoConfig.for_model(text.pop("model_type"), **text),
+    )
+    with torch.device("meta"):
+        model = MPlugVideoForConditionalGeneration(config)
+    state = {}
+    for name, form in model.named_parameters():
+        shape = tuple(form.shape)
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            shape = shape[::-1]
+        state[published_name(name)] = torch.rand(shape, dtype=torch.bfloat16)
+    torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
+    (folder / "gpt3").mkdir()
+    train_tokenizer(["小猫"], vocab_size=300).save_pretrained(folder / "gpt3")
+    (folder / "gpt3" / "config.json").write_text(json.dumps({"num_attention_heads": settings.text["n_head"]}))
+
+
+def published_name(name: str) -> str:
+    for ours, (theirs, table) in PARTS.items():
+        if name.startswith(ours):
+            inverse = {value: key for key, value in table.items()}
+            return theirs + str(translate(name.removeprefix(ours), inverse))
+    raise AssertionError(name)
+
+
+def main(preset: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        # in a process of its own: what it allocates is not the conversion's
+        subprocess.run([sys.executable, __file__, "--write", str(folder), "--preset", preset], check=True)
+        source = folder / "mp_rank_00_model_states.pt"
+        command = ["convert", str(source), str(folder / "converted"), "--decoder", str(folder / "gpt3")]
+        start = time.perf_counter()
+        ran = subprocess.run([sys.executable, "-c", CONVERT, *command], check=True, stdout=subprocess.PIPE, text=True)
+        seconds, size = time.perf_counter() - start, source.stat().st_size
+    peak = int(ran.stdout.split()[-1])
+    found = {
+        "preset": preset, "checkpoint_bytes": size, "peak_bytes": peak, "peak_over_checkpoint": peak / size,
+        "seconds": seconds,
+    }  # fmt: skip
+    print(json.dumps(found, indent=1))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "conversion.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="pretrain_2.7b")
+    parser.add_argument("--write", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        synthetic_checkpoint(arguments.preset, Path(arguments.write))
+    else:
+        main(arguments.preset)
