@@ -44,6 +44,7 @@ from model.mplug_video.upstream_shapes import (
     class_names_of,
     gpt2_config,
     refuse_missing,
+    refuse_split_patches,
     tokenizer_of,
     vision_config_of,
 )
@@ -94,6 +95,12 @@ class Conversion:
     def summary(self) -> str:
         reasons = {reason: sum(value == reason for value in self.dropped.values()) for reason in self.dropped.values()}
         lines = [f"{self.architecture.__name__}: {len(self.mapped)} tensors mapped"]
+        vision = getattr(self.config, "vision_config", self.config)
+        if isinstance(vision, TimeSformerConfig):  # what tensors cannot tell is worth a look
+            lines.append(
+                f"vision encoder of {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads, "
+                f"for {vision.num_frames} frames of {vision.image_size} pixels"
+            )
         lines += [f"{count} dropped: {reason}" for reason, count in reasons.items()]
         if self.initialised:
             lines.append(f"{len(self.initialised)} initialised, the source has none: {self.initialised[0]}, …")
@@ -191,7 +198,7 @@ def _vision(state: dict[str, Tensor], heads: int, image_size: int | None, num_fr
     tensors = timm_to_timesformer({timm_name: state[name] for name, timm_name in names.items()})
     conversion.mapped = {name: timesformer_names(timm_name) for name, timm_name in names.items()}
     config = conversion.config = vision_config_of(tensors, heads, num_frames)
-    config.image_size = image_size or config.image_size
+    config.image_size = refuse_split_patches(image_size or config.image_size, config.patch_size)
     tensors["pos_embed"] = resize_positions(tensors["pos_embed"], config.image_size // config.patch_size)
     torch.manual_seed(0)  # the same source gives the same bytes
     fresh = TimeSformer(config).state_dict()
@@ -215,7 +222,7 @@ def _model(
     num_frames = state[f"{VISION_PREFIX}temporal_embed"].shape[1]
     vision = {_vision_name(name): tensor for name, tensor in state.items() if name.startswith(VISION_PREFIX)}
     vision_config = vision_config_of(vision, heads, num_frames)
-    vision_config.image_size = size[0] or vision_config.image_size
+    vision_config.image_size = refuse_split_patches(size[0] or vision_config.image_size, vision_config.patch_size)
     vision_config.num_frames = size[1] or vision_config.num_frames
     config = MPlugVideoConfig(
         vision_config=vision_config,

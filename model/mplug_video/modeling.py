@@ -189,6 +189,8 @@ class MPlugVideoForConditionalGeneration(MPlugVideoPreTrainedModel):
             return self.decoder.generate(
                 inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, **options
             )
+        if foreign := options.keys() - {"num_beams", "do_sample"}:
+            raise ValueError(f"released_beam_search takes no {', '.join(sorted(foreign))}. Set it False to use them.")
         found = beam_search(
             self.decoder, embeddings, num_beams=num_beams, max_new_tokens=max_new_tokens,
             width=input_ids.shape[1] + max_new_tokens, end=text.eos_token_id,

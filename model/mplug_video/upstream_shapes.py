@@ -103,3 +103,9 @@ def refuse_missing(names: list[str], state: Collection[str], what: str) -> None:
     if missing:
         found = ", ".join(list(state)[:3])
         raise ConversionError(f"{what} must hold {missing[0]}; there is none. Its first tensors are {found}.")
+
+
+def refuse_split_patches(image_size: int, patch_size: int) -> int:
+    if image_size % patch_size:
+        raise ConversionError(f"the image size must be a multiple of the patch size {patch_size}, it is {image_size}.")
+    return image_size

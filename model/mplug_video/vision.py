@@ -29,7 +29,7 @@ def kept(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs:
 
 def remade(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Keeps for the backward pass what `make` was given and makes the rest again: for norms, copies, activations."""
-    made = checkpoint(make, *inputs, use_reentrant=False)
+    made = checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False)
     storage = made.untyped_storage().data_ptr()
 
     def pack(tensor: Tensor) -> Any:
@@ -175,7 +175,7 @@ class TimeSformer(PreTrainedModel):
         cls, x = self.norm_pre(cls), self.norm_pre(x)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                cls, x = checkpoint(block, cls, x, kept, use_reentrant=False)
+                cls, x = checkpoint(block, cls, x, kept, use_reentrant=False, preserve_rng_state=False)
             else:
                 cls, x = block(cls, x, remade if torch.is_grad_enabled() else kept)
         return self.norm(torch.cat((cls, x.flatten(1, 2)), dim=1))  # (B, 1 + T·N, D)

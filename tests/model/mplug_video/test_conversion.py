@@ -79,6 +79,7 @@ def test_a_timm_vit_becomes_a_vision_encoder_that_computes_what_upstream_made_of
     conversion = convert(
         clip_file(tmp_path), tmp_path / "clip", vision_heads=config["num_heads"], num_frames=config["num_frames"]
     )
+    assert "vision encoder of 2 layers, 2 heads, for 2 frames of 24 pixels" in conversion.summary()
     encoder = TimeSformer.from_pretrained(tmp_path / "clip").eval()
     state = encoder.state_dict()
     names = {"patch_embed.proj.weight": "patch_embed.weight"}
@@ -219,5 +220,7 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused_with_the_remedy(tmp_pa
         convert(tmp_path / "cut.pt", tmp_path / "out")
     with pytest.raises(ConversionError, match=r"needs the folder of its GPT-3 too.*--decoder"):
         convert(FOLDER / "deepspeed_mp_rank_00_model_states.pt", tmp_path / "out")
+    with pytest.raises(ConversionError, match="a multiple of the patch size 8, it is 30"):
+        convert(clip_file(tmp_path), tmp_path / "out", vision_heads=2, image_size=30)
     with pytest.raises(ConversionError, match="there is nothing"):
         convert(tmp_path / "absent.pt", tmp_path / "out")

@@ -84,6 +84,33 @@ def test_greedy_generation_equals_taking_the_best_token_again_and_again(model: M
     assert written.tolist() == sequence[:, 1:].tolist()
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_sampling_follows_the_seed_and_beams_find_likelier_texts(
+    model: MPlugVideoForPreTraining, released: bool
+) -> None:
+    model.config.released_beam_search = released
+    torch.nn.init.normal_(model.decoder.get_input_embeddings().weight, std=0.1)
+    begin = torch.full((2, 1), 5)
+    sampled = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        sampled.append(model.generate(clips(), begin, do_sample=True, top_k=0, top_p=0.9, max_new_tokens=8).tolist())
+    assert sampled[0] == sampled[1] != sampled[2]
+    if released:
+        with pytest.raises(ValueError, match="released_beam_search takes no min_new_tokens"):
+            model.generate(clips(), begin, num_beams=5, min_new_tokens=8)
+        return
+
+    likelihoods = []
+    for beams in (1, 5):
+        written = model.generate(clips(), begin, num_beams=beams, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+        ids = torch.cat((begin, written), dim=1)
+        with torch.no_grad():
+            losses = model.token_losses(model.encode_video(clips()).prefix, ids, torch.ones(2, written.shape[1]))
+        likelihoods.append(-losses.sum(dim=1))
+    assert (likelihoods[1] >= likelihoods[0] - 1e-4).all()
+
+
 def test_answers_are_scored_by_the_sum_of_their_tokens() -> None:
     model = MPlugVideoForClassification(config()).eval()
     ids = torch.randint(8, 100, (2, 3, 7))
