@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,11 @@ from model.mplug_video import (  # noqa: E402
     vision,
 )
 from model.mplug_video.decoding import beam_search  # noqa: E402
+from model.mplug_video.linear import Linear  # noqa: E402
 
 BATCH, TOKENS, CLASSES, BEAMS, NEW_TOKENS = 4, 40, 45, 5, 20
-PROMPT_TOKENS = 32  # of the 40 that all classes share
+PROMPT_TOKENS = 28  # of the 40 that all classes share; then a name, a token per character, and the end token
+CLASS_NAMES = Path(__file__).parents[1] / "tests" / "fixtures" / "classname.json"
 END = -1  # no token: every search writes NEW_TOKENS
 VISION = {
     "image_size": 112, "patch_size": 16, "num_frames": 8, "hidden_size": 384, "num_hidden_layers": 6,
@@ -64,8 +67,27 @@ def plain_layer_norm(self: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def plain_linear(self: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, self.weight, self.bias if bias is None else bias)
+def plain_attention(self: vision.Attention, x: Tensor, then: nn.Linear | None = None) -> Tensor:
+    return eager_attention(self, x) if then is None else then(eager_attention(self, x))
+
+
+class MegatronCrossEntropy(torch.autograd.Function):
+    """Vocabulary cross entropy as published in Megatron-LM v3, on one rank."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits - logits.max(dim=-1, keepdim=True).values
+        predicted = logits.gather(1, labels[:, None]).squeeze(1).clone()
+        exponentials = logits.exp_()
+        total = exponentials.sum(dim=-1)
+        ctx.save_for_backward(exponentials.div_(total[:, None]), labels)
+        return total.log() - predicted
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        softmax, labels = ctx.saved_tensors
+        softmax[torch.arange(len(labels)), labels] -= 1
+        return softmax.mul_(gradient[:, None]), None
 
 
 def plain_losses(model: Model, prefix: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -74,7 +96,7 @@ def plain_losses(model: Model, prefix: Tensor, ids: Tensor, mask: Tensor) -> Ten
     logits = model.decoder(inputs_embeds=embeddings, use_cache=False).logits.float()
     visual, filler = torch.full((len(ids), prefix.shape[1] - 1), 100, device=ids.device), ids[:, :1]
     labels = torch.cat((visual, ids, filler), dim=1)  # of every position, the last of which is never used
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    losses = MegatronCrossEntropy.apply(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
     return losses[:, prefix.shape[1] : -1] * mask
 
 
@@ -105,9 +127,9 @@ def build(path: str, kind: type[Model], device: str) -> Model:
     model = kind(config)
     if plain:
         model.decoder.set_attn_implementation("eager")
-        vision.Attention.forward = eager_attention
+        vision.Attention.forward = plain_attention
         nn.LayerNorm.forward = plain_layer_norm
-        vision.Linear.forward = plain_linear
+        Linear.forward = nn.Linear.forward
         vision.remade = vision.kept
     return model.to(device)
 
@@ -118,7 +140,9 @@ def training(
     model = build(path, MPlugVideoForConditionalGeneration, device).to(dtype).train()
     model.checkpoint_activations(checkpointed)
     if device == "cpu" and dtype == torch.bfloat16 and path == "ours":
-        torch.backends.cuda.enable_flash_sdp(False)  # as the engine does: slower than plain products on a CPU
+        # as the engine does: plain products are faster on a CPU
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     clips, ids = (
         torch.randn(BATCH, 3, 8, 112, 112, device=device),
         torch.randint(8, 51200, (BATCH, TOKENS), device=device),
@@ -143,8 +167,9 @@ def classes(path: str, device: str) -> tuple[Callable[[], object], int]:
     clip = torch.randn(1, 3, 8, 112, 112, device=device)
     ids = torch.randint(8, 51200, (CLASSES, TOKENS), device=device)
     ids[:, :PROMPT_TOKENS] = ids[:1, :PROMPT_TOKENS]
-    mask = torch.zeros(CLASSES, TOKENS - 1, device=device)
-    mask[:, PROMPT_TOKENS - 1 :] = 1
+    lengths = torch.tensor([[len(name) + 1] for name in json.loads(CLASS_NAMES.read_text())], device=device)
+    position = torch.arange(1, TOKENS, device=device)  # of the token that a column's loss is about
+    mask = ((position >= PROMPT_TOKENS) & (position < PROMPT_TOKENS + lengths)).float()
 
     @torch.no_grad()
     def score() -> list[float]:

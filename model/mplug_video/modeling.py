@@ -7,7 +7,7 @@ B batch, K queries, L text tokens, D decoder width, Dv vision width, V vocabular
 on the right and the decoder is causal, so no real token ever sees it and no attention mask is needed.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,8 @@ from model.mplug_video.decoding import beam_search
 from model.mplug_video.losses import token_cross_entropy
 from model.mplug_video.vision import TimeSformer
 
-CANDIDATES_AT_ONCE = 64
-"""Texts that are scored against one clip in one pass. Each holds a copy of the clip's keys and values."""
+CANDIDATES_AT_ONCE = 16
+"""Texts, of similar length, that are read after one clip in one pass: each has a copy of the clip's keys and values."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +125,30 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         states = self.decoder.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return states[:, prefix.shape[1] :]
 
-    def decode_candidates(self, prefix: Tensor, input_ids: Tensor) -> Tensor:
-        """Decoder states (R, L, D) of R texts (R, L) that all follow one clip's prefix (1, K, D).
+    @torch.no_grad()
+    def decode_candidates(
+        self, prefix: Tensor, input_ids: Tensor, lengths: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Decodes R texts (R, L), of `lengths` (R,) tokens, that all follow one clip's prefix (1, K, D).
 
-        The prefix and the tokens in which the texts agree are read once; each text goes on from their keys and values.
+        Yields groups of texts: their rows (r,), token ids (r, l) and decoder states (r, l, D), without common padding.
+        The prefix and the tokens in which all texts agree are read once; each text goes on from their keys and values.
         """
-        rows, length = input_ids.shape
         agreeing = (input_ids == input_ids[:1]).all(dim=0).long().cumprod(dim=0).sum()
-        common = min(int(agreeing), length - 1)
+        common = int(torch.minimum(agreeing, lengths.min() - 1))
         embeddings = self.decoder.get_input_embeddings()(input_ids)  # (R, L, D)
         cache = DynamicCache(config=self.decoder.config)
         start = torch.cat((prefix, embeddings[:1, :common]), dim=1)  # (1, K + common, D)
-        read_once = self.decoder.base_model(inputs_embeds=start, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(rows)
-        each = self.decoder.base_model(inputs_embeds=embeddings[:, common:], past_key_values=cache, use_cache=True)
-        shared_states = read_once.last_hidden_state[:, prefix.shape[1] :].expand(rows, -1, -1)
-        return torch.cat((shared_states, each.last_hidden_state), dim=1)
+        read = self.decoder.base_model(inputs_embeds=start, past_key_values=cache, use_cache=True).last_hidden_state
+        for rows in torch.split(lengths.argsort(), CANDIDATES_AT_ONCE):
+            longest = int(lengths[rows[-1]])
+            own = deepcopy(cache)
+            own.batch_repeat_interleave(len(rows))
+            each = self.decoder.base_model(
+                inputs_embeds=embeddings[rows, common:longest], past_key_values=own, use_cache=True
+            )
+            shared = read[:, prefix.shape[1] :].expand(len(rows), -1, -1)
+            yield rows, input_ids[rows, :longest], torch.cat((shared, each.last_hidden_state), dim=1)
 
     def token_losses(self, prefix: Tensor | None, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """Cross entropies (B, L - 1) of tokens 1..L-1 after an optional prefix (B, K, D), fp32. See `losses_of`."""
@@ -265,24 +273,25 @@ class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
         """Head logits (B, classes) from the state at the end of prefix + title."""
         return self.classifier(self.text_features(self.decode(prefix, input_ids), attention_mask))
 
+    @torch.no_grad()
     def classify_candidates(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Head logits (R, classes) of R titles (R, L) for the clip whose prefix is (1, K, D)."""
-        logits = [
-            self.classifier(self.text_features(self.decode_candidates(prefix, ids), mask))
-            for ids, mask in zip(*_split(input_ids, attention_mask), strict=True)
-        ]
-        return torch.cat(logits)
+        logits = prefix.new_empty((len(input_ids), len(self.config.class_names or [])))
+        for rows, ids, states in self.decode_candidates(prefix, input_ids, attention_mask.sum(dim=1)):
+            logits[rows] = self.classifier(self.text_features(states, attention_mask[rows, : ids.shape[1]]))
+        return logits
 
+    @torch.no_grad()
     def score_answers(self, prefix: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """Log likelihoods (R,) of R texts (R, L) for the clip whose prefix is (1, K, D), summed where `loss_mask` is 1.
 
         Sums favour short answers; so does the published evaluation (see `mean_answer_scores`).
         """
-        losses = torch.cat([
-            self.losses_of(self.decode_candidates(prefix, ids), ids, mask)
-            for ids, mask in zip(*_split(input_ids, loss_mask), strict=True)
-        ])  # fmt: skip
-        scores = -losses.sum(dim=1)
+        position = torch.arange(2, input_ids.shape[1] + 1, device=loss_mask.device)
+        lengths = (position * loss_mask.bool()).amax(dim=1).clamp(min=2)  # up to the last token that is scored
+        scores = prefix.new_empty(len(input_ids), dtype=torch.float32)
+        for rows, ids, states in self.decode_candidates(prefix, input_ids, lengths):
+            scores[rows] = -self.losses_of(states, ids, loss_mask[rows, : ids.shape[1] - 1]).sum(dim=1)
         return scores / loss_mask.sum(dim=1) if self.config.mean_answer_scores else scores
 
 
@@ -292,7 +301,3 @@ def decoder_config(config: MPlugVideoConfig) -> PreTrainedConfig:
     if config.freeze_decoder and not config.decoder_dropout:
         text_config.update({name: 0.0 for name in text_config.to_dict() if "drop" in name})
     return text_config
-
-
-def _split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [torch.split(tensor, CANDIDATES_AT_ONCE) for tensor in tensors]

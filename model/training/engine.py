@@ -35,6 +35,7 @@ class Engine:
         if processes.device.type == "cpu" and config.training.precision == "bf16":
             # torch 2.13's fused CPU attention is 3 to 7 times slower than plain matrix products in bf16
             torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # products in bf16, not in fp32 copies
         optim = config.optim
         optimizer = torch.optim.AdamW(parameter_groups(network, optim), betas=optim.betas, eps=optim.eps)
         self.device = processes.device

@@ -13,6 +13,7 @@ from model.mplug_video import (
     MPlugVideoForRetrieval,
     vision,
 )
+from model.mplug_video.linear import Linear
 
 VISION = {"image_size": 32, "patch_size": 8, "num_frames": 3, "hidden_size": 32, "num_hidden_layers": 2}
 TEXT = {
@@ -184,7 +185,7 @@ def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(monkeypatch
 
 
 def test_a_linear_layer_on_a_cpu_is_a_linear_layer() -> None:
-    layer = vision.Linear(12, 7)
+    layer = Linear(12, 7)
     x = torch.randn(3, 5, 12, requires_grad=True)
     y, expected = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
