@@ -24,6 +24,7 @@ class _FrozenHead(torch.autograd.Function):
             gradient = logits.sub_(normaliser).exp_()
             gradient.scatter_add_(1, wanted[:, None], -torch.ones_like(normaliser))
             gradients.append(gradient.to(weight.dtype) @ weight)
+            del logits, gradient  # before the next ones come
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
