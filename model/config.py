@@ -26,6 +26,10 @@ class ConfigError(ValueError):
     """The configuration cannot be used; one line per problem. Ends a command with exit code 2."""
 
 
+class ConversionError(ValueError):
+    """Published weights cannot be converted as they are. Ends a command with exit code 3."""
+
+
 class TrackingError(OSError):
     """MLflow cannot be used. Transient for a training job, like storage that does not answer."""
 

@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from model.config import ConfigError, TrackingError
+from model.config import ConfigError, ConversionError, TrackingError
 from model.data.annotations import DataError
-from model.mplug_video.checkpoints import ConversionError
 from model.storage import StorageError
 
 FAILED, CONFIGURATION, DATA, INTERRUPTED, OUTAGE = 1, 2, 3, 130, 134

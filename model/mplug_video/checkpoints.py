@@ -11,16 +11,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.config import ConversionError
 from model.progress import progress
 
 SHARD_BYTES = 512 * 2**20
 """Bounds what is held in memory while a model is written."""
 WRAPPERS = ("model", "module", "state_dict")
 """Entries under which training programs keep the weights, in the order in which upstream looks for them."""
-
-
-class ConversionError(ValueError):
-    """The weights cannot be converted as they are. Ends a command with exit code 3."""
 
 
 def open_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model import manifest, storage
-from model.mplug_video.checkpoints import ConversionError, open_checkpoint, write_checkpoint
+from model.config import ConversionError
+from model.mplug_video.checkpoints import open_checkpoint, write_checkpoint
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.mplug_video.modeling import (
     MPlugVideoForClassification,

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from model.mplug_video.checkpoints import ConversionError
+from model.config import ConversionError
 from model.mplug_video.configuration import TimeSformerConfig
 from model.mplug_video.tokenization import load_tokenizer
 

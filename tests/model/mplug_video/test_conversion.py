@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, 
 from upstream import FOLDER, GPT3, Recording, gpt3_folder
 
 from model import manifest
+from model.config import ConversionError
 from model.mplug_video import MPlugVideoForClassification, MPlugVideoForConditionalGeneration, MPlugVideoProcessor
-from model.mplug_video.checkpoints import ConversionError
 from model.mplug_video.conversion import convert, convert_to
 from model.mplug_video.tokenization import encode_sentence, load_tokenizer
 from model.mplug_video.upstream_names import OPENAI_CLIP, megatron_to_gpt2
