@@ -54,6 +54,9 @@ from model.mplug_video.vision import TimeSformer, resize_frames, resize_position
 REPORT = "conversion.json"
 GPT3_PREFIX, GPT3_IN_MODEL = "language_model.", "text_decoder.dist_model.language_model."
 VISION_PREFIX = "visual_encoder."
+PIECES = "mp_rank_*_model_states.pt"
+"""A checkpoint's file per rank of tensor parallelism, in its folder or, at ModelScope's, in `model` below it."""
+KEY_BIAS = "a bias of keys changes no attention: it adds the same to all scores of a query"
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -139,14 +142,14 @@ def convert(
     """
     if dest.exists():
         raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Remove it or choose another.")
-    pieces = sorted(source.rglob("mp_rank_*_model_states.pt")) if source.is_dir() else []
+    pieces = sorted(source.glob(PIECES)) or sorted(source.glob(f"model/{PIECES}"))
     states = [open_checkpoint(piece) for piece in pieces or [source]]
     dropped = {name: "asked for (--drop)" for pattern in drop for name in states[0] if fnmatch(name, pattern)}
     states = [{name: tensor for name, tensor in state.items() if name not in dropped} for state in states]
     if any(name.startswith(GPT3_PREFIX) for name in states[0]):
         conversion = _decoder(source, states)
     elif any(name.startswith(VISION_PREFIX) for name in states[0]):
-        conversion = _model(states[0], decoder, vision_heads, (image_size, num_frames), class_names)
+        conversion = _model(states, decoder, vision_heads, (image_size, num_frames), class_names)
     else:
         conversion = _vision(states[0], vision_heads, image_size, num_frames or TimeSformerConfig().num_frames)
     conversion.dropped |= dropped
@@ -198,6 +201,11 @@ def _vision(state: dict[str, Tensor], heads: int, image_size: int | None, num_fr
     refuse_missing(["cls_token", "pos_embed", "patch_embed.proj.weight"], names.values(), "an image encoder")
     tensors = timm_to_timesformer({timm_name: state[name] for name, timm_name in names.items()})
     conversion.mapped = {name: timesformer_names(timm_name) for name, timm_name in names.items()}
+    for name, timm_name in names.items():
+        if timm_name.endswith("attn.k.bias"):
+            del conversion.mapped[name]
+        if timm_name.endswith(("attn.k.bias", "attn.qkv.bias")):
+            conversion.dropped[name if ".k." in timm_name else f"{name} (keys)"] = KEY_BIAS
     config = conversion.config = vision_config_of(tensors, heads, num_frames)
     config.image_size = refuse_split_patches(image_size or config.image_size, config.patch_size)
     tensors["pos_embed"] = resize_positions(tensors["pos_embed"], config.image_size // config.patch_size)
@@ -210,7 +218,7 @@ def _vision(state: dict[str, Tensor], heads: int, image_size: int | None, num_fr
 
 
 def _model(
-    state: dict[str, Tensor],
+    states: list[dict[str, Tensor]],
     decoder: Path | None,
     heads: int,
     size: tuple[int | None, int | None],
@@ -219,6 +227,8 @@ def _model(
     if decoder is None:
         raise ConversionError("a trained model needs the folder of its GPT-3 too, for the tokenizer: --decoder FOLDER.")
     tokenizer = tokenizer_of(decoder)
+    recipes = {name: _joined(name, states) for name in {name: None for state in states for name in state}}
+    state = {name: recipe.make("meta") for name, recipe in recipes.items()}
     refuse_missing(["learnable_queries", f"{VISION_PREFIX}temporal_embed"], state, "a trained model")
     num_frames = state[f"{VISION_PREFIX}temporal_embed"].shape[1]
     vision = {_vision_name(name): tensor for name, tensor in state.items() if name.startswith(VISION_PREFIX)}
@@ -245,8 +255,8 @@ def _model(
         f"{VISION_PREFIX}temporal_embed": partial(resize_frames, num_frames=vision_config.num_frames),
         "temp": partial(torch.reshape, shape=(1,)),
     }
-    for name, tensor in state.items():
-        recipe = Recipe([tensor], transform=transforms.get(name, _same))
+    for name, recipe in recipes.items():
+        recipe = replace(recipe, transform=transforms.get(name, _same))
         if name.startswith(GPT3_IN_MODEL):
             _map_decoder(conversion, name, recipe, GPT3_IN_MODEL, "decoder.")
         elif name.startswith(VISION_PREFIX):

@@ -23,7 +23,7 @@ class _FrozenHead(torch.autograd.Function):
             losses.append((normaliser - logits.gather(1, wanted[:, None])).squeeze(1))
             gradient = logits.sub_(normaliser).exp_()
             gradient.scatter_add_(1, wanted[:, None], -torch.ones_like(normaliser))
-            gradients.append(gradient.to(weight.dtype) @ weight)
+            gradients.append((gradient.to(weight.dtype) @ weight).to(states.dtype))
             del logits, gradient  # before the next ones come
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

@@ -15,9 +15,9 @@ from upstream import FOLDER, GPT3, Recording, gpt3_folder
 from model import manifest
 from model.config import ConversionError
 from model.mplug_video import MPlugVideoForClassification, MPlugVideoForConditionalGeneration, MPlugVideoProcessor
-from model.mplug_video.conversion import convert, convert_to
+from model.mplug_video.conversion import KEY_BIAS, convert, convert_to
 from model.mplug_video.tokenization import encode_sentence, load_tokenizer
-from model.mplug_video.upstream_names import OPENAI_CLIP, megatron_to_gpt2
+from model.mplug_video.upstream_names import OPENAI_CLIP, megatron_to_gpt2, piece_dimension
 from model.mplug_video.vision import TimeSformer
 
 CLIP = Recording("clip_convert")
@@ -87,7 +87,8 @@ def test_a_timm_vit_becomes_a_vision_encoder_that_computes_what_upstream_made_of
     assert all(torch.equal(state[names.get(name, name)], tensor) for name, tensor in converted.items())
     fresh = {name.replace("temporal_ln", "temporal_norm") for name in CLIP.facts["missing"]}
     assert set(conversion.initialised) == fresh == state.keys() - {names.get(name, name) for name in converted}
-    assert conversion.dropped == dict.fromkeys(("head.weight", "head.bias"), "a classifier of images")
+    heads, biases = ("head.weight", "head.bias"), (f"blocks.{n}.attn.qkv.bias (keys)" for n in range(2))
+    assert conversion.dropped == {**dict.fromkeys(heads, "a classifier of images"), **dict.fromkeys(biases, KEY_BIAS)}
     zero = [name for name in fresh if "temporal_fc" in name or name == "temporal_embed"]
     assert not any(state[name].any() for name in zero)
     with torch.no_grad():
@@ -165,6 +166,25 @@ def test_a_real_deepspeed_checkpoint_is_converted_to_another_size(dtype: torch.d
     processor = MPlugVideoProcessor.from_pretrained(tmp_path / "converted")
     assert {"image_size": processor.image_size, "num_frames": processor.num_frames} == size
     assert processor.resample == "nearest"
+
+
+def test_a_trained_model_in_tensor_parallel_pieces_is_the_one_in_one_piece(tmp_path: Path) -> None:
+    recording = Recording("pretrain")
+    whole = recording.convert(tmp_path / "whole")
+    state = torch.load(tmp_path / "whole" / "mp_rank_00_model_states.pt")["module"]
+    pieces = tmp_path / "checkpoint-3"
+    pieces.mkdir()
+    for rank in (0, 1):
+        cut = {
+            name: tensor if (dim := piece_dimension(name)) is None else tensor.chunk(2, dim)[rank].clone()
+            for name, tensor in state.items()
+        }
+        torch.save({"module": cut}, pieces / f"mp_rank_0{rank}_model_states.pt")
+    heads = recording.facts["visual_cfg"]["num_heads"]
+    convert(pieces, tmp_path / "joined", decoder=tmp_path / "whole" / "gpt3", vision_heads=heads)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "joined"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_large_model_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
