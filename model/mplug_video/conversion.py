@@ -163,14 +163,20 @@ def _decoder(folder: Path, states: list[dict[str, Tensor]]) -> Conversion:
         raise ConversionError(
             f"{folder} is a GPT-3 without its folder: give the one that holds config.json and {folder.name}."
         )
-    recipes = {name: _joined(name, states) for name in sorted({name for state in states for name in state})}
+    recipes, forms = _whole(states)
     tokenizer = tokenizer_of(folder)
-    whole = {name: recipe.make("meta") for name, recipe in recipes.items()}
-    config = gpt2_config(folder, tokenizer, whole, GPT3_PREFIX)
+    config = gpt2_config(folder, tokenizer, forms, GPT3_PREFIX)
     conversion = Conversion(config, GPT2LMHeadModel, processor=tokenizer)
     for name, recipe in recipes.items():
         _map_decoder(conversion, name, recipe, GPT3_PREFIX, "")
     return conversion
+
+
+def _whole(states: list[dict[str, Tensor]]) -> tuple[dict[str, Recipe], dict[str, Tensor]]:
+    """How each tensor is made of its pieces, and what it will be like (on the meta device)."""
+    names = dict.fromkeys(name for state in states for name in state)
+    recipes = {name: _joined(name, states) for name in names}
+    return recipes, {name: recipe.make("meta") for name, recipe in recipes.items()}
 
 
 def _joined(name: str, states: list[dict[str, Tensor]]) -> Recipe:
@@ -227,8 +233,7 @@ def _model(
     if decoder is None:
         raise ConversionError("a trained model needs the folder of its GPT-3 too, for the tokenizer: --decoder FOLDER.")
     tokenizer = tokenizer_of(decoder)
-    recipes = {name: _joined(name, states) for name in {name: None for state in states for name in state}}
-    state = {name: recipe.make("meta") for name, recipe in recipes.items()}
+    recipes, state = _whole(states)
     refuse_missing(["learnable_queries", f"{VISION_PREFIX}temporal_embed"], state, "a trained model")
     num_frames = state[f"{VISION_PREFIX}temporal_embed"].shape[1]
     vision = {_vision_name(name): tensor for name, tensor in state.items() if name.startswith(VISION_PREFIX)}

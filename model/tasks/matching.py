@@ -61,9 +61,9 @@ class Matching(Task):
     def predict(self, batch: Batch) -> list[Prediction]:
         """Scores of every title of the split for each clip: the likelihood of 是, and the head's probability."""
         every = {name: tensor.to(self.model.device) for name, tensor in self.candidates.items()}
-        predictions = []
+        prefixes, predictions = self.model.encode_video(batch["pixel_values"]).prefix, []
         for row, annotation in enumerate(batch["annotations"]):
-            prefix = self.model.encode_video(batch["pixel_values"][row, None]).prefix
+            prefix = prefixes[row, None]
             answers = self.model.score_answers(prefix, every["input_ids"], every["loss_mask"])
             head = self.model.classify_candidates(prefix, every["title_ids"], every["title_mask"])
             predictions.append({
