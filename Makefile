@@ -39,7 +39,7 @@ format: install ## format and mend what can be mended
 lock: ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet torch==2.13.0
-	.venv-lock/bin/pip install --quiet -e '.[demo,dev]'
+	.venv-lock/bin/pip install --quiet -e '.[demo,dev,bench]'
 	.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > requirements.lock
 	rm -rf .venv-lock
 

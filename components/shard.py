@@ -14,12 +14,16 @@ def shard(
     code_version: str,
 ) -> dict[str, str]:
     """Returns the URI of each dataset's shards by name."""
-    from model.data.shards import build_shards, describe
+    from model.data.build import Settings
+    from model.data.commit import build_shards
+    from model.data.examine import Form
+    from model.data.shards import describe
     from model.tracking import stage
 
     facts = {"num_frames": num_frames, "short_side": short_side, "code_version": code_version}
     with stage("shard", tracking, facts) as tracked:
-        uris = {name: build_shards(raw, root, name, num_frames=num_frames, short_side=short_side) for name in datasets}
+        form = Form(num_frames=num_frames, short_side=short_side)
+        uris = {name: build_shards(Settings(raw=raw, root=root, dataset=name, form=form)) for name in datasets}
         for name, uri in uris.items():
             tracked.metrics({f"clips/{name}_{split}": n for split, n in describe(uri)["clips"].items()})
         tracked.tags({f"data_digest.{name}": uri.rpartition("@")[2] for name, uri in uris.items()})

@@ -95,6 +95,16 @@ class DataConfig(Section):
     """Clips per optimizer step, over all processes and accumulation steps."""
     workers: int = Field(1, ge=0)
     """Loader processes per training process; 0 reads in the training process."""
+    read_ahead: int = Field(16, ge=1)
+    """Clips that each loader process has under way from storage."""
+    cache_gb: float = Field(0, ge=0)
+    """Bound of a cache of clips below $MPLUG_CACHE, shared by all processes of a machine; 0 keeps none."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """Decodes shards of original clips. decord gives the same pixels, slower, and wrong ones of damaged clips."""
+    decode_deadline_s: float = Field(60, gt=0)
+    """Longest time for one clip's frames."""
+    max_read_failures: float = Field(0.001, ge=0, le=1)
+    """Share of clips that may turn out unreadable; each is logged. More end the run."""
     max_length: int = Field(80, ge=4)
     """Longest text, in tokens."""
     crop_area: float = Field(0.5, gt=0, le=1)

@@ -10,10 +10,16 @@ T = TypeVar("T")
 LOG_EVERY_S = 15.0
 
 
-def progress(items: Iterable[T], *, total: int, desc: str, unit: str, show: bool = True) -> "tqdm[T]":
-    """Passes `items` on and shows how far they are, how fast, and when they will be through."""
+def progress(
+    items: Iterable[T] | None = None, *, total: int | None, desc: str, unit: str, show: bool = True
+) -> "tqdm[T]":
+    """Passes `items` on and shows how far they are, how fast, and when they will be through.
+
+    Without `items`, as a context whose `update` says what is done.
+    """
     interval_s = 0.5 if sys.stderr.isatty() else LOG_EVERY_S
-    return tqdm(
+    bar: tqdm[T] = tqdm(
         items, total=total, desc=desc, unit=unit, disable=not show,
         mininterval=interval_s, maxinterval=interval_s, miniters=0,
-    )  # fmt: skip
+    )  # type: ignore[assignment] # fmt: skip
+    return bar

@@ -1,10 +1,13 @@
-"""One API for s3:// URIs and local paths. The only file that imports boto3.
+"""One API for s3:// URIs and local paths. The only file that imports boto3 and obstore.
 
 Credentials, endpoint and region come from boto3's own chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, roles, …), so the
-same code runs on a laptop, in a pod and against any S3.
+same code runs on a laptop, in a pod and against any S3. boto3 lists, copies and removes; bytes go through obstore,
+whose requests take a quarter of boto3's processor time (0.3 instead of 1.3 ms each).
 """
 
+import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -12,8 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import boto3
+import obstore
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -32,11 +39,13 @@ class NotFoundError(StorageError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One object below a prefix."""
+    """One object."""
 
     path: str
-    """Relative to the prefix that was listed."""
+    """Relative to the prefix that was listed, or the URI that was asked for."""
     size: int
+    version: str
+    """Another one after every change: the ETag, or a file's time."""
 
 
 def join(root: str, *parts: str) -> str:
@@ -52,18 +61,18 @@ def is_s3(uri: str) -> bool:
 
 
 def _one_line(function: Callable[P, R]) -> Callable[P, R]:
-    """Turns boto3's and the system's exceptions into a StorageError that names the URI."""
+    """Turns the libraries' and the system's exceptions into a StorageError that names the URI."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error) as error:
+        except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error, BaseError) as error:
             uri = next((str(arg) for arg in args if str(arg).startswith("s3://")), "storage")
             kind = NotFoundError if _is_missing(error) else StorageError
-            raise kind(f"{uri}: {' '.join(str(error).split())}") from error
-        except FileNotFoundError as error:
-            raise NotFoundError(f"{error.filename} does not exist.") from error
+            raise kind(f"{uri}: {' '.join(str(error).split())[:400]}") from error
+        except FileNotFoundError as error:  # obstore's own too, which names no file
+            raise NotFoundError(f"{error.filename or args[0]} does not exist.") from error
 
     return call
 
@@ -77,7 +86,55 @@ def read(uri: str) -> bytes:
     if not is_s3(uri):
         return Path(uri).read_bytes()
     bucket, key = _split(uri)
-    return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    return bytes(obstore.get(_store(bucket), key).bytes())
+
+
+@_one_line
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from `start` on; fewer only where the object ends there."""
+    if not is_s3(uri):
+        with open(uri, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
+    bucket, key = _split(uri)
+    return bytes(obstore.get_range(_store(bucket), key, start=start, length=length))
+
+
+class RandomAccess(io.RawIOBase):
+    """An object as a seekable file, for readers that want parts of it. Not for many small reads: each is a request."""
+
+    def __init__(self, uri: str) -> None:
+        entry = head(uri)
+        if entry is None:
+            raise NotFoundError(f"{uri} does not exist.")
+        self.uri, self.size, self.position = uri, entry.size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        wanted = min(len(buffer), self.size - self.position)
+        data = read_range(self.uri, self.position, wanted) if wanted > 0 else b""
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
+    """A large text, read bit by bit. Line ends come as they are."""
+    if is_s3(uri):
+        return io.TextIOWrapper(io.BufferedReader(RandomAccess(uri), 2**22), encoding=encoding, newline="")
+    return open(uri, encoding=encoding, newline="")
 
 
 @_one_line
@@ -85,59 +142,101 @@ def write(uri: str, data: bytes) -> None:
     """Writes all of `data` or nothing: a reader never sees half an object."""
     if is_s3(uri):
         bucket, key = _split(uri)
-        _client().put_object(Bucket=bucket, Key=key, Body=data)
+        obstore.put(_store(bucket), key, data)
         return
-    path = Path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(Path(uri))
     partial.write_bytes(data)
-    partial.replace(path)
+    partial.replace(uri)
 
 
 @_one_line
 def upload(path: Path, uri: str) -> None:
+    """Copies a local file to `uri`, which appears when it is whole."""
     if is_s3(uri):
         bucket, key = _split(uri)
-        _client().upload_file(str(path), bucket, key)
-    else:
-        write(uri, path.read_bytes())
+        obstore.put(_store(bucket), key, path)
+        return
+    partial = _partial(Path(uri))
+    shutil.copyfile(path, partial)
+    partial.replace(uri)
+
+
+@_one_line
+def move_in(path: Path, uri: str) -> None:
+    """As `upload`, and the local file is gone afterwards: renamed where that is possible."""
+    if is_s3(uri):
+        upload(path, uri)
+        path.unlink()
+        return
+    Path(uri).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.replace(uri)
+    except OSError:  # another file system
+        upload(path, uri)
+        path.unlink()
 
 
 @_one_line
 def download(uri: str, path: Path) -> None:
     """Fetches one object; `path` appears when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     if is_s3(uri):
         bucket, key = _split(uri)
-        _client().download_file(bucket, key, str(partial))
+        with partial.open("wb") as file:
+            for chunk in obstore.get(_store(bucket), key).stream(min_chunk_size=2**20):
+                file.write(chunk)
     else:
-        partial.write_bytes(Path(uri).read_bytes())
+        shutil.copyfile(uri, partial)
     partial.replace(path)
 
 
+def _partial(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 @_one_line
-def exists(uri: str) -> bool:
+def head(uri: str) -> Entry | None:
+    """Size and version of one object, or None where there is none."""
     if not is_s3(uri):
-        return Path(uri).exists()
+        if not Path(uri).is_file():
+            return None
+        stat = os.stat(uri)
+        return Entry(uri, stat.st_size, str(stat.st_mtime_ns))
     bucket, key = _split(uri)
     try:
-        _client().head_object(Bucket=bucket, Key=key)
+        found = _client().head_object(Bucket=bucket, Key=key)
     except ClientError as error:
         if _is_missing(error):
-            return False
+            return None
         raise
-    return True
+    return Entry(uri, found["ContentLength"], found["ETag"].strip('"'))
+
+
+def exists(uri: str) -> bool:
+    """Whether there is such an object, or such a local folder."""
+    return Path(uri).exists() if not is_s3(uri) else head(uri) is not None
 
 
 def walk(uri: str) -> Iterator[Entry]:
-    """Every object below `uri`, sorted by path; none where nothing is there."""
+    """Every object below `uri`, in the same order every time; none where nothing is there."""
     if is_s3(uri):
         yield from _walk_s3(uri)
         return
-    root = Path(uri)
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        yield Entry(path.relative_to(root).as_posix(), path.stat().st_size)
+    if Path(uri).is_dir():
+        yield from _walk_folder(uri, "")
+
+
+def _walk_folder(folder: str, prefix: str) -> Iterator[Entry]:
+    """Folder by folder, so that ten million files need no list."""
+    with os.scandir(folder) as items:
+        found = sorted(items, key=lambda item: item.name)
+    for item in found:
+        if item.is_dir():
+            yield from _walk_folder(item.path, f"{prefix}{item.name}/")
+        elif item.is_file():
+            stat = item.stat()
+            yield Entry(prefix + item.name, stat.st_size, str(stat.st_mtime_ns))
 
 
 def _walk_s3(uri: str) -> Iterator[Entry]:
@@ -146,9 +245,37 @@ def _walk_s3(uri: str) -> Iterator[Entry]:
     try:
         for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", []):
-                yield Entry(item["Key"].removeprefix(prefix), item["Size"])
+                yield Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"].strip('"'))
     except (BotoCoreError, ClientError) as error:
         raise StorageError(f"{uri}: {' '.join(str(error).split())}") from error
+
+
+@_one_line
+def move(source: str, dest: str) -> None:
+    """Renames an object within one root; done already where only `dest` is there."""
+    if head(source) is None and head(dest) is not None:
+        return
+    if not is_s3(source):
+        Path(dest).parent.mkdir(parents=True, exist_ok=True)
+        Path(source).replace(dest)
+        return
+    (from_bucket, from_key), (bucket, key) = _split(source), _split(dest)
+    # inside the store: the bytes do not pass through here
+    _client().copy_object(Bucket=bucket, Key=key, CopySource={"Bucket": from_bucket, "Key": from_key})
+    _client().delete_object(Bucket=from_bucket, Key=from_key)
+
+
+@_one_line
+def remove(uri: str) -> None:
+    """Removes everything below `uri`."""
+    if not is_s3(uri):
+        shutil.rmtree(uri, ignore_errors=True)
+        return
+    bucket, key = _split(uri)
+    keys = [f"{key.rstrip('/')}/{entry.path}" for entry in walk(uri)]
+    for start in range(0, len(keys), 1000):  # S3's limit
+        batch = [{"Key": name} for name in keys[start : start + 1000]]
+        _client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -172,4 +299,23 @@ def _client_of(_pid: int) -> "S3Client":
             read_timeout=60,
             s3={"addressing_style": "path"},  # a bucket in the host name needs wildcard DNS
         ),
+    )
+
+
+def _store(bucket: str) -> S3Store:
+    return _store_of(os.getpid(), bucket)
+
+
+@lru_cache(maxsize=8)
+def _store_of(_pid: int, bucket: str) -> S3Store:
+    """The same endpoint, region and credentials as boto3's client, refreshed as boto3 refreshes them."""
+    meta = _client().meta
+    return S3Store(
+        bucket,
+        endpoint=meta.endpoint_url,
+        region=meta.region_name,
+        virtual_hosted_style_request=False,
+        credential_provider=Boto3CredentialProvider(),
+        client_options={"allow_http": meta.endpoint_url.startswith("http://"), "timeout": "60s"},
+        retry_config={"max_retries": 5},
     )

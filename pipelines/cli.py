@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from model.config import ConfigError
 from model.exits import exit_codes
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -21,6 +22,7 @@ app.add_typer(pipeline, name="pipeline")
 
 Config = Annotated[str, typer.Argument(help="Preset (`mplug presets` lists them) or a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as dotted.key=value.")]
+Partition = Annotated[str, typer.Option(help="i/n: the i-th of n equal shares of the work, from 1/n to n/n.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server. Empty: no tracking.")]
 
 
@@ -60,17 +62,40 @@ def shard(
     raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
     root: Annotated[str, typer.Argument(help="Folder or URI under which shards/ is written.")],
     dataset: Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")] = "pretrain",
+    form: Annotated[str, typer.Option(help="frames, or original for the clips as published.")] = "frames",
     num_frames: Annotated[int, typer.Option(min=1, help="Frames stored per clip.")] = 16,
     short_side: Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")] = 256,
+    partition: Partition = "1/1",
+    available: Annotated[
+        bool, typer.Option("--available", help="Shard what is there; clips that are not are listed as missing.")
+    ] = False,
+    max_quarantined: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a split's clips that may be broken.")
+    ] = 0.05,
+    decoder: Annotated[str, typer.Option(help="pyav or decord.")] = "pyav",
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds after which decoding a clip is given up.")] = 60,
     workers: Annotated[int | None, typer.Option(help="Decoding processes. Default: one per core.")] = None,
 ) -> None:
     """Decode every clip once and write shards; prints their URI.
 
+    Many machines share the work: each runs `--partition i/n`, and the command without it puts the parts together. An
+    interrupted command goes on where it was. Clips that cannot be decoded are listed with the reason.
+
     Example: `mplug data shard work/raw/youku-mplug work --dataset retrieval --short-side 72`
     """
-    from model.data.shards import build_shards
+    from model.data.build import Settings, build_parts, plan
+    from model.data.commit import build_shards
+    from model.data.examine import Form
 
-    print(build_shards(raw, root, dataset, num_frames=num_frames, short_side=short_side, workers=workers))
+    settings = Settings(
+        raw=raw, root=root, dataset=dataset, form=Form(kind=form, num_frames=num_frames, short_side=short_side),
+        decoder=decoder, deadline_s=deadline, available_only=available, max_quarantined=max_quarantined,
+    )  # fmt: skip
+    index, count = parse_partition(partition)
+    if count > 1:
+        build_parts(plan(settings), index=index, count=count, workers=workers)
+    else:
+        print(build_shards(settings, workers=workers))
 
 
 @data.command()
@@ -245,6 +270,14 @@ def ui(
     from pipelines.demo import serve
 
     serve(folder.resolve())
+
+
+def parse_partition(text: str) -> tuple[int, int]:
+    """ "2/8" -> (1, 8)"""
+    part, separator, count = text.partition("/")
+    if not (separator and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
+        raise ConfigError(f"--partition must be i/n with i from 1 to n, got {text}.")
+    return int(part) - 1, int(count)
 
 
 def main() -> None:

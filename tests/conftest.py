@@ -31,9 +31,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(corpus: Path, root: Path) -> dict[str, str]:
     """URI of each dataset's shards."""
     from model.data.annotations import COLUMNS
-    from model.data.shards import build_shards
+    from model.data.build import Settings
+    from model.data.commit import build_shards
+    from model.data.examine import Form
 
-    return {name: build_shards(str(corpus), str(root), name, num_frames=8, short_side=72) for name in COLUMNS}
+    form = Form(num_frames=8, short_side=72)
+    return {name: build_shards(Settings(raw=str(corpus), root=str(root), dataset=name, form=form)) for name in COLUMNS}
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@
 
 import ast
 import csv
-import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -22,6 +22,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "captioning": ("video_id:FILE", "golden_caption"),
 }
 SPLITS = ("train", "val", "test")
+MAX_PROBLEMS = 20
+"""Bad rows of a file that are named before reading it is given up."""
 
 
 class DataError(ValueError):
@@ -42,31 +44,55 @@ class Annotation:
     """All captions that an evaluation accepts, lower-cased as upstream does."""
 
 
-def read_annotations(raw: str, dataset: str, split: str) -> list[Annotation]:
-    """All rows of one split. Raises DataError with one line per bad row."""
+def annotation_file(raw: str, dataset: str, split: str) -> str | None:
+    """URI of a split's annotation file, or None where there is none."""
     if dataset not in COLUMNS:
         raise DataError(f"dataset must be one of {', '.join(COLUMNS)}, got {dataset}.")
     uri = storage.join(raw, dataset, f"{split}.csv")
-    try:
-        text = storage.read(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{uri} must be UTF-8, byte {error.start} is not. Convert it with iconv.") from error
-    reader = csv.DictReader(io.StringIO(text))
+    return uri if storage.exists(uri) else None
+
+
+def read_annotations(raw: str, dataset: str, split: str) -> list[Annotation]:
+    """All rows of one split; see `iter_annotations`."""
+    return list(iter_annotations(raw, dataset, split))
+
+
+def iter_annotations(raw: str, dataset: str, split: str) -> Iterator[Annotation]:
+    """Streams the rows of one split. Raises DataError: at once for a wrong file, at the end with a line per bad row."""
+    uri = annotation_file(raw, dataset, split)
+    if uri is None:
+        raise DataError(f"{storage.join(raw, dataset, split + '.csv')} does not exist.")
+    with storage.open_text(uri, "utf-8-sig") as file:
+        try:
+            yield from _rows(csv.DictReader(file), uri, dataset, split)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{uri} must be UTF-8, it holds the byte 0x{error.object[error.start]:02x}. "
+                f"Convert it, from GB18030 for instance: iconv -f GB18030 -t UTF-8."
+            ) from error
+        except csv.Error as error:
+            raise DataError(f"{uri} must be CSV: {error}.") from error
+
+
+def _rows(reader: "csv.DictReader[str]", uri: str, dataset: str, split: str) -> Iterator[Annotation]:
     missing = set(COLUMNS[dataset]) - set(reader.fieldnames or ())
     if missing:
         wanted, found = ", ".join(COLUMNS[dataset]), ", ".join(reader.fieldnames or ["no header"])
         raise DataError(f"{uri} must have the columns {wanted}; it has {found}.")
-    annotations, problems = [], []
-    for line, row in enumerate(reader, start=2):
+    problems: list[str] = []
+    is_empty = True
+    for row in reader:
+        is_empty = False
         try:
-            annotations.append(_annotation(row, dataset, split))
+            yield _annotation(row, dataset, split)
         except DataError as error:
-            problems.append(f"{uri} line {line}: {error}")
+            problems.append(f"{uri} line {reader.line_num}: {error}")
+            if len(problems) == MAX_PROBLEMS:
+                raise DataError("\n".join([*problems, f"{uri}: no more rows were read."])) from error
     if problems:
         raise DataError("\n".join(problems))
-    if not annotations:
+    if is_empty:
         raise DataError(f"{uri} must have at least one row below its header, it has none.")
-    return annotations
 
 
 def read_class_names(raw: str) -> list[str]:
@@ -80,7 +106,7 @@ def _annotation(row: dict[str, str | None], dataset: str, split: str) -> Annotat
     if any(value is None for value in values):
         raise DataError(f"must have {len(values)} values, got {sum(value is not None for value in values)}.")
     video, text, *rest = (value or "" for value in values)
-    _refuse_escape(video)
+    refuse_escape(video)
     if dataset != "captioning" or split == "train":
         return Annotation(video=video, text=text, label=rest[0] if rest else "")
     try:
@@ -92,7 +118,8 @@ def _annotation(row: dict[str, str | None], dataset: str, split: str) -> Annotat
     return Annotation(video=video, text=references[0], references=tuple(item.lower() for item in references))
 
 
-def _refuse_escape(video: str) -> None:
-    path = PurePosixPath(video)
-    if not video or path.is_absolute() or ".." in path.parts or "\\" in video or "\0" in video:
-        raise DataError(f"the video's path must stay below the dataset's root, got {video!r}.")
+def refuse_escape(path: str) -> None:
+    """Raises DataError where a path from outside would leave the dataset's root or is no file's."""
+    parts = PurePosixPath(path).parts
+    if not parts or path[0] == "/" or path[-1] == "/" or ".." in parts or "\\" in path or not path.isprintable():
+        raise DataError(f"the video's path must stay below the dataset's root, got {path!r}.")

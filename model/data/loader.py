@@ -1,22 +1,39 @@
-"""From shards to examples: picks frames, augments, hands annotation and clip to the task's collate function."""
+"""From shards to batches: picks frames, augments, hands annotation and clip to the task's collate function.
 
+Every loader process works out by itself which clips its batches need, and reads them ahead. All randomness of a clip is
+keyed by (seed, epoch, position), so neither the number of processes nor of workers changes anything.
+"""
+
+import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from model.config import DataConfig
-from model.data.annotations import Annotation
-from model.data.sampler import BatchSampler, Draw
+from model.data.annotations import Annotation, DataError
+from model.data.cache import Cache
+from model.data.records import Record
+from model.data.sampler import BatchSampler, Draw, EverySample
 from model.data.shards import ShardReader
 from model.data.transforms import training_transform
-from model.data.video import frame_indices, padded
+from model.data.video import VideoError, frame_indices, padded
+from model.data.window import in_order
+from model.manifest import cache_folder
 from model.mplug_video.processing import MPlugVideoProcessor
 
+log = logging.getLogger("mplug")
 Batch = dict[str, Any]
+FIRST_CLIPS = 1000
+"""The share of unreadable clips is taken of at least so many: one early failure is no trend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,53 +47,139 @@ class Example:
     """Keys all randomness of this example: the same in any worker and on any process."""
 
 
-class ClipDataset(Dataset[Example]):
-    """Examples of one split. Randomness is keyed by (seed, epoch, clip), so no worker and no process changes it."""
+@dataclass(frozen=True, kw_only=True)
+class ClipSource:
+    """Examples of one split by draw."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        processor: MPlugVideoProcessor,
-        *,
-        augment: DataConfig | None = None,
-        seed: int = 0,
-        read_video: bool = True,
-    ) -> None:
-        self.reader = reader
-        self.processor = processor
-        self.augment = augment
-        self.seed = seed
-        self.read_video = read_video
+    reader: ShardReader
+    processor: MPlugVideoProcessor
+    augment: DataConfig | None = None
+    seed: int = 0
+    read_video: bool = True
 
-    def __len__(self) -> int:
-        return len(self.reader)
+    def fetch(self, position: int) -> Record | Annotation:
+        """What has to come from storage; several threads do this ahead of time."""
+        return self.reader.record(position) if self.read_video else self.reader.annotation(position)
 
-    def __getitem__(self, draw: Draw) -> Example:
-        epoch, position = draw
-        annotation, seed = self.reader.annotation(position), f"{self.seed}/{epoch}/{position}"
-        if not self.read_video:
-            return Example(annotation=annotation, clip=None, seed=seed)
+    def example(self, draw: Draw, fetched: Record | Annotation) -> Example:
+        """Raises VideoError where the clip cannot be decoded."""
+        seed = f"{self.seed}/{draw[0]}/{draw[1]}"
+        if isinstance(fetched, Annotation):
+            return Example(annotation=fetched, clip=None, seed=seed)
         rng = random.Random(seed) if self.augment else None
         count = self.processor.num_frames
-        indices = frame_indices(self.reader.stored_frames(position), count, rng)
-        frames = self.reader.frames(position, padded(indices, count))
+        indices = padded(frame_indices(fetched.meta["num_frames"], count, rng), count)
+        frames = torch.from_numpy(np.stack(self.reader.frames(fetched, indices)))  # (T, H, W, C)
         if self.augment and rng:
             frames = training_transform(frames, self.processor.image_size, self.augment, rng)
-            return Example(annotation=annotation, clip=self.processor.normalize(frames), seed=seed)
-        return Example(annotation=annotation, clip=self.processor.clip(frames), seed=seed)
+            return Example(annotation=fetched.annotation, clip=self.processor.normalize(frames), seed=seed)
+        return Example(annotation=fetched.annotation, clip=self.processor.clip(frames), seed=seed)
 
 
-def training_loader(
-    dataset: ClipDataset, sampler: BatchSampler, collate: Callable[[list[Example]], Batch], workers: int
-) -> Iterable[Batch]:
+Order = BatchSampler | EverySample
+Loaded = tuple[Batch, int, list[str]]
+"""A batch, the number of its clips, and what could not be read of it."""
+
+
+class BatchStream(IterableDataset[Loaded]):
+    """Collated batches in the order's sequence. With several workers, each makes every n-th."""
+
+    def __init__(
+        self, source: ClipSource, order: Order, collate: Callable[[list[Example]], Batch], read_ahead: int
+    ) -> None:
+        self.source, self.order, self.collate, self.read_ahead = source, order, collate, read_ahead
+
+    def __iter__(self) -> Iterator[Loaded]:
+        worker = get_worker_info()
+        if worker:
+            torch.set_num_threads(1)  # parallelism comes from the workers
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        steps = range(self.order.start_step + first, self.order.steps, every)
+        batches = (self.order.batch(step) for step in steps)
+        with ThreadPoolExecutor(self.read_ahead, thread_name_prefix="read-ahead") as pool:
+            sizes: list[int] = []
+
+            def begin() -> Iterator["Future[tuple[Draw, Record | Annotation]]"]:
+                for batch in batches:
+                    sizes.append(len(batch))
+                    yield from (pool.submit(self._fetch, draw) for draw in batch)
+
+            fetched = in_order(begin(), self.read_ahead)
+            for future in fetched:
+                whole = chain([future], islice(fetched, sizes.pop(0) - 1))
+                yield self._batch([item.result() for item in whole])
+
+    def _fetch(self, draw: Draw) -> tuple[Draw, Record | Annotation]:
+        return draw, self.source.fetch(draw[1])
+
+    def _batch(self, fetched: list[tuple[Draw, Record | Annotation]]) -> Loaded:
+        examples: list[Example | None] = []
+        failures = []
+        for draw, item in fetched:
+            try:
+                examples.append(self.source.example(draw, item))
+            except VideoError as error:
+                examples.append(None)
+                key = item.meta["video"] if isinstance(item, Record) else str(draw)
+                failures.append(f"{self.source.reader.uri} {key}: {error}")
+        read = [example for example in examples if example is not None]
+        if not read:
+            raise DataError("no clip of a batch can be read:\n" + "\n".join(failures))
+        return self.collate(_filled(examples)), len(fetched), failures
+
+
+def _filled(examples: list[Example | None]) -> list[Example]:
+    """The batch in its full size, since processes exchange features of equal shape: what could not be read is replaced
+    by the next one that could."""
+    read = [example for example in examples if example is not None]
+    following = iter(read[1:] + read[:1])
+    return [example or next(following, read[0]) for example in examples]
+
+
+class Batches:
+    """Batches of a run, and a watch over what could not be read: logged, counted, and too many of it end the run."""
+
+    def __init__(self, stream: BatchStream, *, workers: int, max_failures: float) -> None:
+        self.max_failures = max_failures
+        self.read, self.failed = 0, 0
+        # forkserver: forking a process that holds threads (DeepSpeed, S3) can deadlock, and spawning imports torch anew
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__, stream.collate.__module__])
+        self.loader: DataLoader[Loaded] = DataLoader(
+            stream, batch_size=None, num_workers=workers, multiprocessing_context=context if workers else None
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, clips, failures in self.loader:
+            self.read += clips
+            self.failed += len(failures)
+            for failure in failures:
+                log.warning("unreadable, another clip of the batch takes its place: %s", failure)
+            if self.failed > self.max_failures * max(self.read, FIRST_CLIPS):
+                raise DataError(
+                    f"at most {self.max_failures:.2%} of clips may be unreadable (data.max_read_failures), got "
+                    f"{self.failed} of {self.read}; the last is {failures[-1]}."
+                )
+            yield batch
+
+
+def open_split(uri: str, config: DataConfig) -> ShardReader:
+    """A split as a run's configuration wants it read."""
+    cache = Cache(cache_folder() / "clips", int(config.cache_gb * 1e9)) if config.cache_gb else None
+    return ShardReader(uri, cache=cache, decoder=config.decoder, deadline_s=config.decode_deadline_s)
+
+
+def training_batches(
+    source: ClipSource, order: BatchSampler, collate: Callable[[list[Example]], Batch], config: DataConfig
+) -> Batches:
     """Batches in the sampler's order."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+    stream = BatchStream(source, order, collate, config.read_ahead)
+    return Batches(stream, workers=config.workers, max_failures=config.max_read_failures)
 
 
-def evaluation_loader(
-    dataset: ClipDataset, collate: Callable[[list[Example]], Batch], batch_size: int
-) -> Iterable[Batch]:
-    """Every example once, in the split's order."""
-    draws = [(0, position) for position in range(len(dataset))]
-    batches = [draws[start : start + batch_size] for start in range(0, len(draws), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+def evaluation_batches(
+    source: ClipSource, collate: Callable[[list[Example]], Batch], batch_size: int, read_ahead: int = 16
+) -> Batches:
+    """Every example once, in the split's order; one that cannot be read ends the evaluation."""
+    order = EverySample(size=len(source.reader), batch_size=batch_size)
+    return Batches(BatchStream(source, order, collate, read_ahead), workers=0, max_failures=0)

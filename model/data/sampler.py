@@ -1,24 +1,24 @@
 """Which clip comes when: a pure function of (seed, epoch, position), whatever the number of processes.
 
 Positions count clips from the start of training. A permutation of the dataset per epoch maps them to clips, so every
-clip comes exactly once per epoch, on any number of processes, and a run can go on from any step.
+clip comes exactly once per epoch, on any number of processes, and a run can go on from any step. The permutation is
+computed, not stored: ten million clips cost no memory, and the next one is found in constant time.
 """
 
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
 
 Draw = tuple[int, int]
 """(epoch, position in the dataset)"""
+ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchSampler(Sampler[list[Draw]]):
-    """Yields this process's share of each global micro-batch, from `start_step` on."""
+class BatchSampler:
+    """This process's share of each global micro-batch of a run."""
 
     size: int
     seed: int
@@ -30,21 +30,60 @@ class BatchSampler(Sampler[list[Draw]]):
     world_size: int = 1
     start_step: int = 0
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        for step in range(self.start_step, self.steps):
-            first = step * self.batch_size
-            yield [
-                self.draw(position) for position in range(first + self.rank, first + self.batch_size, self.world_size)
-            ]
-
-    def __len__(self) -> int:
-        return self.steps - self.start_step
-
-    def draw(self, position: int) -> Draw:
-        epoch, offset = divmod(position, self.size)
-        return epoch, int(epoch_order(self.seed, epoch, self.size)[offset])
+    def batch(self, step: int) -> list[Draw]:
+        """The clips of micro-batch `step`, 0 being the first of the run."""
+        first = step * self.batch_size
+        positions = np.arange(first + self.rank, first + self.batch_size, self.world_size)
+        epochs, offsets = np.divmod(positions, self.size)
+        draws: list[Draw] = []
+        for epoch in np.unique(epochs).tolist():  # a batch may straddle two epochs
+            order = epoch_order(self.seed, epoch, self.size, offsets[epochs == epoch])
+            draws += [(epoch, position) for position in order.tolist()]
+        return draws
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(size)
+@dataclass(frozen=True, kw_only=True)
+class EverySample:
+    """All clips of a split once, in its order."""
+
+    size: int
+    batch_size: int
+    start_step: int = 0
+
+    @property
+    def steps(self) -> int:
+        return -(-self.size // self.batch_size)
+
+    def batch(self, step: int) -> list[Draw]:
+        first = step * self.batch_size
+        return [(0, position) for position in range(first, min(first + self.batch_size, self.size))]
+
+
+def epoch_order(seed: int, epoch: int, size: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the clips that come at `offsets` of an epoch stand in the dataset: a permutation of range(size).
+
+    A Feistel network permutes the smallest power of four that holds `size`; what falls outside walks on along its
+    cycle until it is inside (Black and Rogaway, CT-RSA 2002).
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), np.uint64)
+    order = _feistel(offsets.astype(np.uint64), half, keys)
+    while (outside := order >= size).any():
+        order[outside] = _feistel(order[outside], half, keys)
+    return order.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A permutation of range(4**half)."""
+    mask = np.uint64((1 << half) - 1)
+    left, right = values >> np.uint64(half), values & mask
+    for key in keys:
+        left, right = right, left ^ (_mixed(right ^ key) & mask)
+    return (left << np.uint64(half)) | right
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64: every bit of the input moves half of the output's."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -2,13 +2,17 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
+from torch import Tensor
 
 from model.config import DataConfig
+from model.mplug_video.processing import resized
 
-Frames = list[Image.Image]
 Operation = Callable[[Image.Image, float], Image.Image]
 
 CROP_ATTEMPTS = 10
@@ -18,20 +22,29 @@ MAX_SHEAR, MAX_SHIFT, MAX_ANGLE, MAX_ENHANCEMENT = 0.3, 10 / 224, 30.0, 0.9
 """At level 10: tangent, share of the side, degrees, and distance of an enhancement's factor from 1."""
 
 
-def training_transform(frames: Sequence[Image.Image], size: int, config: DataConfig, rng: random.Random) -> Frames:
-    """Frames of any size -> `size` x `size`. All randomness comes from `rng`, once per clip.
+def training_transform(frames: Tensor, size: int, config: DataConfig, rng: random.Random) -> Tensor:
+    """Frames of any size (T, H, W, C) -> (T, size, size, C), uint8. All randomness comes from `rng`, once per clip.
 
     As published: a random resized crop, a flip, then `augment_ops` different operations at `augment_level`. Mended
     where upstream is wrong: pixels do not wrap around, enhancements change something, geometry goes both ways.
     """
-    box = crop_box(frames[0].width, frames[0].height, config, rng)
-    clip = [frame.resize((size, size), Image.Resampling.BICUBIC, box=box) for frame in frames]
+    left, top, right, bottom = (round(edge) for edge in crop_box(frames.shape[2], frames.shape[1], config, rng))
+    clip = resized(frames[:, top : max(bottom, top + 1), left : max(right, left + 1)], size)
     if rng.random() < config.flip_probability:
-        clip = [frame.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for frame in clip]
-    for name in rng.sample(list(OPERATIONS), config.augment_ops):
-        strength = rng.choice((-1, 1)) * config.augment_level / 10
-        clip = [OPERATIONS[name](frame, strength) for frame in clip]
-    return clip
+        clip = clip.flip(2)
+    changes = [
+        (name, rng.choice((-1, 1)) * config.augment_level / 10)
+        for name in rng.sample(list(OPERATIONS), config.augment_ops)
+    ]
+    changes = [(name, strength) for name, strength in changes if name != "identity"]
+    return torch.from_numpy(np.stack([_changed(frame, changes) for frame in clip.numpy()])) if changes else clip
+
+
+def _changed(frame: NDArray[np.uint8], changes: list[tuple[str, float]]) -> NDArray[np.uint8]:
+    image = Image.fromarray(frame)
+    for name, strength in changes:
+        image = OPERATIONS[name](image, strength)
+    return np.asarray(image)
 
 
 def crop_box(width: int, height: int, config: DataConfig, rng: random.Random) -> tuple[float, float, float, float]:

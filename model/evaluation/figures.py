@@ -28,10 +28,10 @@ def font() -> FontProperties:
 
 def frame_strip(reader: ShardReader, position: int, num_frames: int, height: int = 72) -> Image.Image:
     """The frames that a model sees of one clip, side by side."""
-    indices = padded(frame_indices(reader.stored_frames(position), num_frames), num_frames)
-    frames = [
-        frame.resize((round(frame.width * height / frame.height), height)) for frame in reader.frames(position, indices)
-    ]
+    record = reader.record(position)
+    indices = padded(frame_indices(record.meta["num_frames"], num_frames), num_frames)
+    images = [Image.fromarray(frame) for frame in reader.frames(record, indices)]
+    frames = [image.resize((round(image.width * height / image.height), height)) for image in images]
     strip = Image.new("RGB", (sum(frame.width + 2 for frame in frames) - 2, height), "white")
     left = 0
     for frame in frames:

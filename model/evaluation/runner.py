@@ -11,8 +11,9 @@ from model import manifest, storage
 from model.config import ConfigError, RunConfig, parse
 from model.config import load as load_config
 from model.data.annotations import DataError
-from model.data.loader import Batch, ClipDataset, evaluation_loader
-from model.data.shards import ShardReader, quarantined
+from model.data.build import read_quarantine
+from model.data.loader import Batch, ClipSource, evaluation_batches, open_split
+from model.data.shards import ShardReader
 from model.evaluation import metrics
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
 from model.progress import progress
@@ -54,8 +55,8 @@ def evaluate(
     Raises DataError where some clips of the split are in quarantine: a figure on the rest would not be comparable.
     """
     config, pretrained = _config(model, shards, tracking, preset)
-    reader = ShardReader(storage.join(shards, split))
-    missing = list(quarantined(storage.join(shards, split)))
+    reader = open_split(storage.join(shards, split), config.data)
+    missing = list(read_quarantine(storage.join(shards, split)))
     if missing:
         raise DataError(f"{shards}/{split} must be whole to be evaluated, {len(missing)} clips are in quarantine.")
     task = build_task(config)
@@ -95,10 +96,10 @@ def _config(model: str, shards: str, tracking: dict[str, str] | None, preset: st
 def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batch_size: int) -> Evaluation:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.model.eval().to(device)
-    dataset = ClipDataset(reader, task.processor, read_video=task.reads_video)
-    loader = evaluation_loader(dataset, task.collate_evaluation, batch_size)
-    task.read_split([reader.annotation(position) for position in range(len(reader))])
-    total = -(-len(dataset) // batch_size)
+    source = ClipSource(reader=reader, processor=task.processor, read_video=task.reads_video)
+    loader = evaluation_batches(source, task.collate_evaluation, batch_size)
+    task.read_split(list(reader.annotations()))
+    total = -(-len(reader) // batch_size)
     name = task.config.task
     predictions = [
         prediction

@@ -36,7 +36,12 @@ class Task(ABC):
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.model, self.processor = self.build()
+        self.categories: list[str] = list(getattr(self.model.config, "class_names", None) or [])
         self.network = TaskNetwork(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader process gets of a task: enough to collate, and no weights."""
+        return {name: value for name, value in self.__dict__.items() if name not in {"model", "network"}}
 
     @abstractmethod
     def collate(self, examples: list[Example]) -> Batch:

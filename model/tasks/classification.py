@@ -28,7 +28,7 @@ class Classification(Task):
         return PROMPT.format(title[: self.config.data.max_length - PROMPT_RESERVE])
 
     def _encode(self, examples: list[Example]) -> tuple[Batch, list[int]]:
-        names = self.model.config.class_names
+        names = self.categories
         unknown = {example.annotation.label for example in examples} - set(names)
         if unknown:
             raise DataError(f"label must be one of the {len(names)} class names, got {sorted(unknown)}.")
@@ -45,7 +45,7 @@ class Classification(Task):
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
         batch, _ = self._encode(examples)
-        names = self.model.config.class_names
+        names = self.categories
         pairs = [(self._question(item), name) for item in examples for name in names]
         ids, loss_mask = self.processor.pairs(pairs, self.config.data.max_length)
         shape = (len(examples), len(names), -1)

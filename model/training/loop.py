@@ -7,7 +7,6 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from model import manifest, storage
 from model.config import ConfigError, RunConfig, TrackingConfig, in_steps
-from model.data.loader import Batch, ClipDataset, training_loader
+from model.data.loader import Batches, ClipSource, open_split, training_batches
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
 from model.exits import StageError
@@ -36,7 +35,7 @@ def train(config: RunConfig) -> None:
     with processes() as group:
         _refuse_uneven(config, group.world_size)
         torch.manual_seed(config.seed)  # the same fresh weights on every process
-        reader = ShardReader(storage.join(config.data.shards, "train"))
+        reader = open_split(storage.join(config.data.shards, "train"), config.data)
         config = in_steps(config, len(reader))
         task = build_task(config)
         task.model.train()
@@ -52,12 +51,12 @@ def train(config: RunConfig) -> None:
         dist.barrier()
 
 
-def _run_steps(engine: Engine, batches: Iterator[Batch], config: RunConfig, run: Run, *, show: bool) -> None:
-    meter = Meter(config.data.batch_size)
+def _run_steps(engine: Engine, batches: Batches, config: RunConfig, run: Run, *, show: bool) -> None:
+    meter, upcoming = Meter(config.data.batch_size), iter(batches)
     total = config.training.steps
     bar = progress(range(total), total=total, desc=config.name, unit="step", show=show)
     for step in bar:
-        micro_batches = list(islice(batches, config.training.gradient_accumulation))
+        micro_batches = list(islice(upcoming, config.training.gradient_accumulation))
         meter.data_ready()
         lr = lr_at(step, total, config.optim)
         result = engine.step(micro_batches, lr)
@@ -68,7 +67,7 @@ def _run_steps(engine: Engine, batches: Iterator[Batch], config: RunConfig, run:
             losses = mean_over_processes(result.losses)
             _refuse_divergence(losses["loss"], step)
             metrics = {f"train/{name}": value for name, value in losses.items()}
-            metrics |= {"train/lr": lr, "train/grad_norm": result.grad_norm}
+            metrics |= {"train/lr": lr, "train/grad_norm": result.grad_norm, "data/read_failures": batches.failed}
             run.metrics({**metrics, **meter.flush()}, step + 1)
             bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
 
@@ -99,10 +98,12 @@ class Meter:
         return metrics
 
 
-def _batches(task: Task, reader: ShardReader, config: RunConfig, group: Processes) -> Iterator[Batch]:
-    dataset = ClipDataset(reader, task.processor, augment=config.data, seed=config.seed, read_video=task.reads_video)
+def _batches(task: Task, reader: ShardReader, config: RunConfig, group: Processes) -> Batches:
+    source = ClipSource(
+        reader=reader, processor=task.processor, augment=config.data, seed=config.seed, read_video=task.reads_video
+    )
     accumulation = config.training.gradient_accumulation
-    sampler = BatchSampler(
+    order = BatchSampler(
         size=len(reader),
         seed=config.seed,
         batch_size=config.data.batch_size // accumulation,
@@ -110,8 +111,7 @@ def _batches(task: Task, reader: ShardReader, config: RunConfig, group: Processe
         rank=group.rank,
         world_size=group.world_size,
     )
-    loader: Iterable[Batch] = training_loader(dataset, sampler, task.collate, config.data.workers)
-    return iter(loader)
+    return training_batches(source, order, task.collate, config.data)
 
 
 def _publish(task: Task, config: RunConfig, run: Run) -> str:

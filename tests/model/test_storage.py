@@ -4,7 +4,7 @@ import boto3
 import pytest
 
 from model import manifest, storage
-from model.storage import Entry, StorageError
+from model.storage import StorageError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -14,19 +14,58 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return storage.join(request.getfixturevalue("s3"), tmp_path.name)
 
 
+def listed(uri: str) -> list[tuple[str, int]]:
+    return [(entry.path, entry.size) for entry in storage.walk(uri)]
+
+
 def test_what_is_written_is_read_listed_and_found(base: str) -> None:
     uri = storage.join(base, "文件夹", "a b.bin")
     assert not storage.exists(uri)
     storage.write(uri, b"data")
     assert storage.read(uri) == b"data"
     assert storage.exists(uri)
-    assert list(storage.walk(base)) == [Entry("文件夹/a b.bin", 4)]
+    assert listed(base) == [("文件夹/a b.bin", 4)]
 
 
 def test_a_prefix_is_a_folder_not_a_beginning(base: str) -> None:
     storage.write(storage.join(base, "run", "x"), b"1")
     storage.write(storage.join(base, "run-2", "x"), b"22")
-    assert list(storage.walk(storage.join(base, "run"))) == [Entry("x", 1)]
+    assert listed(storage.join(base, "run")) == [("x", 1)]
+
+
+def test_an_objects_version_changes_with_its_content(base: str) -> None:
+    uri = storage.join(base, "x")
+    assert storage.head(uri) is None
+    storage.write(uri, b"one")
+    first = storage.head(uri)
+    storage.write(uri, b"two")
+    second = storage.head(uri)
+    assert first is not None
+    assert second is not None
+    assert first.size == second.size == 3
+    assert first.version != second.version
+
+
+def test_parts_are_read_as_of_a_file(base: str) -> None:
+    uri, data = storage.join(base, "x"), bytes(range(256)) * 8
+    storage.write(uri, data)
+    assert storage.read_range(uri, 1000, 500) == data[1000:1500]
+    assert storage.read_range(uri, 2000, 500) == data[2000:]
+    file = storage.RandomAccess(uri)
+    file.seek(-8, 2)
+    assert file.read() == data[-8:]
+    file.seek(10)
+    assert file.read(5) == data[10:15]
+
+
+def test_moving_may_be_repeated_and_removing_takes_all(base: str) -> None:
+    source, dest = storage.join(base, "from", "x"), storage.join(base, "to", "y")
+    storage.write(source, b"1")
+    for _ in range(2):
+        storage.move(source, dest)
+    assert [path for path, _ in listed(base)] == ["to/y"]
+    storage.remove(base)
+    assert listed(base) == []
 
 
 def test_files_come_back_whole(base: str, tmp_path: Path) -> None:
@@ -52,11 +91,13 @@ def test_wrong_credentials_are_refused_by_the_server(s3: str, monkeypatch: pytes
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials it has seen
     storage._client_of.cache_clear()
+    storage._store_of.cache_clear()
     try:
         with pytest.raises(StorageError):
             storage.read(storage.join(s3, "secret"))
     finally:
         storage._client_of.cache_clear()
+        storage._store_of.cache_clear()
 
 
 @pytest.fixture

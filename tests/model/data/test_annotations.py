@@ -25,7 +25,9 @@ def test_references_are_a_list_literal_in_lower_case(tmp_path: Path) -> None:
     assert row.references == ("一个mv", "二")
 
 
-@pytest.mark.parametrize("video", ["../outside.mp4", "/etc/passwd", "a/../../b.mp4", "a\\..\\b.mp4", ""])
+@pytest.mark.parametrize(
+    "video", ["../outside.mp4", "/etc/passwd", "a/../../b.mp4", "a\\..\\b.mp4", "", "folder/", "a\x1bb.mp4"]
+)
 def test_a_path_that_leaves_the_root_is_refused_with_its_line(tmp_path: Path, video: str) -> None:
     raw = write(tmp_path, f"video_id:FILE,title\nok.mp4,好\n{video},坏\n")
     with pytest.raises(DataError, match=r"train\.csv line 3: the video's path must stay below"):
@@ -45,7 +47,7 @@ def test_every_bad_row_is_named(tmp_path: Path) -> None:
         ("id,title\na.mp4,b\n", "utf-8", "must have the columns video_id:FILE, title; it has id, title"),
         ("", "utf-8", "it has no header"),
         ("video_id:FILE,title\n", "utf-8", "must have at least one row"),
-        ("video_id:FILE,title\na.mp4,标题\n", "gb18030", "must be UTF-8"),
+        ("video_id:FILE,title\na.mp4,标题\n", "gb18030", "must be UTF-8, it holds the byte .* iconv -f GB18030"),
     ],
 )
 def test_an_unusable_file_is_one_clear_line(tmp_path: Path, text: str, encoding: str, complaint: str) -> None:

@@ -1,38 +1,142 @@
+import dataclasses
+import shutil
+from itertools import islice
 from pathlib import Path
 
+import pytest
 import torch
+from collating import collate
 
 from model.config import DataConfig
-from model.data.loader import ClipDataset
+from model.data.annotations import DataError
+from model.data.cache import Cache
+from model.data.loader import ClipSource, Example, evaluation_batches, training_batches
+from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.mplug_video.tokenization import load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-AUGMENT = DataConfig(crop_area=0.5, flip_probability=0.5)
+AUGMENT = DataConfig(crop_area=0.5, flip_probability=0.5, workers=0)
 
 
-def dataset(shards: dict[str, str], augment: DataConfig | None = AUGMENT) -> ClipDataset:
+def source(split: str, augment: DataConfig | None = AUGMENT, cache: Cache | None = None) -> ClipSource:
     processor = MPlugVideoProcessor(
         load_tokenizer(FIXTURES / "upstream" / "modelscope_gpt3" / "tokenizer.json"), image_size=32, num_frames=4
     )
-    return ClipDataset(ShardReader(shards["pretrain"] + "/train"), processor, augment=augment, seed=1)
+    return ClipSource(reader=ShardReader(split, cache=cache), processor=processor, augment=augment, seed=1)
 
 
-def test_augmentation_is_keyed_by_epoch_and_clip_alone(shards: dict[str, str]) -> None:
-    first, second = dataset(shards), dataset(shards)
-    second[0, 5]  # another history
-    assert torch.equal(first[3, 7].clip, second[3, 7].clip)
-    assert not torch.equal(first[3, 7].clip, first[4, 7].clip)
+def example(clips: ClipSource, epoch: int, position: int) -> Example:
+    return clips.example((epoch, position), clips.fetch(position))
 
 
-def test_evaluation_clips_are_the_same_in_every_epoch(shards: dict[str, str]) -> None:
-    plain = dataset(shards, augment=None)
-    assert torch.equal(plain[0, 2].clip, plain[1, 2].clip)
-    assert plain[0, 2].clip.shape == (3, 4, 32, 32)
+def order(clips: ClipSource, **changes: int) -> BatchSampler:
+    plain = BatchSampler(size=len(clips.reader), seed=1, batch_size=4, steps=12)
+    return dataclasses.replace(plain, **changes)
 
 
-def test_one_crop_serves_all_frames_of_a_clip(shards: dict[str, str]) -> None:
+@pytest.fixture
+def split(shards: dict[str, str]) -> str:
+    return shards["pretrain"] + "/train"
+
+
+def test_augmentation_is_keyed_by_epoch_and_clip_alone(split: str) -> None:
+    first, second = source(split), source(split)
+    example(second, 0, 5)  # another history
+    assert torch.equal(example(first, 3, 7).clip, example(second, 3, 7).clip)
+    assert not torch.equal(example(first, 3, 7).clip, example(first, 4, 7).clip)
+
+
+def test_evaluation_clips_are_the_same_in_every_epoch(split: str) -> None:
+    plain = source(split, augment=None)
+    assert torch.equal(example(plain, 0, 2).clip, example(plain, 1, 2).clip)
+    assert example(plain, 0, 2).clip.shape == (3, 4, 32, 32)
+
+
+def test_one_crop_serves_all_frames_of_a_clip(split: str) -> None:
     """The background does not move: corners of consecutive frames stay nearly equal after a random crop."""
-    corners = dataset(shards)[0, 1].clip[:, :, :3, :3]
+    corners = example(source(split), 0, 1).clip[:, :, :3, :3]
     assert (corners - corners[:, :1]).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_change_neither_the_order_nor_a_pixel(split: str, workers: int) -> None:
+    clips = source(split)
+    plain = list(training_batches(clips, order(clips, steps=7), collate, AUGMENT))
+    parallel = list(
+        training_batches(clips, order(clips, steps=7), collate, AUGMENT.model_copy(update={"workers": workers}))
+    )
+    assert [batch["seeds"] for batch in parallel] == [batch["seeds"] for batch in plain]
+    assert all(torch.equal(one["clips"], other["clips"]) for one, other in zip(plain, parallel, strict=True))
+
+
+def test_a_run_goes_on_from_any_step(split: str) -> None:
+    clips = source(split)
+    whole = [batch["seeds"] for batch in training_batches(clips, order(clips), collate, AUGMENT)]
+    for start in (1, 5, 11):
+        rest = training_batches(clips, order(clips, start_step=start), collate, AUGMENT)
+        assert [batch["seeds"] for batch in rest] == whole[start:]
+
+
+def test_an_evaluation_reads_each_clip_once(split: str) -> None:
+    clips = source(split, augment=None)
+    videos = [video for batch in evaluation_batches(clips, collate, 7) for video in batch["videos"]]
+    assert videos == [annotation.video for annotation in clips.reader.annotations()]
+
+
+@pytest.fixture
+def damaged(split: str, tmp_path: Path) -> str:
+    """A copy of a split in which the frames of two clips are overwritten, their annotations not."""
+    copy = tmp_path / "train"
+    shutil.copytree(split, copy)
+    reader = ShardReader(str(copy))
+    for position in (3, 11):
+        record = reader.record(position)
+        shard, start, length = reader._place(position)
+        with (copy / f"shard-{shard:05d}.tar").open("r+b") as file:
+            file.seek(start + record.start)
+            file.write(b"\xff" * (length - record.start))
+    return str(copy)
+
+
+def test_an_unreadable_clip_is_logged_and_another_takes_its_place(
+    damaged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = source(damaged)
+    size = len(clips.reader)
+    batches = training_batches(
+        clips, order(clips, steps=size // 4), collate, AUGMENT.model_copy(update={"max_read_failures": 0.01})
+    )
+    read = list(batches)
+    assert batches.failed == 2
+    assert {len(batch["videos"]) for batch in read} == {4}
+    lost = [clips.reader.annotation(position).video for position in (3, 11)]
+    assert all(any(video in line for line in caplog.messages) for video in lost)
+    assert all(video not in batch["videos"] for batch in read for video in lost)
+
+
+def test_too_many_unreadable_clips_end_the_run(damaged: str) -> None:
+    clips = source(damaged)
+    with pytest.raises(DataError, match=r"at most 0\.10% of clips may be unreadable"):
+        list(training_batches(clips, order(clips, steps=len(clips.reader) // 4), collate, AUGMENT))
+
+
+def test_an_evaluation_with_an_unreadable_clip_ends(damaged: str) -> None:
+    with pytest.raises(DataError, match="got 1 of 4"):
+        list(evaluation_batches(source(damaged, augment=None), collate, 4))
+
+
+def test_shards_on_s3_give_the_same_batches_with_and_without_a_cache(split: str, s3: str, tmp_path: Path) -> None:
+    from model import storage
+
+    remote = storage.join(s3, "loader", "train")
+    for entry in storage.walk(split):
+        storage.upload(Path(split) / entry.path, storage.join(remote, entry.path))
+    expected = list(islice(training_batches(source(split), order(source(split)), collate, AUGMENT), 5))
+    for cache in (None, Cache(tmp_path / "cache", 10**7)):
+        for _ in range(2):  # the second time from the cache
+            clips = source(remote, cache=cache)
+            found = list(islice(training_batches(clips, order(clips), collate, AUGMENT), 5))
+            assert all(torch.equal(one["clips"], other["clips"]) for one, other in zip(expected, found, strict=True))
+    assert any((tmp_path / "cache").rglob("*"))

@@ -1,45 +1,143 @@
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import webdataset
 from PIL import Image
 
 from model import storage
+from model.data import build
 from model.data.annotations import DataError, read_annotations
-from model.data.shards import ShardReader, build_shards, describe, quarantined
-from model.data.video import decode
+from model.data.build import Settings, build_parts, plan, read_quarantine
+from model.data.commit import build_shards, commit
+from model.data.examine import Form
+from model.data.records import INDEX, SCHEMA
+from model.data.shards import ShardReader, describe
+from model.data.video import decode, open_clip
+
+SMALL = Form(num_frames=4, short_side=64)
 
 
-def test_shards_are_tar_files_that_webdataset_reads(shards: dict[str, str], corpus: Path) -> None:
+def settings(raw: Path, root: Path, **changes: object) -> Settings:
+    return Settings(**{"raw": str(raw), "root": str(root), "dataset": "captioning", "form": SMALL, **changes})
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+    }
+
+
+def test_webdataset_reads_the_shards(shards: dict[str, str], corpus: Path) -> None:
     rows = read_annotations(str(corpus), "retrieval", "test")
-    with tarfile.open(Path(shards["retrieval"]) / "test" / "shard-00000.tar") as tar:
-        names = tar.getnames()
-        groups = {name.partition(".")[0] for name in names}
-        meta = json.load(tar.extractfile("00000000.json"))  # type: ignore[arg-type]
-    assert len(groups) == len(rows)
-    assert names[:9] == [*(f"00000000.{frame:02d}.jpg" for frame in range(8)), "00000000.json"]
-    assert meta["text"] == rows[0].text
+    tar = Path(shards["retrieval"]) / "test" / "shard-00000.tar"
+    samples = list(webdataset.WebDataset(str(tar), shardshuffle=False))
+    assert [json.loads(sample["json"])["text"] for sample in samples] == [row.text for row in rows]
+    assert {f"{frame:02d}.jpg" for frame in range(8)} <= set(samples[0])
 
 
 def test_stored_frames_look_like_the_clips_own(shards: dict[str, str], corpus: Path) -> None:
     reader = ShardReader(shards["pretrain"] + "/train")
-    clip = decode((corpus / reader.annotation(3).video).read_bytes(), 8)
-    for stored, original in zip(reader.frames(3, list(range(8))), clip.frames, strict=True):
-        resized = original.resize(stored.size, Image.Resampling.BILINEAR)
-        assert np.abs(np.asarray(stored, float) - np.asarray(resized, float)).mean() < 4
+    record = reader.record(3)
+    clip = decode((corpus / record.annotation.video).read_bytes(), 8)
+    for stored, original in zip(reader.frames(record, record.meta["frames"]), clip.frames, strict=True):
+        resized = original.resize(stored.shape[1::-1], Image.Resampling.BILINEAR)
+        assert np.abs(stored.astype(float) - np.asarray(resized, float)).mean() < 4
+
+
+def test_the_stored_frame_nearest_to_the_wanted_one_is_read(shards: dict[str, str]) -> None:
+    reader = ShardReader(shards["pretrain"] + "/train")
+    record = reader.record(0)
+    stored = record.meta["frames"]
+    wanted = [0, stored[2] + 1, record.meta["num_frames"] - 1]
+    expected = reader.frames(record, [stored[0], stored[2], stored[-1]])
+    assert all(map(np.array_equal, reader.frames(record, wanted), expected))
+
+
+def test_original_clips_are_stored_byte_for_byte(corpus: Path, tmp_path: Path) -> None:
+    uri = build_shards(settings(corpus, tmp_path, form=Form(kind="original")))
+    reader = ShardReader(f"{uri}/val")
+    for position, row in enumerate(read_annotations(str(corpus), "captioning", "val")):
+        record = reader.record(position)
+        data = (corpus / row.video).read_bytes()
+        assert bytes(record.file(0)) == data
+        assert record.annotation == row
+        frame = next(open_clip(data).frames([7]))
+        assert np.array_equal(reader.frames(record, [7])[0], frame)
+        assert (record.meta["height"], record.meta["width"]) == frame.shape[:2]
+
+
+def test_the_index_holds_facts_and_hash_of_every_clip(shards: dict[str, str], corpus: Path) -> None:
+    import hashlib
+
+    folder = Path(shards["captioning"]) / "test"
+    table = pq.read_table(folder / INDEX)
+    assert table.schema.equals(SCHEMA)
+    for row in table.to_pylist():
+        tar = (folder / f"shard-{row['shard']:05d}.tar").read_bytes()
+        assert hashlib.sha256(tar[row["offset"] : row["offset"] + row["length"]]).digest() == row["sha256"]
+        assert row["bytes"] == (corpus / row["video"]).stat().st_size
+        assert row["duration_s"] == pytest.approx(row["num_frames"] / row["fps"], abs=0.01)
 
 
 def test_the_digest_names_the_content(shards: dict[str, str], corpus: Path, tmp_path: Path) -> None:
-    again = build_shards(str(corpus), str(tmp_path), "captioning", num_frames=8, short_side=72, workers=1)
-    other = build_shards(str(corpus), str(tmp_path), "captioning", num_frames=4, short_side=72, workers=2)
+    form = Form(num_frames=8, short_side=72)
+    again = build_shards(settings(corpus, tmp_path, form=form), workers=1)
+    other = build_shards(settings(corpus, tmp_path), workers=2)
     assert again.rpartition("@")[2] == shards["captioning"].rpartition("@")[2] != other.rpartition("@")[2]
-    for path in Path(again).rglob("*"):
-        if path.is_file():
-            same = Path(shards["captioning"]) / path.relative_to(again)
-            assert path.read_bytes() == same.read_bytes()
+    assert files(again) == files(shards["captioning"])
+
+
+def test_partitions_in_any_order_give_the_same_bytes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(build.PART_CLIPS, "frames", 3)
+    monkeypatch.setattr(build, "SHARD_BYTES", 20_000)
+    whole = build_shards(settings(corpus, tmp_path / "whole"))
+    planned = plan(settings(corpus, tmp_path / "parts"))
+    build_parts(planned, index=2, count=3, workers=1)
+    with pytest.raises(DataError, match="all 3 parts of train must be there, 2 are not: 1, 2"):
+        commit(planned)
+    for index in (1, 0, 1):
+        build_parts(plan(settings(corpus, tmp_path / "parts")), index=index, count=3, workers=1)
+    parts = commit(planned)
+    assert files(parts) == files(whole)
+    assert not (tmp_path / "parts" / "shards" / ".building" / "x").exists()
+    reader = ShardReader(f"{parts}/train")
+    assert len(reader.first) > 2
+    assert list(reader.annotations()) == [reader.annotation(position) for position in range(len(reader))]
+    assert [record.annotation for record in map(reader.record, range(len(reader)))] == list(reader.annotations())
+
+
+def test_a_part_whose_clips_have_changed_is_built_again(corpus: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(corpus, raw)
+    victim = raw / read_annotations(str(raw), "captioning", "val")[0].video
+    data = victim.read_bytes()
+    victim.write_bytes(b"")
+    wanted = settings(raw, tmp_path / "out", max_quarantined=0.0)
+    with pytest.raises(DataError, match=r"got 1 of \d+ in val \(1 empty\)"):
+        build_shards(wanted)
+    victim.write_bytes(data)
+    assert not list(read_quarantine(build_shards(wanted) + "/val"))
+
+
+def test_a_large_index_is_read_across_groups_and_shards(tmp_path: Path) -> None:
+    """Shards that begin in the middle of a group of rows, end with it, or span several."""
+    lengths = np.random.default_rng(0).integers(1, 9, 300_000) * 512
+    shard = np.sort(np.random.default_rng(1).integers(0, 5, len(lengths)))
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(shard)) + 1])
+    offsets = np.concatenate([np.cumsum(part) - part for part in np.split(lengths, starts[1:])])
+    columns = {"shard": shard.astype("int32"), "offset": offsets, "length": lengths}
+    filler = {name: pa.nulls(len(lengths), SCHEMA.field(name).type) for name in SCHEMA.names if name not in columns}
+    pq.write_table(pa.table({**filler, **columns}).select(SCHEMA.names), tmp_path / INDEX, row_group_size=70_000)
+    reader = ShardReader(str(tmp_path))
+    for position in [*range(0, len(lengths), 997), *(starts - 1)[1:], *starts, len(lengths) - 1]:
+        assert reader._place(int(position)) == (shard[position], offsets[position], lengths[position])
 
 
 def test_a_dataset_describes_itself(shards: dict[str, str]) -> None:
@@ -57,33 +155,45 @@ def raw(corpus: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def damage(raw: Path, count: int) -> list[str]:
-    videos = [row.video for row in read_annotations(str(raw), "captioning", "train")][:count]
-    rows = (raw / "captioning" / "train.csv").read_text(encoding="utf-8").splitlines()
-    (raw / "captioning" / "train.csv").write_text("\n".join([rows[0], *rows[1:] * 5]) + "\n", encoding="utf-8")
-    kinds = [b"", b"this is no video", (raw / videos[-1]).read_bytes()[:500]]
-    for video, data in zip(videos, kinds, strict=False):
+def rewrite(raw: Path, rows: list[str]) -> None:
+    (raw / "captioning" / "train.csv").write_text("\n".join(["video_id:FILE,golden_caption", *rows]) + "\n", "utf-8")
+
+
+def test_what_cannot_be_read_is_quarantined_with_its_reason_not_replaced(raw: Path, tmp_path: Path) -> None:
+    videos = [row.video for row in read_annotations(str(raw), "captioning", "train")][:6]
+    kinds = {"empty": b"", "not_a_video": b"this is no video", "truncated": (raw / videos[2]).read_bytes()[:500]}
+    for video, data in zip(videos, kinds.values(), strict=False):
         (raw / video).write_bytes(data)
-    return videos
-
-
-def test_a_broken_clip_is_quarantined_with_its_reason_not_replaced(raw: Path, tmp_path: Path) -> None:
-    lost = damage(raw, 1)
-    rows = len(read_annotations(str(raw), "captioning", "train"))
-    uri = build_shards(str(raw), str(tmp_path / "out"), "captioning", num_frames=4, short_side=64, max_quarantined=0.2)
-    found = list(quarantined(uri + "/train"))
-    assert {item["video"] for item in found} == set(lost)
-    assert all(item["reason"] == "the file is empty" for item in found)
-    assert len(ShardReader(uri + "/train")) + len(found) == rows
+    (raw / videos[3]).unlink()
+    rewrite(raw, [f"{video},字" for video in [*videos, videos[5]]])
+    uri = build_shards(settings(raw, tmp_path / "out", max_quarantined=0.6))
+    found = list(read_quarantine(uri + "/train"))
+    assert [item["reason"] for item in found] == [*kinds, "missing", "duplicate"]
+    assert [item["row"] for item in found] == [0, 1, 2, 3, 6]
+    assert found[-1]["detail"] == "row 5 has the same clip and text"
+    assert [row.video for row in ShardReader(uri + "/train").annotations()] == videos[4:]
+    assert describe(uri)["quarantined"] == {"train": 5, "val": 0, "test": 0}
 
 
 def test_many_broken_clips_stop_the_sharding(raw: Path, tmp_path: Path) -> None:
-    damage(raw, 3)
-    with pytest.raises(DataError, match="at most 5% of a split's clips may be unreadable"):
-        build_shards(str(raw), str(tmp_path / "out"), "captioning", num_frames=4, short_side=64)
+    videos = [row.video for row in read_annotations(str(raw), "captioning", "train")]
+    (raw / videos[0]).write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"at most 5% of a split's clips may be broken, got 1 of 8 in train \(1 empty\)"
+    ):
+        build_shards(settings(raw, tmp_path / "out"))
+
+
+def test_what_is_not_there_yet_may_be_left_out(raw: Path, tmp_path: Path) -> None:
+    videos = [row.video for row in read_annotations(str(raw), "captioning", "train")]
+    for video in videos[:-1]:
+        (raw / video).unlink()
+    uri = build_shards(settings(raw, tmp_path / "out", available_only=True))
+    assert [row.video for row in ShardReader(uri + "/train").annotations()] == videos[-1:]
+    assert {item["reason"] for item in read_quarantine(uri + "/train")} == {"missing"}
 
 
 def test_a_split_without_its_index_does_not_count(tmp_path: Path) -> None:
     storage.write(str(tmp_path / "train" / "shard-00000.tar"), b"")
-    with pytest.raises(DataError, match="not a split, or its upload did not finish"):
+    with pytest.raises(DataError, match="not a split, or it was not finished"):
         ShardReader(str(tmp_path / "train"))

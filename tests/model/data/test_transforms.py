@@ -2,6 +2,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from model.config import DataConfig
@@ -15,9 +16,15 @@ def noise(width: int = 80, height: int = 60) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def clip(frames: int = 1) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(noise())] * frames))
+
+
 def test_without_randomness_it_is_the_evaluation_resize() -> None:
-    (found,) = training_transform([noise()], 32, PLAIN, random.Random(0))
-    assert np.array_equal(found, noise().resize((32, 32), Image.Resampling.BICUBIC))
+    (found,) = training_transform(clip(), 32, PLAIN, random.Random(0)).numpy().astype(int)
+    pillows = np.asarray(noise().resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(found - pillows).max() <= 2  # each rounds in its own places
+    assert np.abs(found - pillows).mean() < 0.05
 
 
 @pytest.mark.parametrize("size", [(80, 60), (60, 80), (320, 60)])
@@ -39,9 +46,9 @@ def test_crops_stay_inside_and_keep_area_and_aspect_ratio(size: tuple[int, int],
 
 
 def test_all_frames_of_a_clip_change_alike_and_clips_change_differently() -> None:
-    first = training_transform([noise(), noise()], 32, DataConfig(), random.Random(3))
-    assert np.array_equal(*first)
-    assert not np.array_equal(first[0], training_transform([noise()], 32, DataConfig(), random.Random(4))[0])
+    first = training_transform(clip(2), 32, DataConfig(), random.Random(3))
+    assert torch.equal(*first)
+    assert not torch.equal(first[0], training_transform(clip(), 32, DataConfig(), random.Random(4))[0])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -10,7 +10,7 @@ from upstream import GPT3
 
 from model import manifest
 from model.config import load
-from model.data.loader import ClipDataset, Example
+from model.data.loader import ClipSource, Example
 from model.data.shards import ShardReader
 from model.tasks import build_task
 
@@ -37,8 +37,8 @@ def decoder_folder(family: str, folder: Path) -> str:
 
 
 def examples(shards: str, task: object, count: int) -> list[Example]:
-    dataset = ClipDataset(ShardReader(f"{shards}/train"), task.processor)
-    return [dataset[0, position] for position in range(count)]
+    clips = ClipSource(reader=ShardReader(f"{shards}/train"), processor=task.processor)
+    return [clips.example((0, position), clips.fetch(position)) for position in range(count)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
 import torch
 
 from model.config import load
-from model.data.loader import ClipDataset
+from model.data.loader import ClipSource
 from model.data.shards import ShardReader
 from model.tasks import build_task
 
@@ -14,8 +14,8 @@ def test_negatives_are_titles_of_other_clips_and_all_titles_are_scored(shards: d
         "data.max_length=80",
     ]
     task = build_task(load("tiny_retrieval", settings))
-    dataset = ClipDataset(ShardReader(f"{shards['retrieval']}/train"), task.processor)
-    examples = [dataset[0, position] for position in (0, 1, 1, 2)]  # one clip twice
+    clips = ClipSource(reader=ShardReader(f"{shards['retrieval']}/train"), processor=task.processor)
+    examples = [clips.example((0, position), clips.fetch(position)) for position in (0, 1, 1, 2)]  # one clip twice
     batch = task.collate(examples)
     tokenizer = task.processor.tokenizer
     titles = tokenizer.batch_decode(batch["title_ids"], skip_special_tokens=True)

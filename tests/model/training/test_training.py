@@ -12,7 +12,7 @@ from running import TINY, train
 
 from model import manifest
 from model.config import load
-from model.data.loader import ClipDataset, training_loader
+from model.data.loader import ClipSource, training_batches
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
 from model.mplug_video import MPlugVideoForPreTraining
@@ -36,12 +36,12 @@ def plain_losses(preset: str, overrides: list[str]) -> list[float]:
     sampler = BatchSampler(
         size=len(reader), seed=config.seed, batch_size=config.data.batch_size, steps=config.training.steps
     )
-    dataset = ClipDataset(reader, task.processor, augment=config.data, seed=config.seed)
+    clips = ClipSource(reader=reader, processor=task.processor, augment=config.data, seed=config.seed)
     optimizer = torch.optim.AdamW(
         parameter_groups(task.network, config.optim), betas=config.optim.betas, eps=config.optim.eps
     )
     losses = []
-    for step, batch in enumerate(training_loader(dataset, sampler, task.collate, workers=0)):
+    for step, batch in enumerate(training_batches(clips, sampler, task.collate, config.data)):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, config.training.steps, config.optim) * group["lr_scale"]
         loss, _ = task.network(batch)

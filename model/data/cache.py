@@ -1,0 +1,88 @@
+"""A bounded cache of immutable pieces on local disk, shared by all processes of a machine.
+
+Pieces appear by rename, so a reader never sees half of one and a killed process leaves nothing but a file that the next
+sweep removes. No process keeps count: a piece's insertion starts a sweep with a chance proportional to its size, so
+the bound is held (to about a sixty-fourth) by any number of processes, none of which has to be alive.
+"""
+
+import fcntl
+import hashlib
+import os
+import random
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER_BYTES = 256 * 2**20
+"""A sweep looks at one folder; there are as many as keep each at about this size."""
+KEPT = 0.9
+"""Share of the bound that a sweep leaves."""
+ABANDONED_S = 600.0
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Pieces by name below `folder`, together not more than `limit` bytes. The least recently written go first."""
+
+    folder: Path
+    limit: int
+
+    def get(self, key: str, fetch: Callable[[], bytes]) -> bytes:
+        """The cached piece, or what `fetch` returns, kept for the next time. A disk that is full costs only speed."""
+        path = self._path(key)
+        try:
+            data, checksum = _split(path.read_bytes())
+            if zlib.crc32(data) == checksum:
+                return data
+        except FileNotFoundError:
+            pass
+        data = fetch()
+        try:
+            self._put(path, data)
+        except OSError:  # full or read-only
+            pass
+        return data
+
+    @property
+    def folders(self) -> int:
+        return max(1, min(4096, self.limit // FOLDER_BYTES))
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / f"{int(name[:8], 16) % self.folders:03x}" / name
+
+    def _put(self, path: Path, data: bytes) -> None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{random.getrandbits(32):08x}{PARTIAL}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data + zlib.crc32(data).to_bytes(4))
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        if random.random() < len(data) / (self.limit / self.folders / 64):
+            self._sweep(path.parent)
+
+    def _sweep(self, folder: Path) -> None:
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another process is at it
+                return
+            with os.scandir(folder) as items:
+                pieces = [item for item in items if item.name != "lock"]
+            found = [(item.stat().st_mtime, item.stat().st_size, item.path) for item in pieces]
+            now, left = time.time(), self.limit / self.folders
+            total = sum(size for _, size, _ in found)
+            for written, size, path in sorted(found):
+                is_abandoned = path.endswith(PARTIAL) and now - written > ABANDONED_S
+                if is_abandoned or (total > left * KEPT and not path.endswith(PARTIAL)):
+                    Path(path).unlink(missing_ok=True)
+                    total -= size
+
+
+def _split(stored: bytes) -> tuple[bytes, int]:
+    return stored[:-4], int.from_bytes(stored[-4:])
