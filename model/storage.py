@@ -99,6 +99,18 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     return bytes(obstore.get_range(_store(bucket), key, start=start, length=length))
 
 
+def chunks(uri: str, size: int = 8 * 2**20) -> Iterator[bytes]:
+    """An object, piece by piece."""
+    start = 0
+    entry = head(uri)
+    if entry is None:
+        raise NotFoundError(f"{uri} does not exist.")
+    while start < entry.size:
+        data = read_range(uri, start, min(size, entry.size - start))
+        yield data
+        start += len(data)
+
+
 class RandomAccess(io.RawIOBase):
     """An object as a seekable file, for readers that want parts of it. Not for many small reads: each is a request."""
 

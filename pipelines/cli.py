@@ -44,17 +44,78 @@ def synthesize(
 
 @data.command()
 def download(
-    source: Annotated[str, typer.Argument(help="Folder or s3:// URI of the dataset as published.")],
+    source: Annotated[str, typer.Argument(help="Folder, s3:// URI, list of URLs, or modelscope://owner/name.")],
     root: Annotated[str, typer.Argument(help="Folder or s3:// URI to copy to.")],
     dataset: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "youku-mplug",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only paths of this pattern, 'retrieval/*'; repeatable.")
+    ] = None,
+    partition: Partition = "1/1",
+    threads: Annotated[int, typer.Option(min=1, help="Transfers at a time.")] = 16,
+    rate_limit: Annotated[float, typer.Option(min=0, help="MB per second; 0 is no limit.")] = 0,
+    attempts: Annotated[int, typer.Option(min=1, help="Tries in a row without a byte of progress.")] = 6,
+    max_failed: Annotated[float, typer.Option(min=0, max=1, help="Share of files that may fail.")] = 0.0,
 ) -> None:
     """Copy a dataset into object storage; prints its URI.
 
-    Example: `mplug data download corpus s3://mplug/work`
-    """
-    from model.data.download import download as run
+    A list is CSV or TSV with a column `url` (and `path`, `size`, `sha256` where known), JSON lines with the same keys,
+    or one URL a line. An interrupted command goes on where it was, inside large files too; training may start on what
+    is there (`mplug data shard --available`).
 
-    print(run(source, root, dataset)[0])
+    Example: `mplug data download modelscope://modelscope/Youku-AliceMind s3://mplug/work --partition 3/64`
+    """
+    from model.data.download import Options
+    from model.data.download import download as run
+    from model.data.fetch import Policy
+
+    index, count = parse_partition(partition)
+    options = Options(
+        only=only or (), index=index, count=count, threads=threads, rate=rate_limit * 1e6, max_failed=max_failed,
+        policy=Policy(attempts=attempts),
+    )  # fmt: skip
+    print(run(source, root, dataset, options)[0])
+
+
+@data.command()
+def status(
+    raw: Annotated[str, typer.Argument(help="Folder or URI of a raw dataset, complete or not.")],
+) -> None:
+    """Say what of a dataset has been downloaded, and why the rest has not.
+
+    Example: `mplug data status s3://mplug/work/raw/youku-mplug`
+    """
+    from model.data.ledger import status as run
+
+    found = run(raw)
+    print(f"{found.files} files, {found.bytes / 1e9:.3f} GB done; {found.failed.total()} failed")
+    for reason, count in found.failed.most_common():
+        print(f"{count:10d} {reason}")
+    for outcome in found.examples:
+        print(f"  {outcome.path}: {outcome.reason}")
+
+
+@data.command()
+def verify(
+    uri: Annotated[str, typer.Argument(help="Folder or URI of a raw or a sharded dataset.")],
+    partition: Partition = "1/1",
+) -> None:
+    """Read a dataset again and compare every file (or clip) with the hash that was taken when it was written.
+
+    Files that differ are marked, and the next download fetches them again.
+
+    Example: `mplug data verify work/raw/youku-mplug`
+    """
+    from model import storage
+    from model.data import download, shards
+    from model.data.annotations import DataError
+    from model.data.records import DATASET
+
+    index, count = parse_partition(partition)
+    is_sharded = storage.exists(storage.join(uri, DATASET))
+    right, wrong = shards.verify(uri) if is_sharded else download.verify(uri, index=index, count=count)
+    if wrong:
+        raise DataError("\n".join(wrong))
+    print(f"{right} as written")
 
 
 @data.command()

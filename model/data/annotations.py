@@ -9,9 +9,12 @@
 import ast
 import csv
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+
+import numpy as np
 
 from model import storage
 
@@ -116,6 +119,18 @@ def _annotation(row: dict[str, str | None], dataset: str, split: str) -> Annotat
     if not isinstance(references, list) or not all(isinstance(item, str) for item in references) or not references:
         raise DataError(f"golden_caption must be a list literal of strings, got {text[:40]!r}.")
     return Annotation(video=video, text=references[0], references=tuple(item.lower() for item in references))
+
+
+def duplicates(hashes: "array[int]") -> dict[int, int]:
+    """Position -> the first position with the same 64-bit hash, for all but the first of each."""
+    values = np.frombuffer(hashes, np.uint64)
+    order = np.argsort(values, kind="stable")
+    again = np.flatnonzero(values[order][1:] == values[order][:-1]) + 1
+    firsts: dict[int, int] = {}
+    for place in again.tolist():
+        earlier = int(order[place - 1])
+        firsts[int(order[place])] = firsts.get(earlier, earlier)
+    return firsts
 
 
 def refuse_escape(path: str) -> None:

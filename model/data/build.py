@@ -25,14 +25,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from model import storage
-from model.data.annotations import SPLITS, Annotation, DataError, annotation_file, iter_annotations
+from model.data.annotations import SPLITS, Annotation, DataError, annotation_file, duplicates, iter_annotations
 from model.data.examine import Form, examine, limit_memory
 from model.data.records import INDEX, QUARANTINE, SCHEMA, StoredClip, TarWriter, shard_name
 from model.data.video import DEADLINE_S
@@ -109,20 +108,9 @@ def plan(settings: Settings) -> Plan:
             said = json.dumps([row.video, row.text, row.label, row.references]).encode()
             hashes.append(int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()))
         state.update(name.encode() + hashes.tobytes())
-        splits.append(Split(name=name, rows=len(hashes), duplicates=_duplicates(hashes)))
+        splits.append(Split(name=name, rows=len(hashes), duplicates=duplicates(hashes)))
     staging = storage.join(settings.root, "shards", ".building", f"{settings.dataset}-{state.hexdigest()[:12]}")
     return Plan(settings=settings, splits=splits, staging=staging)
-
-
-def _duplicates(hashes: "array[int]") -> dict[int, int]:
-    values = np.frombuffer(hashes, np.uint64)
-    order = np.argsort(values, kind="stable")
-    again = np.flatnonzero(values[order][1:] == values[order][:-1]) + 1
-    firsts: dict[int, int] = {}
-    for place in again.tolist():
-        earlier = int(order[place - 1])
-        firsts[int(order[place])] = firsts.get(earlier, earlier)
-    return firsts
 
 
 def build_parts(plan: Plan, *, index: int = 0, count: int = 1, workers: int | None = None) -> None:

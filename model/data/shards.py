@@ -5,6 +5,7 @@ fetched with it.
 """
 
 import bisect
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from model.data.annotations import Annotation, DataError
 from model.data.cache import Cache
 from model.data.records import BLOCK, DATASET, INDEX, Record, shard_name
 from model.data.video import Pixels, VideoError, open_clip
+from model.progress import progress
 
 HEAD = 4096
 """Bytes that nearly always hold a record's JSON file."""
@@ -48,7 +50,7 @@ class ShardReader:
 
     def record(self, position: int) -> Record:
         """A clip with its annotation."""
-        return Record(self._read(*self._place(position)))
+        return Record(self.read(position))
 
     def annotation(self, position: int) -> Annotation:
         """The annotation of one clip, without its frames."""
@@ -87,7 +89,9 @@ class ShardReader:
         end = self.ends[shard] if is_last else int(self.blocks[after])
         return shard, start * BLOCK, (end - start) * BLOCK
 
-    def _read(self, shard: int, start: int, length: int) -> bytes:
+    def read(self, position: int) -> bytes:
+        """A clip's files as they stand in the shard."""
+        shard, start, length = self._place(position)
         uri = self._shard(shard)
         if self.cache is None:
             return storage.read_range(uri, start, length)
@@ -121,6 +125,20 @@ def _pixels(jpeg: memoryview) -> Pixels:
         return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
     except OSError as error:
         raise VideoError("damaged", f"a stored frame is no JPEG: {error}") from error
+
+
+def verify(uri: str) -> tuple[int, list[str]]:
+    """Reads every clip of a sharded dataset; returns how many are as they were written, and a line for each other."""
+    right, wrong = 0, []
+    for split, clips in describe(uri)["clips"].items():
+        reader = ShardReader(storage.join(uri, split))
+        rows = reader.rows(["key", "video", "sha256"])
+        for position, row in enumerate(progress(rows, total=clips, desc=f"verifying {split}", unit="clip")):
+            if hashlib.sha256(reader.read(position)).digest() == row["sha256"]:
+                right += 1
+            else:
+                wrong.append(f"{split} {row['key']} {row['video']}: its bytes are not those that were written")
+    return right, wrong
 
 
 def describe(uri: str) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""GET with resumption. The only file that imports urllib3; what a server says is checked, nothing is retried here."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import urllib3
+
+CHUNK = 2**20
+CONNECT_S, READ_S = 10.0, 60.0
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+pool = urllib3.PoolManager(
+    num_pools=16,
+    maxsize=64,
+    timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S),
+    retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False),
+    headers={"User-Agent": "mplug-video", "Accept-Encoding": "identity"},
+)
+
+
+class FetchError(OSError):
+    """A file did not arrive; `reason` is short and for statistics."""
+
+    def __init__(self, reason: str, detail: str, *, transient: bool, wait_s: float = 0.0) -> None:
+        super().__init__(f"{reason}: {detail}"[:300])
+        self.reason, self.transient, self.wait_s = reason, transient, wait_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """What a source answered."""
+
+    start: int
+    """Of the file; 0 where the source did not go on from where it was asked to."""
+    size: int | None
+    """Of the whole file, if the source says so."""
+    validator: str
+    """Stays the same while the file does. Empty: a broken transfer has to begin anew."""
+    chunks: Iterator[bytes]
+
+
+def get(url: str, *, start: int = 0, validator: str = "", headers: Mapping[str, str] | None = None) -> Body:
+    """The file from `start` on, or from 0 where it has changed or the server knows no ranges. Raises FetchError."""
+    wanted = dict(headers or {})
+    if start:
+        wanted |= {"Range": f"bytes={start}-", "If-Range": validator}
+    try:
+        response = pool.request("GET", url, headers={**pool.headers, **wanted}, preload_content=False)
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise _broken(error) from error
+    try:
+        return _checked(response, start, validator)
+    except FetchError:
+        response.close()
+        raise
+
+
+def _checked(response: urllib3.response.BaseHTTPResponse, start: int, validator: str) -> Body:
+    status, found = response.status, _validator(response.headers)
+    if status == 206 and start:
+        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if span is None or int(span[1]) != start or (found and found != validator):
+            raise FetchError("changed", "the server sent another part than was asked for", transient=True)
+        size = None if span[3] == "*" else int(span[3])
+        return Body(start=start, size=size, validator=validator, chunks=_chunks(response))
+    if status == 200:
+        length = response.headers.get("Content-Length", "")
+        size = int(length) if length.isdigit() else None
+        return Body(start=0, size=size, validator=found, chunks=_chunks(response))
+    if status == 416:
+        raise FetchError("changed", "the file is shorter than what has arrived of it", transient=True)
+    after = response.headers.get("Retry-After", "")
+    wait_s = float(after) if after.isdigit() else 0.0
+    raise FetchError(f"http_{status}", response.reason or "", transient=status in TRANSIENT, wait_s=min(wait_s, 120.0))
+
+
+def _validator(headers: Mapping[str, str]) -> str:
+    """A strong ETag, or the date of the last change: what If-Range takes."""
+    tag = headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
+
+
+def _chunks(response: urllib3.response.BaseHTTPResponse) -> Iterator[bytes]:
+    try:
+        while chunk := response.read1(CHUNK):  # `read` would lose what came before a connection broke
+            yield chunk
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise _broken(error) from error
+    finally:
+        # a connection whose body was not read to its end cannot be used again
+        response.release_conn() if response.closed else response.close()
+
+
+def _broken(error: Exception) -> FetchError:
+    timed_out = isinstance(error, urllib3.exceptions.TimeoutError) or isinstance(
+        getattr(error, "reason", None), urllib3.exceptions.TimeoutError
+    )
+    return FetchError("timeout" if timed_out else "connection", " ".join(str(error).split()), transient=True)
