@@ -61,6 +61,8 @@ def examine(data: bytes, form: Form, decoder: str, deadline_s: float) -> StoredC
         return error.reason, error.detail
     except MemoryError:
         return "too_large", f"decoding took more than {MEMORY >> 30} GiB of memory"
+    except Exception as error:  # whatever a strange file leads to is the file's fault here, and is listed
+        return "unreadable", f"{type(error).__name__}: {error}"
     original = form.kind == "original"
     return StoredClip(
         files=[data] if original else files,
