@@ -23,7 +23,7 @@ class StageError(RuntimeError):
 def exit_codes() -> Iterator[None]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    for noisy in ("botocore", "urllib3", "mlflow", "alembic", "deepspeed"):
+    for noisy in ("botocore", "urllib3", "mlflow", "alembic", "deepspeed", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         yield

@@ -1,7 +1,8 @@
 """One API for s3:// URIs and local paths. The only file that imports boto3 and obstore.
 
 Credentials, endpoint and region come from boto3's own chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, roles, …), so the
-same code runs on a laptop, in a pod and against any S3. boto3 lists, copies and removes; bytes go through obstore,
+same code runs on a laptop, in a pod and against any S3; s3://PROFILE@bucket/key takes them from that profile of the AWS
+configuration, for a second S3. boto3 lists, copies and removes; bytes go through obstore,
 whose requests take a quarter of boto3's processor time (0.3 instead of 1.3 ms each).
 """
 
@@ -18,6 +19,7 @@ import boto3
 import obstore
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.session import Session
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
@@ -85,8 +87,7 @@ def _is_missing(error: Exception) -> bool:
 def read(uri: str) -> bytes:
     if not is_s3(uri):
         return Path(uri).read_bytes()
-    bucket, key = _split(uri)
-    return bytes(obstore.get(_store(bucket), key).bytes())
+    return bytes(obstore.get(_store(uri), _key(uri)).bytes())
 
 
 @_one_line
@@ -95,8 +96,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if not is_s3(uri):
         with open(uri, "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, start)
-    bucket, key = _split(uri)
-    return bytes(obstore.get_range(_store(bucket), key, start=start, length=length))
+    return bytes(obstore.get_range(_store(uri), _key(uri), start=start, length=length))
 
 
 def chunks(uri: str, size: int = 8 * 2**20) -> Iterator[bytes]:
@@ -153,8 +153,7 @@ def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
 def write(uri: str, data: bytes) -> None:
     """Writes all of `data` or nothing: a reader never sees half an object."""
     if is_s3(uri):
-        bucket, key = _split(uri)
-        obstore.put(_store(bucket), key, data)
+        obstore.put(_store(uri), _key(uri), data)
         return
     partial = _partial(Path(uri))
     partial.write_bytes(data)
@@ -165,8 +164,7 @@ def write(uri: str, data: bytes) -> None:
 def upload(path: Path, uri: str) -> None:
     """Copies a local file to `uri`, which appears when it is whole."""
     if is_s3(uri):
-        bucket, key = _split(uri)
-        obstore.put(_store(bucket), key, path)
+        obstore.put(_store(uri), _key(uri), path)
         return
     partial = _partial(Path(uri))
     shutil.copyfile(path, partial)
@@ -193,9 +191,8 @@ def download(uri: str, path: Path) -> None:
     """Fetches one object; `path` appears when it is whole."""
     partial = _partial(path)
     if is_s3(uri):
-        bucket, key = _split(uri)
         with partial.open("wb") as file:
-            for chunk in obstore.get(_store(bucket), key).stream(min_chunk_size=2**20):
+            for chunk in obstore.get(_store(uri), _key(uri)).stream(min_chunk_size=2**20):
                 file.write(chunk)
     else:
         shutil.copyfile(uri, partial)
@@ -215,9 +212,9 @@ def head(uri: str) -> Entry | None:
             return None
         stat = os.stat(uri)
         return Entry(uri, stat.st_size, str(stat.st_mtime_ns))
-    bucket, key = _split(uri)
+    place = _place(uri)
     try:
-        found = _client().head_object(Bucket=bucket, Key=key)
+        found = _client(place.profile).head_object(Bucket=place.bucket, Key=place.key)
     except ClientError as error:
         if _is_missing(error):
             return None
@@ -252,10 +249,11 @@ def _walk_folder(folder: str, prefix: str) -> Iterator[Entry]:
 
 
 def _walk_s3(uri: str) -> Iterator[Entry]:
-    bucket, key = _split(uri)
-    prefix = f"{key.rstrip('/')}/" if key else ""
+    place = _place(uri)
+    prefix = f"{place.key.rstrip('/')}/" if place.key else ""
+    pages = _client(place.profile).get_paginator("list_objects_v2")
     try:
-        for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for page in pages.paginate(Bucket=place.bucket, Prefix=prefix):
             for item in page.get("Contents", []):
                 yield Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"].strip('"'))
     except (BotoCoreError, ClientError) as error:
@@ -271,10 +269,11 @@ def move(source: str, dest: str) -> None:
         Path(dest).parent.mkdir(parents=True, exist_ok=True)
         Path(source).replace(dest)
         return
-    (from_bucket, from_key), (bucket, key) = _split(source), _split(dest)
+    old, new = _place(source), _place(dest)
+    client = _client(old.profile)
     # inside the store: the bytes do not pass through here
-    _client().copy_object(Bucket=bucket, Key=key, CopySource={"Bucket": from_bucket, "Key": from_key})
-    _client().delete_object(Bucket=from_bucket, Key=from_key)
+    client.copy_object(Bucket=new.bucket, Key=new.key, CopySource={"Bucket": old.bucket, "Key": old.key})
+    client.delete_object(Bucket=old.bucket, Key=old.key)
 
 
 @_one_line
@@ -283,27 +282,41 @@ def remove(uri: str) -> None:
     if not is_s3(uri):
         shutil.rmtree(uri, ignore_errors=True)
         return
-    bucket, key = _split(uri)
-    keys = [f"{key.rstrip('/')}/{entry.path}" for entry in walk(uri)]
+    place = _place(uri)
+    keys = [f"{place.key.rstrip('/')}/{entry.path}" for entry in walk(uri)]
     for start in range(0, len(keys), 1000):  # S3's limit
         batch = [{"Key": name} for name in keys[start : start + 1000]]
-        _client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+        _client(place.profile).delete_objects(Bucket=place.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
 
 
-def _split(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
+@dataclass(frozen=True)
+class _Place:
+    profile: str
+    bucket: str
+    key: str
 
 
-def _client() -> "S3Client":
-    return _client_of(os.getpid())
+def _place(uri: str) -> _Place:
+    host, _, key = uri.removeprefix("s3://").partition("/")
+    profile, _, bucket = host.rpartition("@")
+    return _Place(profile, bucket, key)
 
 
-@lru_cache(maxsize=1)
-def _client_of(_pid: int) -> "S3Client":
+def _key(uri: str) -> str:
+    return _place(uri).key
+
+
+def _client(profile: str) -> "S3Client":
+    return _client_of(os.getpid(), profile)
+
+
+@lru_cache(maxsize=8)
+def _client_of(_pid: int, profile: str) -> "S3Client":
     # one client per process: a client that crosses a fork shares its sockets with the parent
-    return boto3.client(
+    return boto3.Session(botocore_session=_session(profile)).client(
         "s3",
+        # boto3 lets the environment's endpoint win over the profile's, and so would send both to one place
+        endpoint_url=_session(profile).get_scoped_config().get("endpoint_url") if profile else None,
         config=Config(
             retries={"mode": "standard", "total_max_attempts": 5},
             max_pool_connections=32,
@@ -314,20 +327,26 @@ def _client_of(_pid: int) -> "S3Client":
     )
 
 
-def _store(bucket: str) -> S3Store:
-    return _store_of(os.getpid(), bucket)
+def _store(uri: str) -> S3Store:
+    place = _place(uri)
+    return _store_of(os.getpid(), place.profile, place.bucket)
 
 
 @lru_cache(maxsize=8)
-def _store_of(_pid: int, bucket: str) -> S3Store:
+def _store_of(_pid: int, profile: str, bucket: str) -> S3Store:
     """The same endpoint, region and credentials as boto3's client, refreshed as boto3 refreshes them."""
-    meta = _client().meta
+    meta = _client(profile).meta
     return S3Store(
         bucket,
-        endpoint=meta.endpoint_url,
+        aws_endpoint_url_s3=meta.endpoint_url,  # `endpoint` would give way to the environment
         region=meta.region_name,
         virtual_hosted_style_request=False,
-        credential_provider=Boto3CredentialProvider(),
+        credential_provider=Boto3CredentialProvider(_session(profile)),
         client_options={"allow_http": meta.endpoint_url.startswith("http://"), "timeout": "60s"},
         retry_config={"max_retries": 5},
     )
+
+
+@lru_cache(maxsize=8)
+def _session(profile: str) -> Session:
+    return Session(profile=profile or None)

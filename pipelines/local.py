@@ -65,6 +65,6 @@ def code_version() -> str:
     for package in (model, components, pipelines):
         root = Path(package.__file__ or "").parent
         for path in sorted(root.rglob("*")):
-            if path.suffix in {".py", ".yaml", ".j2"}:
+            if path.suffix in {".py", ".yaml", ".j2", ".json"}:
                 state.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return state.hexdigest()[:12]

@@ -59,6 +59,6 @@ def test_the_wheel_holds_every_module_preset_and_template(tmp_path: Path) -> Non
         path.relative_to(ROOT).as_posix()
         for package in ("model", "components", "pipelines")
         for path in (ROOT / package).rglob("*")
-        if path.suffix in {".py", ".yaml", ".j2"}
+        if path.suffix in {".py", ".yaml", ".j2", ".json"}
     }
     assert sources <= packed

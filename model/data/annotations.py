@@ -11,6 +11,7 @@ import csv
 import json
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -65,9 +66,16 @@ def iter_annotations(raw: str, dataset: str, split: str) -> Iterator[Annotation]
     uri = annotation_file(raw, dataset, split)
     if uri is None:
         raise DataError(f"{storage.join(raw, dataset, split + '.csv')} does not exist.")
+    with read_csv(uri) as reader:
+        yield from _rows(reader, uri, dataset, split)
+
+
+@contextmanager
+def read_csv(uri: str) -> "Iterator[csv.DictReader[str]]":
+    """A CSV file as a stream of rows. Raises DataError where it is none, or not UTF-8."""
     with storage.open_text(uri, "utf-8-sig") as file:
         try:
-            yield from _rows(csv.DictReader(file), uri, dataset, split)
+            yield csv.DictReader(file)
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{uri} must be UTF-8, it holds the byte 0x{error.object[error.start]:02x}. "

@@ -61,14 +61,15 @@ def open_source(source: str) -> Source:
 
 
 def download(
-    source: str, root: str, dataset: str = "youku-mplug", options: Options | None = None
+    source: str | Source, root: str, dataset: str = "youku-mplug", options: Options | None = None
 ) -> tuple[str, dict[str, float]]:
     """Copies a source to <root>/raw/<dataset>; returns that URI and what was done.
 
     Raises DataError where files could not be had; all others are there.
     """
     options = options or Options()
-    opened, raw = open_source(source), storage.join(root, "raw", dataset)
+    opened = open_source(source) if isinstance(source, str) else source
+    raw = storage.join(root, "raw", dataset)
     name = f"{options.index + 1}of{options.count}"
     job = _Job(opened, raw, options, Ledger(raw, name), Throttle(options.rate), _spool(raw))
     bar: tqdm[Any] = progress(

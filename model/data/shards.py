@@ -66,10 +66,14 @@ class ShardReader:
             yield Annotation(**{**row, "references": tuple(row["references"])})
 
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows of the index in order, a group at a time."""
+        """The rows of the index in order."""
+        for batch in self.batches(columns):
+            yield from batch.to_pylist()
+
+    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The same, some thousand at a time."""
         with self._index() as index:
-            for batch in index.iter_batches(batch_size=8192, columns=columns):
-                yield from batch.to_pylist()
+            yield from index.iter_batches(batch_size=8192, columns=columns)
 
     def frames(self, record: Record, indices: list[int]) -> list[Pixels]:
         """Frames of the source by number, ascending; of stored frames the nearest ones. Raises VideoError."""

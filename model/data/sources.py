@@ -62,26 +62,30 @@ class StorageSource:
                 yield Remote(path=entry.path, location=where, size=entry.size, version=entry.version)
 
     def open(self, remote: Remote, start: int, validator: str) -> Body:
-        size, version = remote.size or 0, remote.version
-        if validator and validator != version:  # begun, and changed since it was listed
-            start = 0
-        return Body(
-            start=start, size=size, validator=version, chunks=self._chunks(remote.location, start, size, version)
-        )
+        return open_stored(remote, start, validator)
 
-    def _chunks(self, uri: str, start: int, size: int, version: str) -> Iterator[bytes]:
-        try:
-            if size <= CHUNK and not start:
-                yield storage.read(uri)
-                return
-            for offset in range(start, size, CHUNK):
-                yield storage.read_range(uri, offset, min(CHUNK, size - offset))
-            now = storage.head(uri)
-        except storage.StorageError as error:
-            gone = isinstance(error, storage.NotFoundError)
-            raise FetchError("not_found" if gone else "storage", str(error), transient=not gone) from error
-        if now is None or now.version != version:
-            raise FetchError("changed", "the file changed while it was read; list the source again", transient=False)
+
+def open_stored(remote: Remote, start: int, validator: str) -> Body:
+    """A file of a folder or a bucket, as a source opens it."""
+    size, version = remote.size or 0, remote.version
+    if validator and validator != version:  # begun, and changed since it was listed
+        start = 0
+    return Body(start=start, size=size, validator=version, chunks=_chunks(remote.location, start, size, version))
+
+
+def _chunks(uri: str, start: int, size: int, version: str) -> Iterator[bytes]:
+    try:
+        if size <= CHUNK and not start:
+            yield storage.read(uri)
+            return
+        for offset in range(start, size, CHUNK):
+            yield storage.read_range(uri, offset, min(CHUNK, size - offset))
+        now = storage.head(uri)
+    except storage.StorageError as error:
+        gone = isinstance(error, storage.NotFoundError)
+        raise FetchError("not_found" if gone else "storage", str(error), transient=not gone) from error
+    if now is None or now.version != version:
+        raise FetchError("changed", "the file changed while it was read; list the source again", transient=False)
 
 
 class ManifestSource:

@@ -1,29 +1,23 @@
 """The report that people read: one self-contained HTML page with metrics, curves, clips and what was said of them."""
 
-import base64
-import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jinja2
 import torch
-from fontTools import subset
-from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
-from PIL import Image
 
 from model import manifest, storage
 from model.config import TrackingConfig
 from model.data.shards import ShardReader
-from model.evaluation.figures import confusion_figure, curve_figure, font, frame_strip, save_figure
+from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
 from model.evaluation.gate import Requirement, requirements
+from model.evaluation.pages import jpeg, page, png
 from model.evaluation.runner import Evaluation, captions, load
 from model.tracking import attach_artifacts
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
 SHOWN = 8
 """Clips per task."""
 NEAREST = 3
@@ -71,18 +65,16 @@ def render(evaluations: Sequence[Evaluation], results: Sequence[Requirement], sh
             {
                 "name": task,
                 "rows": _score_rows(by_task[task], without[task]),
-                "curve": _png(curve_figure(_curves(by_task[task], without[task]), "training loss")),
+                "curve": png(curve_figure(_curves(by_task[task], without[task]), "training loss")),
                 "strips": _strips(by_task[task], readers[task]),
             }
             for task in by_task
         ],
-        "pretraining": _png(curve_figure({"pre-training": _pretraining_curve(evaluations)}, "training loss")),
-        "confusion": _png(_confusion(by_task["classification"])),
+        "pretraining": png(curve_figure({"pre-training": _pretraining_curve(evaluations)}, "training loss")),
+        "confusion": png(_confusion(by_task["classification"])),
         "searches": _searches(by_task["retrieval"], readers["retrieval"]),
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(font=_font_for(template.render(font="", **values)), **values)
+    return page("report.html.j2", values)
 
 
 def _score_rows(evaluation: Evaluation, without: Evaluation) -> list[dict[str, float | str | None]]:
@@ -111,7 +103,7 @@ def _history(model: str) -> list[tuple[int, float]]:
 
 def _strips(evaluation: Evaluation, reader: ShardReader) -> list[Strip]:
     return [
-        Strip(_jpeg(frame_strip(reader, position, 4)), predicted, true)
+        Strip(jpeg(frame_strip(reader, position, 4)), predicted, true)
         for position, (predicted, true) in enumerate(captions(evaluation)[:SHOWN])
     ]
 
@@ -124,7 +116,7 @@ def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, obj
     return [
         {
             "text": evaluation.predictions[query]["text"],
-            "clips": [(_jpeg(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found],
+            "clips": [(jpeg(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found],
         }
         for query, found in enumerate(ranked)
     ]
@@ -136,31 +128,3 @@ def _confusion(evaluation: Evaluation) -> Figure:
     for row in evaluation.predictions:
         counts[names.index(row["label"])][names.index(row["prediction"])] += 1
     return confusion_figure(counts, names)
-
-
-def _png(figure: Figure) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "figure.png"
-        save_figure(figure, path)
-        return _data_uri(path.read_bytes(), "image/png")
-
-
-def _jpeg(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return _data_uri(buffer.getvalue(), "image/jpeg")
-
-
-def _font_for(text: str) -> str:
-    """The Chinese font cut down to the page's own characters: a fresh Debian has none to show them with."""
-    opened = TTFont(font().get_file())
-    subsetter = subset.Subsetter(subset.Options(hinting=False, layout_features=[]))
-    subsetter.populate(text=text)
-    subsetter.subset(opened)
-    buffer = io.BytesIO()
-    opened.save(buffer)
-    return _data_uri(buffer.getvalue(), "font/otf")
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

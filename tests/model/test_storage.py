@@ -1,7 +1,8 @@
+import os
 from pathlib import Path
 
-import boto3
 import pytest
+from clients import fresh_clients
 
 from model import manifest, storage
 from model.storage import StorageError
@@ -89,15 +90,28 @@ def test_other_schemes_are_refused() -> None:
 def test_wrong_credentials_are_refused_by_the_server(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write(storage.join(s3, "secret"), b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials it has seen
-    storage._client_of.cache_clear()
-    storage._store_of.cache_clear()
-    try:
+    with fresh_clients(), pytest.raises(StorageError):
+        storage.read(storage.join(s3, "secret"))
+
+
+def test_a_profile_names_a_second_s3_with_its_own_credentials(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write(storage.join(s3, "profiles", "x"), b"there")
+    (tmp_path / "config").write_text(
+        f"[profile other]\nregion = us-east-1\nendpoint_url = {os.environ['AWS_ENDPOINT_URL_S3']}\n"
+        f"aws_access_key_id = {os.environ['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {os.environ['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    other = s3.replace("s3://", "s3://other@")
+    with fresh_clients():
+        assert storage.read(storage.join(other, "profiles", "x")) == b"there"
+        assert listed(storage.join(other, "profiles")) == [("x", 5)]
         with pytest.raises(StorageError):
-            storage.read(storage.join(s3, "secret"))
-    finally:
-        storage._client_of.cache_clear()
-        storage._store_of.cache_clear()
+            storage.head(storage.join(s3, "profiles", "x"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
+from clients import fresh_clients
 from faulty_server import content, serve
 
 from model import storage
@@ -97,7 +97,7 @@ def fragile_storage(folder: Path) -> Iterator[None]:
     """A real S3 server of its own; the environment is put back afterwards."""
     before = dict(os.environ)
     try:
-        with object_storage(folder):
+        with fresh_clients(), object_storage(folder):
             yield
     finally:
         os.environ.clear()
@@ -168,18 +168,3 @@ def test_nothing_acknowledged_is_lost_when_the_storage_is_killed(corpus: Path, t
         assert status(f"{root}/raw/youku-mplug").files == len(names)
         assert contents(f"{root}/shards") == contents(str(tmp_path / "local" / "shards"))
         server_process(folder).kill()
-
-
-@pytest.fixture(autouse=True)
-def _new_clients() -> Iterator[None]:
-    """Clients keep the address and the credentials of the server that they were made for."""
-    import boto3
-
-    def forget() -> None:
-        storage._client_of.cache_clear()
-        storage._store_of.cache_clear()
-        boto3.DEFAULT_SESSION = None
-
-    forget()
-    yield
-    forget()

@@ -1,0 +1,19 @@
+"""S3 clients keep the address and the credentials that they were made with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from model import storage
+
+
+@contextmanager
+def fresh_clients() -> Iterator[None]:
+    """Clients made inside know only the environment of that time."""
+    caches = (storage._client_of, storage._store_of, storage._session)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()

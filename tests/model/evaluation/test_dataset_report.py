@@ -1,0 +1,80 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import browser
+import mlflow
+import pytest
+
+from model import storage
+from model.data.annotations import read_annotations
+from model.data.build import Settings
+from model.data.commit import build_shards
+from model.data.examine import Form
+
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+
+
+@pytest.fixture(scope="module")
+def shards_with_losses(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A classification dataset of which some clips are empty."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("lossy")
+    raw = folder / "raw"
+    shutil.copytree(corpus, raw)
+    for row in read_annotations(str(raw), "classification", "train")[:3]:
+        storage.write(str(raw / row.video), b"")
+    form = Form(num_frames=2, short_side=32)
+    return build_shards(
+        Settings(raw=str(raw), root=str(folder), dataset="classification", form=form, max_quarantined=0.5)
+    )
+
+
+@pytest.fixture(scope="module")
+def shown(shards_with_losses: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """What the command printed, the page that it wrote, and the tracking store."""
+    folder = tmp_path_factory.mktemp("stats")
+    store = f"sqlite:///{folder}/mlflow.db"
+    command = [MPLUG, "data", "stats", shards_with_losses, "--out", str(folder / "stats.html"), "--tracking-uri", store]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder / "stats.html", store
+
+
+def test_the_terminal_shows_splits_categories_and_reasons(shown: tuple[str, Path, str]) -> None:
+    printed = shown[0]
+    for part in ("train", "quarantined", "duration", "篮球", "体育", "empty", "█"):
+        assert part in printed
+    assert re.search(r"empty\s+3", printed)
+
+
+def test_the_page_is_one_file_with_pictures_that_loads_nothing(shown: tuple[str, Path, str]) -> None:
+    page = shown[1].read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)=["']?(?!data:)[^"'>\s]+""", page)
+    assert page.count('src="data:image/png') == 3
+    assert "empty" in page
+
+
+def test_mlflow_has_metrics_tables_figures_and_the_page(shown: tuple[str, Path, str], tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(shown[2])
+    experiment = client.get_experiment_by_name("mplug-video")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["classification/quarantined_train"] == 3
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
+        "classification.html", "classification-distributions.png", "classification-categories.png",
+        "classification-supers.png", "classification-category.json", "classification-super-category.json",
+        "classification-resolution.json", "classification-quarantined-because.json",
+    }  # fmt: skip
+
+
+def test_the_page_shows_its_categories_in_a_browser(shown: tuple[str, Path, str], tmp_path: Path) -> None:
+    if not browser.installed():
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    with browser.chromium(tmp_path) as page:
+        page.open(f"file://{shown[1]}")
+        page.wait_for("classification@")
+        page.wait_for("quarantined because")
