@@ -37,7 +37,7 @@ class Cache:
             data, checksum = _split(path.read_bytes())
             if zlib.crc32(data) == checksum:
                 return data
-        except FileNotFoundError:
+        except OSError:  # not there, or not to be had
             pass
         data = fetch()
         try:

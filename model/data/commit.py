@@ -47,7 +47,7 @@ def commit(planned: Plan) -> str:
     """Moves all parts to where their content says; may be killed and repeated."""
     settings = planned.settings
     with tempfile.TemporaryDirectory() as folder:
-        splits = [_join(planned, split, Path(folder) / split.name) for split in planned.splits]
+        splits = [join_parts(planned, split, Path(folder) / split.name) for split in planned.splits]
         facts = {
             "dataset": settings.dataset,
             "form": asdict(settings.form),
@@ -72,7 +72,8 @@ def commit(planned: Plan) -> str:
     return uri
 
 
-def _join(planned: Plan, split: Split, folder: Path) -> Joined:
+def join_parts(planned: Plan, split: Split, folder: Path) -> Joined:
+    """Joins the indices of all parts of a split, in memory that does not grow with them."""
     folder.mkdir()
     state, broken, clips, quarantined = hashlib.sha256(), Broken(planned.settings, split.name), 0, 0
     moves: list[tuple[str, str]] = []

