@@ -50,6 +50,7 @@ from pipelines.services import BUCKET, object_storage  # noqa: E402
 RESULTS = Path(__file__).parent / "results" / "data.json"
 SIZE, FRAMES, ROUNDS, CLIPS = 224, 8, 5, 6
 CONFIG = DataConfig(workers=0, augment_ops=0)
+PROCESSOR = MPlugVideoProcessor(None, image_size=SIZE, num_frames=FRAMES)  # type: ignore[arg-type]
 
 
 def ratio(one: list[float], other: list[float]) -> float:
@@ -111,8 +112,7 @@ def shard(raw: Path, root: str, kind: str) -> str:
 
 
 def source(split: str, decoder: str = "pyav") -> ClipSource:
-    processor = MPlugVideoProcessor(None, image_size=SIZE, num_frames=FRAMES)  # type: ignore[arg-type]
-    return ClipSource(reader=ShardReader(split, decoder=decoder), processor=processor, augment=CONFIG, seed=1)
+    return ClipSource(reader=ShardReader(split, decoder=decoder), processor=PROCESSOR, augment=CONFIG, seed=1)
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def plain_clip(path: Path, rng: random.Random) -> torch.Tensor:
 
 def read(clips: ClipSource, epoch: int) -> None:
     for position in range(len(clips.reader)):
-        clips.example((epoch, position), clips.fetch(position))
+        collate([clips.example((epoch, position), clips.fetch(position))])
 
 
 def decode(folder: Path) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def difference(raw: Path, split: str) -> dict[str, float]:
 
 
 def collate(examples: list[Example]) -> dict[str, Any]:
-    return {"clips": torch.stack([example.clip for example in examples if example.clip is not None])}
+    return {"pixel_values": PROCESSOR.normalize([example.clip for example in examples if example.clip is not None])}
 
 
 def storage_rates(folder: Path) -> dict[str, Any]:
@@ -240,17 +240,18 @@ def fetched(split: str) -> None:
 
 
 def by_webdataset(split: str, *, decode: bool) -> None:
-    """All samples in the shards' order, as webdataset streams them."""
+    """All samples in the shards' order, as webdataset streams them, decoded by Pillow, in batches of the same size."""
     names = [entry.path for entry in storage.walk(split) if entry.path.endswith(".tar")]
-    dataset = webdataset.WebDataset([storage.join(split, name) for name in names], shardshuffle=False)
-    processor, count = source(split).processor, 0
-    for sample in dataset:
+    batch, count = [], 0
+    for sample in webdataset.WebDataset([storage.join(split, name) for name in names], shardshuffle=False):
         count += 1
         if decode:
-            rng = random.Random(count)
-            wanted = [f"{index:02d}.jpg" for index in frame_indices(16, FRAMES, rng)]
+            wanted = [f"{index:02d}.jpg" for index in frame_indices(16, FRAMES, random.Random(count))]
             frames = [np.asarray(Image.open(io.BytesIO(sample[name])).convert("RGB")) for name in wanted]
-            processor.normalize(resized(torch.from_numpy(np.stack(frames)), SIZE))
+            batch.append(resized(torch.from_numpy(np.stack(frames)), SIZE))
+            if len(batch) == 24:
+                PROCESSOR.normalize(batch)
+                batch = []
     assert count == 600
 
 

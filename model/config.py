@@ -95,7 +95,7 @@ class DataConfig(Section):
     """Clips per optimizer step, over all processes and accumulation steps."""
     workers: int = Field(1, ge=0)
     """Loader processes per training process; 0 reads in the training process."""
-    read_ahead: int = Field(16, ge=1)
+    read_ahead: int = Field(32, ge=1)
     """Clips that each loader process has under way from storage."""
     cache_gb: float = Field(0, ge=0)
     """Bound of a cache of clips below $MPLUG_CACHE, shared by all processes of a machine; 0 keeps none."""

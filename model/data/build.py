@@ -34,7 +34,7 @@ from model import storage
 from model.data.annotations import SPLITS, Annotation, DataError, annotation_file, duplicates, iter_annotations
 from model.data.examine import Form, examine, limit_memory
 from model.data.records import INDEX, QUARANTINE, SCHEMA, StoredClip, TarWriter, shard_name
-from model.data.video import DEADLINE_S
+from model.data.video import DEADLINE_S, DECODERS
 from model.data.window import in_order
 from model.progress import progress
 
@@ -68,6 +68,10 @@ class Settings:
     """Clips that are not there yet are listed as missing and do not count as broken."""
     max_quarantined: float = 0.05
     """Share of a split's clips that may be broken. So many mean a broken download, not broken clips."""
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise DataError(f"the decoder must be one of {', '.join(DECODERS)}, got {self.decoder}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from model import storage
+from model.data.annotations import DataError
 
 FOLDER = ".ledger"
 SEGMENT_ROWS = 20_000
@@ -106,7 +107,9 @@ class Done:
 
 
 def outcomes(raw: str) -> Iterator[Outcome]:
-    """The last outcome of every file."""
+    """The last outcome of every file. Raises DataError where nothing was ever downloaded."""
+    if next(_segments(raw, ["path"]), None) is None:
+        raise DataError(f"{raw} has no {FOLDER}/: `mplug data download` has not been here.")
     last = _last([np.array([hashed(path) for path in table["path"].to_pylist()], np.uint64)
                   for table in _segments(raw, ["path"])])  # fmt: skip
     row = 0

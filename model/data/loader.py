@@ -29,6 +29,7 @@ from model.data.video import VideoError, frame_indices, padded
 from model.data.window import in_order
 from model.manifest import cache_folder
 from model.mplug_video.processing import MPlugVideoProcessor
+from model.storage import StorageError
 
 log = logging.getLogger("mplug")
 Batch = dict[str, Any]
@@ -42,7 +43,7 @@ class Example:
 
     annotation: Annotation
     clip: Tensor | None
-    """(C, T, H, W), or None where only the text is read."""
+    """Frames of the model's size, uint8 (T, H, W, C); None where only the text is read."""
     seed: str
     """Keys all randomness of this example: the same in any worker and on any process."""
 
@@ -72,13 +73,15 @@ class ClipSource:
         frames = torch.from_numpy(np.stack(self.reader.frames(fetched, indices)))  # (T, H, W, C)
         if self.augment and rng:
             frames = training_transform(frames, self.processor.image_size, self.augment, rng)
-            return Example(annotation=fetched.annotation, clip=self.processor.normalize(frames), seed=seed)
-        return Example(annotation=fetched.annotation, clip=self.processor.clip(frames), seed=seed)
+        else:
+            frames = self.processor.resize(frames)
+        return Example(annotation=fetched.annotation, clip=frames, seed=seed)
 
 
 Order = BatchSampler | EverySample
-Loaded = tuple[Batch, int, list[str]]
-"""A batch, the number of its clips, and what could not be read of it."""
+Loaded = tuple[Batch, int, list[str]] | Exception
+"""A batch, the number of its clips, and what could not be read of it; or what ends the run. As a value: an exception
+that a loader process raises arrives with that process's traceback for a message."""
 
 
 class BatchStream(IterableDataset[Loaded]):
@@ -90,6 +93,12 @@ class BatchStream(IterableDataset[Loaded]):
         self.source, self.order, self.collate, self.read_ahead = source, order, collate, read_ahead
 
     def __iter__(self) -> Iterator[Loaded]:
+        try:
+            yield from self._batches()
+        except (DataError, StorageError) as error:
+            yield error
+
+    def _batches(self) -> Iterator[Loaded]:
         worker = get_worker_info()
         if worker:
             torch.set_num_threads(1)  # parallelism comes from the workers
@@ -150,7 +159,10 @@ class Batches:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch, clips, failures in self.loader:
+        for loaded in self.loader:
+            if isinstance(loaded, Exception):
+                raise loaded
+            batch, clips, failures = loaded
             self.read += clips
             self.failed += len(failures)
             for failure in failures:
@@ -178,7 +190,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    source: ClipSource, collate: Callable[[list[Example]], Batch], batch_size: int, read_ahead: int = 16
+    source: ClipSource, collate: Callable[[list[Example]], Batch], batch_size: int, read_ahead: int = 32
 ) -> Batches:
     """Every example once, in the split's order; one that cannot be read ends the evaluation."""
     order = EverySample(size=len(source.reader), batch_size=batch_size)

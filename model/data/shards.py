@@ -6,7 +6,6 @@ fetched with it.
 
 import bisect
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
 
 from model import storage
 from model.data.annotations import Annotation, DataError
@@ -55,9 +54,9 @@ class ShardReader:
     def annotation(self, position: int) -> Annotation:
         """The annotation of one clip, without its frames."""
         shard, start, length = self._place(position)
-        head = storage.read_range(self._shard(shard), start, min(HEAD, length))
+        head = self._range(shard, start, min(HEAD, length))
         if len(head) < Record.needed(head):
-            head = storage.read_range(self._shard(shard), start, Record.needed(head))
+            head = self._range(shard, start, Record.needed(head))
         return Record(head).annotation
 
     def annotations(self) -> Iterator[Annotation]:
@@ -95,11 +94,13 @@ class ShardReader:
 
     def read(self, position: int) -> bytes:
         """A clip's files as they stand in the shard."""
-        shard, start, length = self._place(position)
+        return self._range(*self._place(position))
+
+    def _range(self, shard: int, start: int, length: int) -> bytes:
         uri = self._shard(shard)
         if self.cache is None:
             return storage.read_range(uri, start, length)
-        return self.cache.get(f"{uri}@{start}", lambda: storage.read_range(uri, start, length))
+        return self.cache.get(f"{uri}@{start}+{length}", lambda: storage.read_range(uri, start, length))
 
     def _shard(self, number: int) -> str:
         return storage.join(self.uri, shard_name(number))
@@ -126,9 +127,9 @@ def _places(index: pq.ParquetFile) -> tuple[NDArray[np.uint32], list[int], list[
 
 def _pixels(jpeg: memoryview) -> Pixels:
     try:
-        return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
-    except OSError as error:
-        raise VideoError("damaged", f"a stored frame is no JPEG: {error}") from error
+        return simplejpeg.decode_jpeg(jpeg)
+    except ValueError as error:
+        raise VideoError("damaged", f"a stored frame is no whole JPEG: {error}") from error
 
 
 def verify(uri: str) -> tuple[int, list[str]]:

@@ -48,23 +48,27 @@ class MPlugVideoProcessor:
         self.resample = resample
 
     def clip(self, frames: Tensor | Sequence[Frame]) -> Tensor:
-        """Resizes T frames to the model's square -> (C, T, H, W). The aspect ratio is not kept, nothing is cut off.
-
-        The last frame of a clip that has fewer is repeated.
-        """
+        """T frames of any size, uint8 (T, H, W, C) -> what a model sees of them, (C, T, H, W) float32."""
         pixels = frames if isinstance(frames, Tensor) else torch.from_numpy(np.stack([np.asarray(f) for f in frames]))
-        if len(pixels) < self.num_frames:
-            pixels = torch.cat([pixels, pixels[-1:].expand(self.num_frames - len(pixels), -1, -1, -1)])
-        resize = resized if self.resample == "bicubic" else _nearest
-        return self.normalize(resize(pixels, self.image_size))
+        return self.normalize([self.resize(pixels)])[0]
 
-    def normalize(self, frames: Tensor) -> Tensor:
-        """RGB frames of the model's size, uint8 (T, H, W, C) -> (C, T, H, W) float32."""
-        pixels = torch.empty((3, *frames.shape[:3]))
-        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            torch.div(frames[..., channel], 255 * std, out=pixels[channel])
-            pixels[channel] -= mean / std
-        return pixels  # (C, T, H, W)
+    def resize(self, frames: Tensor) -> Tensor:
+        """Resizes frames (T, H, W, C) to the model's square. The aspect ratio is not kept, nothing is cut off.
+
+        The last frame of a clip that has fewer than the model sees is repeated.
+        """
+        if len(frames) < self.num_frames:
+            frames = torch.cat([frames, frames[-1:].expand(self.num_frames - len(frames), -1, -1, -1)])
+        return (resized if self.resample == "bicubic" else _nearest)(frames, self.image_size)
+
+    def normalize(self, clips: Sequence[Tensor]) -> Tensor:
+        """B clips of the model's size, uint8 (T, H, W, C) -> (B, C, T, H, W) float32."""
+        pixels = torch.empty((len(clips), 3, *clips[0].shape[:3]))
+        for clip, out in zip(clips, pixels, strict=True):
+            for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+                torch.div(clip[..., channel], 255 * std, out=out[channel])
+                out[channel] -= mean / std
+        return pixels  # (B, C, T, H, W)
 
     def texts(self, texts: Sequence[str], max_length: int = 80) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask (B, L) of sentences, with begin and end."""

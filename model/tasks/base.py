@@ -150,6 +150,10 @@ class Task(ABC):
             )
         return names
 
+    def pixel_values(self, examples: list[Example]) -> Tensor:
+        """The examples' clips, normalised, (B, C, T, H, W)."""
+        return self.processor.normalize([example.clip for example in examples if example.clip is not None])
+
     def encode_texts(self, examples: list[Example], max_words: int) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask (B, L) of the examples' cleaned texts."""
         texts = [clean_caption(example.annotation.text, max_words) for example in examples]
@@ -181,8 +185,3 @@ class TaskNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Logs]:
         return self.task_loss(batch)
-
-
-def stack_clips(examples: list[Example]) -> Tensor:
-    """(B, C, T, H, W)"""
-    return torch.stack([example.clip for example in examples if example.clip is not None])

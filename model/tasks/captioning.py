@@ -5,7 +5,7 @@ from torch import Tensor
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForConditionalGeneration
-from model.tasks.base import Logs, Prediction, Task, stack_clips
+from model.tasks.base import Logs, Prediction, Task
 
 MAX_WORDS = 80
 NUM_BEAMS = 5
@@ -20,7 +20,7 @@ class Captioning(Task):
 
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
-        return {"pixel_values": stack_clips(examples), "input_ids": ids, "loss_mask": mask[:, 1:]}
+        return {"pixel_values": self.pixel_values(examples), "input_ids": ids, "loss_mask": mask[:, 1:]}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         return self.model(**batch), {}

@@ -10,7 +10,7 @@ from model.data.annotations import DataError
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
-from model.tasks.base import Logs, Prediction, Task, stack_clips
+from model.tasks.base import Logs, Prediction, Task
 
 PROMPT = "视频标题：{} 视频类目："  # the released models were trained on this wording
 PROMPT_RESERVE = 15  # characters of a title that make room for the prompt's own words
@@ -34,7 +34,7 @@ class Classification(Task):
             raise DataError(f"label must be one of the {len(names)} class names, got {sorted(unknown)}.")
         titles, mask = self.encode_texts(examples, MAX_WORDS)
         labels = [names.index(example.annotation.label) for example in examples]
-        batch = {"pixel_values": stack_clips(examples), "title_ids": titles, "title_mask": mask}
+        batch = {"pixel_values": self.pixel_values(examples), "title_ids": titles, "title_mask": mask}
         return batch, labels
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -15,7 +15,7 @@ from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
 from model.mplug_video.upstream_shapes import MATCHING_CLASSES
-from model.tasks.base import Logs, Prediction, Task, stack_clips
+from model.tasks.base import Logs, Prediction, Task
 from model.tasks.classification import answer_and_head_loss
 
 PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the released models were trained on this wording
@@ -39,7 +39,7 @@ class Matching(Task):
             pairs += [(row, other, 0) for other in drawn]
         titles = [self._title(examples[title].annotation) for _, title, _ in pairs]
         return {
-            "pixel_values": stack_clips(examples),
+            "pixel_values": self.pixel_values(examples),
             "clips": torch.tensor([clip for clip, _, _ in pairs]),
             "labels": torch.tensor([label for _, _, label in pairs]),
             **self._questions(titles, [MATCHING_CLASSES[label] for _, _, label in pairs]),
@@ -51,7 +51,7 @@ class Matching(Task):
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
         annotations = [example.annotation for example in examples]
-        return {"pixel_values": stack_clips(examples), "annotations": annotations}
+        return {"pixel_values": self.pixel_values(examples), "annotations": annotations}
 
     def read_split(self, annotations: list[Annotation]) -> None:
         titles = [self._title(annotation) for annotation in annotations]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForPreTraining
-from model.tasks.base import Logs, Task, stack_clips
+from model.tasks.base import Logs, Task
 from model.tasks.gathering import gather, own_rows
 
 LABEL_SMOOTHING = 0.1  # of the contrastive loss, as released
@@ -18,7 +18,7 @@ class Pretraining(Task):
 
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
-        return {"pixel_values": stack_clips(examples), "input_ids": ids, "attention_mask": mask}
+        return {"pixel_values": self.pixel_values(examples), "input_ids": ids, "attention_mask": mask}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         model, ids, mask = self.model, batch["input_ids"], batch["attention_mask"]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForRetrieval
-from model.tasks.base import Logs, Prediction, Task, stack_clips
+from model.tasks.base import Logs, Prediction, Task
 from model.tasks.gathering import gather
 
 MAX_WORDS = 80
@@ -20,7 +20,7 @@ class Retrieval(Task):
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
         return {
-            "pixel_values": stack_clips(examples),
+            "pixel_values": self.pixel_values(examples),
             "input_ids": ids,
             "attention_mask": mask,
             "match_ids": torch.tensor([_match_id(example) for example in examples]),

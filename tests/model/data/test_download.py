@@ -193,6 +193,11 @@ def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
         download(str(tmp_path), str(tmp_path / "out"))
 
 
+def test_a_folder_that_was_never_downloaded_to_has_no_status(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no \.ledger/"):
+        status(str(tmp_path))
+
+
 REPOSITORY = {
     "README.md": b"# data",
     "classname.json": b"{}",
