@@ -20,29 +20,35 @@ from model.data.records import INDEX, QUARANTINE, SCHEMA
 from pipelines.services import BUCKET, object_storage, settings
 
 ROWS = 10_000_000
-JOIN = """
-import json, resource, sys, time
+MEMORY = """
+def mib():
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM")}
+"""
+JOIN = (
+    MEMORY
+    + """
+import json, sys, time
 from pathlib import Path
 from model.data.build import Plan, Settings, Split
 from model.data.commit import join_parts
 staging, rows, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 split = Split(name="train", rows=rows, duplicates={})
 plan = Plan(settings=Settings(raw="", root="", dataset="pretrain"), splits=[split], staging=staging)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, start = peak(), time.perf_counter()
+before, start = mib()["VmRSS"], time.perf_counter()
 joined = join_parts(plan, split, out)
-print(json.dumps({"rows": joined.clips, "seconds": time.perf_counter() - start, "mib": peak(), "mib_before": before}))
+print(json.dumps({"rows": joined.clips, "seconds": time.perf_counter() - start, "peak_mib": mib()["VmHWM"],
+                  "mib_before": before}))
 """
-OPEN = """
+)
+OPEN = (
+    MEMORY
+    + """
 import json, sys, time
-import pyarrow, numpy
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
-def mib():
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM")}
-before, start = mib(), time.perf_counter()
+before, start = mib()["VmRSS"], time.perf_counter()
 reader = ShardReader(sys.argv[1])
 opened = time.perf_counter() - start
 order = BatchSampler(size=len(reader), seed=0, batch_size=48, steps=10**9)
@@ -52,8 +58,9 @@ for step in range(2000):
         reader._place(position)
 per_sample = (time.perf_counter() - start) / (2000 * 48)
 print(json.dumps({"rows": len(reader), "seconds": opened, "mib": mib()["VmRSS"], "peak_mib": mib()["VmHWM"],
-                  "mib_before": before["VmRSS"], "us_per_sample": per_sample * 1e6}))
+                  "mib_before": before, "us_per_sample": per_sample * 1e6}))
 """
+)
 
 
 def index(folder: Path) -> dict[str, Any]:

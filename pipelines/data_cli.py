@@ -39,7 +39,7 @@ def download(
         list[str] | None, typer.Option(help="Only paths of this pattern, 'retrieval/*'; repeatable.")
     ] = None,
     partition: Partition = "1/1",
-    threads: Annotated[int, typer.Option(min=1, help="Transfers at a time.")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="Transfers at a time.")] = 32,
     rate_limit: Annotated[float, typer.Option(min=0, help="MB per second; 0 is no limit.")] = 0,
     attempts: Annotated[int, typer.Option(min=1, help="Tries in a row without a byte of progress.")] = 6,
     max_failed: Annotated[float, typer.Option(min=0, max=1, help="Share of files that may fail.")] = 0.0,

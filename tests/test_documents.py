@@ -12,7 +12,7 @@ from upstream import Recording
 from pipelines.cli import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "data.md"]
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -62,7 +62,7 @@ def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
-            assert (ROOT / target).exists(), target
+            assert (document.parent / target).exists(), target
 
 
 def test_no_file_is_longer_than_the_house_allows() -> None:

@@ -42,7 +42,7 @@ class Options:
     index: int = 0
     count: int = 1
     """This process fetches share `index` of `count`."""
-    threads: int = 16
+    threads: int = 32
     rate: float = 0.0
     """Bytes per second; 0: as fast as it goes."""
     max_failed: float = 0.0
@@ -89,9 +89,9 @@ def download(
                 facts["files_copied" if is_done else "files_failed"] += 1
                 facts["bytes_copied"] += outcome.size
                 failed += [outcome] * (not is_done and len(failed) < SHOWN)
-                bar.set_postfix(
-                    GB=f"{facts['bytes_copied'] / 1e9:.2f}", failed=int(facts["files_failed"]), refresh=False
-                )
+                if bar.n % 100 == 0:
+                    done = f"{facts['bytes_copied'] / 1e9:.2f}"
+                    bar.set_postfix(GB=done, failed=int(facts["files_failed"]), refresh=False)
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)

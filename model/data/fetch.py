@@ -48,11 +48,12 @@ class Arrived:
     """The bytes of one file so far: in memory while they are few, else in `path`, where a later process finds them."""
 
     def __init__(self, path: Path, identity: str) -> None:
-        self.path, self.note, self.identity = path, path.with_suffix(".json"), identity
+        self.path, self.note, self.identity = path, path.with_name(path.name + ".json"), identity
         self.hash, self.size, self.validator = hashlib.sha256(), 0, ""
         self.buffer = bytearray()
         self.file: IO[bytes] | None = None
-        if self.note.exists() and self.path.exists():
+        self.is_kept = self.path.exists() and self.note.exists()
+        if self.is_kept:
             self._find()
 
     def _find(self) -> None:
@@ -77,7 +78,7 @@ class Arrived:
         self.buffer += chunk
         if len(self.buffer) > IN_MEMORY:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("wb")
+            self.is_kept, self.file = True, self.path.open("wb")
             self.note.write_text(json.dumps({"identity": self.identity, "validator": self.validator}), encoding="utf-8")
             self.file.write(self.buffer)
             self.buffer = bytearray()
@@ -95,8 +96,10 @@ class Arrived:
         if self.file:
             self.file.close()
         self.file, self.buffer = None, bytearray()
-        self.path.unlink(missing_ok=True)
-        self.note.unlink(missing_ok=True)
+        if self.is_kept:
+            self.path.unlink(missing_ok=True)
+            self.note.unlink(missing_ok=True)
+            self.is_kept = False
 
     def keep(self) -> None:
         """For a later process."""

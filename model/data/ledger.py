@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Ledger:
 
     def add(self, outcome: Outcome) -> None:
         with self.lock:
-            self.rows.append({**asdict(outcome), "time_ms": int(time.time() * 1000)})
+            self.rows.append({**vars(outcome), "time_ms": int(time.time() * 1000)})
             if len(self.rows) >= SEGMENT_ROWS or time.monotonic() - self.flushed > FLUSH_S:
                 try:
                     self._flush()

@@ -41,8 +41,9 @@ class ShardReader:
 
     def _index(self) -> pq.ParquetFile:
         uri = storage.join(self.uri, INDEX)
-        source = pa.PythonFile(storage.RandomAccess(uri), mode="r") if storage.is_s3(uri) else uri
-        return pq.ParquetFile(source, pre_buffer=True)
+        if storage.is_s3(uri):  # the columns of a group in one request
+            return pq.ParquetFile(pa.PythonFile(storage.RandomAccess(uri), mode="r"), pre_buffer=True)
+        return pq.ParquetFile(uri)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -112,16 +113,19 @@ def _places(index: pq.ParquetFile) -> tuple[NDArray[np.uint32], list[int], list[
     first: list[int] = []
     ends: list[int] = []
     position = 0
-    for batch in index.iter_batches(batch_size=2**17, columns=["shard", "offset", "length"]):
-        shards, offsets, lengths = (column.to_numpy() for column in batch.columns)
+    for group in range(index.num_row_groups):
+        # without threads: each would keep memory of its own
+        table = index.read_row_group(group, ["shard", "offset", "length"], use_threads=False)
+        shards, offsets, lengths = (column.to_numpy() for column in table.columns)
         blocks[position : position + len(shards)] = offsets // BLOCK
         heads = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist()]
         for head, tail in zip(heads, [*heads[1:], len(shards)], strict=True):
-            if shards[head] == len(first):  # else the shard of the last batch goes on in this one
+            if shards[head] == len(first):  # else the shard of the last group goes on in this one
                 first.append(position + head)
                 ends.append(0)
             ends[-1] = int(offsets[tail - 1] + lengths[tail - 1]) // BLOCK
         position += len(shards)
+    pa.default_memory_pool().release_unused()
     return blocks, first, ends
 
 

@@ -16,7 +16,7 @@ from model.data.annotations import COLUMNS, MAX_PROBLEMS, SPLITS, DataError, ann
 from model.data.http import Body, FetchError
 from model.data.ledger import FOLDER, hashed
 
-CHUNK = 8 * 2**20
+CHUNK = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

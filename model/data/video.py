@@ -25,6 +25,10 @@ decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is i
 Pixels = NDArray[np.uint8]
 """One frame, (H, W, 3), RGB."""
 DEADLINE_S = 60.0
+TIMED = ("h264", "hevc", "vp8", "vp9", "av1")
+"""Codecs whose frames come with their own times. Of others, MPEG-4 in AVI files for one, frames are counted."""
+SKIPPING = ("h264", "hevc")
+"""Codecs of which frames that no other refers to are known, and left out."""
 MAX_PIXELS = 8192 * 4608
 """Of one frame. 8K passes; what claims more is a bomb or a broken header."""
 
@@ -119,7 +123,7 @@ class PyAVReader(ClipReader):
         if not packets:
             raise VideoError("unreadable", "its video stream holds no frames")
         self.num_frames = len(packets)
-        self.times = _shown_at(packets)
+        self.times = _shown_at(packets) if self.stream.codec_context.name in TIMED else None
         self.keys = sorted(shown for shown, is_key in packets if is_key and shown is not None)
         self.duration_s, self.fps = self._timing()
 
@@ -152,7 +156,7 @@ class PyAVReader(ClipReader):
         left = set(times)
         self.container.seek(key, stream=self.stream, backward=True)
         for attempt in range(2):
-            for frame in self._decoded(left):
+            for frame in self._decoded(left if self.stream.codec_context.name in SKIPPING else None):
                 if frame.pts in left:
                     left.remove(frame.pts)
                     pixels = _upright(frame)
