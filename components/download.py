@@ -9,10 +9,11 @@ def download(
 ) -> str:
     """Returns the URI of the raw data, <root>/raw/<dataset>."""
     from model.data.download import download as run
+    from model.data.http import shown
     from model.tracking import stage
 
     with stage(
-        "download", tracking, {"source": source, "source_version": source_version, "code_version": code_version}
+        "download", tracking, {"source": shown(source), "source_version": source_version, "code_version": code_version}
     ) as tracked:
         uri, facts = run(source, root, dataset)
         tracked.metrics(facts)

@@ -6,6 +6,7 @@ configuration, for a second S3. boto3 lists, copies and removes; bytes go throug
 whose requests take a quarter of boto3's processor time (0.3 instead of 1.3 ms each).
 """
 
+import errno
 import io
 import os
 import shutil
@@ -33,10 +34,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-PART_BYTES = 64 * 2**20
-"""Of a multipart upload, and so held in memory. A few large parts after another are faster than many small at once."""
-LARGE_UPLOADS = threading.BoundedSemaphore(4)
-"""At a time, of one process."""
+PARTIAL = ".partial"
+PART_BYTES, PARTS_AT_ONCE = 64 * 2**20, 4
+"""Of a multipart upload; together what it holds in memory."""
+LARGE_UPLOADS = threading.BoundedSemaphore(2)
+"""Of a process. More at a time get less through than two."""
+
+
+NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+"""What a name can lead to that is not, and cannot be, a file."""
 
 
 class StorageError(OSError):
@@ -83,6 +89,11 @@ def _one_line(function: Callable[P, R]) -> Callable[P, R]:
             raise kind(f"{uri}: {' '.join(str(error).split())[:400]}") from error
         except FileNotFoundError as error:  # obstore's own too, which names no file
             raise NotFoundError(f"{error.filename or args[0]} does not exist.") from error
+        except StorageError:
+            raise
+        except OSError as error:
+            kind = NotFoundError if error.errno in NO_FILE else StorageError
+            raise kind(f"{error.filename or args[0]}: {error.strerror}.") from error
 
     return call
 
@@ -150,6 +161,7 @@ class RandomAccess(io.RawIOBase):
         return len(data)
 
 
+@_one_line
 def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
     """A large text, read bit by bit. Line ends come as they are."""
     if is_s3(uri):
@@ -173,7 +185,7 @@ def upload(path: Path, uri: str) -> None:
     """Copies a local file to `uri`, which appears when it is whole."""
     if is_s3(uri):
         with LARGE_UPLOADS if path.stat().st_size > PART_BYTES // 8 else nullcontext():
-            obstore.put(_store(uri), _key(uri), path, chunk_size=PART_BYTES, max_concurrency=1)
+            obstore.put(_store(uri), _key(uri), path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
         return
     partial = _partial(Path(uri))
     shutil.copyfile(path, partial)
@@ -210,7 +222,7 @@ def download(uri: str, path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
 
 
 @_one_line
@@ -250,6 +262,8 @@ def _walk_folder(folder: str, prefix: str) -> Iterator[Entry]:
     with os.scandir(folder) as items:
         found = sorted(items, key=lambda item: item.name)
     for item in found:
+        if item.name.startswith(".") and item.name.endswith(PARTIAL):
+            continue  # of a writer that was killed
         if item.is_dir():
             yield from _walk_folder(item.path, f"{prefix}{item.name}/")
         elif item.is_file():

@@ -89,7 +89,7 @@ def verify(
 ) -> None:
     """Read a dataset again and compare every file (or clip) with the hash that was taken when it was written.
 
-    Files that differ are marked, and the next download fetches them again.
+    Files of a raw dataset that differ are marked, and the next download fetches them again.
 
     Example: `mplug data verify work/raw/youku-mplug`
     """
@@ -100,7 +100,7 @@ def verify(
 
     index, count = parse_partition(partition)
     is_sharded = storage.exists(storage.join(uri, DATASET))
-    right, wrong = shards.verify(uri) if is_sharded else download.verify(uri, index=index, count=count)
+    right, wrong = (shards if is_sharded else download).verify(uri, index=index, count=count)
     if wrong:
         raise DataError("\n".join(wrong))
     print(f"{right} as written")
@@ -167,6 +167,7 @@ def import_own(
     """
     import tempfile
 
+    from model import storage
     from model.data.build import Settings
     from model.data.commit import build_shards
     from model.data.download import download as copy
@@ -176,7 +177,9 @@ def import_own(
     stored = Form(kind=form, num_frames=num_frames, short_side=short_side)
     rows = read_rows(table, videos, dataset)
     with tempfile.TemporaryDirectory() as made:
-        raw, _ = copy(OwnSource(videos, rows, dataset, Path(made)), root, name)
+        own = OwnSource(videos, rows, dataset, Path(made))
+        own.refuse_other(storage.join(root, "raw", name))
+        raw, _ = copy(own, root, name)
     print(build_shards(Settings(raw=raw, root=root, dataset=dataset, form=stored)))
 
 

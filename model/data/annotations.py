@@ -9,11 +9,11 @@
 import ast
 import csv
 import json
+import re
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -26,6 +26,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "captioning": ("video_id:FILE", "golden_caption"),
 }
 SPLITS = ("train", "val", "test")
+LEDGER = ".ledger"
+"""Folder beside the annotations in which a download keeps account."""
 MAX_PROBLEMS = 20
 """Bad rows of a file that are named before reading it is given up."""
 
@@ -71,9 +73,10 @@ def iter_annotations(raw: str, dataset: str, split: str) -> Iterator[Annotation]
 
 
 @contextmanager
-def read_csv(uri: str) -> "Iterator[csv.DictReader[str]]":
-    """A CSV file as a stream of rows. Raises DataError where it is none, or not UTF-8."""
+def read_csv(uri: str, name: str = "") -> "Iterator[csv.DictReader[str]]":
+    """A CSV file as a stream of rows. Raises DataError, with `name`, where it is none, or not UTF-8."""
     with storage.open_text(uri, "utf-8-sig") as file:
+        uri = name or uri
         try:
             yield csv.DictReader(file)
         except UnicodeDecodeError as error:
@@ -143,6 +146,7 @@ def duplicates(hashes: "array[int]") -> dict[int, int]:
 
 def refuse_escape(path: str) -> None:
     """Raises DataError where a path from outside would leave the dataset's root or is no file's."""
-    parts = PurePosixPath(path).parts
-    if not parts or path[0] == "/" or path[-1] == "/" or ".." in parts or "\\" in path or not path.isprintable():
-        raise DataError(f"the video's path must stay below the dataset's root, got {path!r}.")
+    parts = path.split("/")
+    is_plain = all(parts) and not {".", ".."} & set(parts) and not re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path)
+    if not is_plain or parts[0] == LEDGER:
+        raise DataError(f"the video's path must stay below the dataset's root and be spelled plainly, got {path!r}.")

@@ -31,7 +31,15 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from model import storage
-from model.data.annotations import SPLITS, Annotation, DataError, annotation_file, duplicates, iter_annotations
+from model.data.annotations import (
+    SPLITS,
+    Annotation,
+    DataError,
+    annotation_file,
+    duplicates,
+    iter_annotations,
+    read_class_names,
+)
 from model.data.examine import Form, examine, limit_memory
 from model.data.records import INDEX, QUARANTINE, SCHEMA, StoredClip, TarWriter, shard_name
 from model.data.video import DEADLINE_S, DECODERS
@@ -40,6 +48,8 @@ from model.progress import progress
 
 PART_CLIPS = {"frames": 1024, "original": 256}
 SHARD_BYTES = 256 * 2**20
+BEGUN = "commit.json"
+"""Beside the parts: they were whole, and some of their shards have been moved already. They stay as they are."""
 READERS = 8
 """Threads that fetch clips."""
 GRACE_S = 5.0
@@ -103,7 +113,10 @@ def plan(settings: Settings) -> Plan:
     if not names:
         where = storage.join(settings.raw, settings.dataset)
         raise DataError(f"{where} must hold a CSV for one of {', '.join(SPLITS)}; none found.")
-    facts = [VERSION, settings.dataset, asdict(settings.form), settings.decoder, settings.available_only]
+    facts = [
+        VERSION, settings.dataset, asdict(settings.form), settings.decoder, settings.deadline_s,
+        settings.available_only, class_names(settings),
+    ]  # fmt: skip
     state = hashlib.sha256(json.dumps(facts).encode())
     splits = []
     for name in names:
@@ -117,8 +130,20 @@ def plan(settings: Settings) -> Plan:
     return Plan(settings=settings, splits=splits, staging=staging)
 
 
+def class_names(settings: Settings) -> list[str]:
+    """The categories of a classification dataset."""
+    if settings.dataset != "classification":
+        return []
+    try:
+        return read_class_names(settings.raw)
+    except storage.NotFoundError as error:
+        raise DataError(f"a classification dataset must have its categories: {error}") from error
+
+
 def build_parts(plan: Plan, *, index: int = 0, count: int = 1, workers: int | None = None) -> None:
     """Builds every `count`-th part, beginning with number `index`; those that are there already stay."""
+    if storage.exists(storage.join(plan.staging, BEGUN)):
+        return
     workers, settings = workers or os.cpu_count() or 1, plan.settings
     size = PART_CLIPS[settings.form.kind]
     total = sum(min(size, split.rows - start) for split in plan.splits for start in range(0, split.rows, size)
@@ -163,15 +188,18 @@ class PartBuilder:
     def _part(self, split: Split, number: int, rows: list[Row]) -> list[dict[str, Any]]:
         """Builds one part; returns its quarantine."""
         uri = part_uri(self.plan, split, number)
-        versions = list(self.readers.map(self._version, (annotation.video for _, annotation in rows)))
-        inputs = hashlib.sha256(json.dumps(versions).encode()).hexdigest()
-        is_there = f"{split.name}/{uri.rpartition('/')[2]}/{INDEX}" in self.finished
-        if is_there and part_index(uri).schema.metadata[b"inputs"].decode() == inputs:
-            self.done(len(rows))
-            return list(read_quarantine(uri))
+        quarantine: list[dict[str, Any]]
+        if f"{split.name}/{uri.rpartition('/')[2]}/{INDEX}" in self.finished:
+            quarantine = list(read_quarantine(uri))
+            lost = {item["row"] for item in quarantine if item["reason"] != "duplicate"}
+            # what could be stored is; what could not may have been mended since
+            inputs = self._versions([annotation.video for line, annotation in rows if line in lost])
+            if part_index(uri).schema.metadata[b"inputs"].decode() == inputs:
+                self.done(len(rows))
+                return quarantine
         with tempfile.TemporaryDirectory() as folder:
             writer = TarWriter(Path(folder), SHARD_BYTES)
-            quarantine: list[dict[str, Any]] = []
+            quarantine = []
             for (line, annotation), clip in zip(rows, self._examined(split, rows), strict=True):
                 if isinstance(clip, StoredClip):
                     writer.add(f"{line:08d}", annotation, clip)
@@ -180,6 +208,8 @@ class PartBuilder:
                     quarantine.append({"video": annotation.video, "row": line, "reason": reason, "detail": detail})
                 self.done(1)
             writer.close()
+            lost = {item["row"] for item in quarantine if item["reason"] != "duplicate"}
+            inputs = self._versions([annotation.video for line, annotation in rows if line in lost])
             facts = {"inputs": inputs, "shards": str(writer.number + 1)}
             table = pa.Table.from_pylist(writer.rows, SCHEMA).replace_schema_metadata(facts)
             for shard in range(writer.number + 1):
@@ -190,9 +220,10 @@ class PartBuilder:
             storage.move_in(Path(folder) / INDEX, storage.join(uri, INDEX))
         return quarantine
 
-    def _version(self, video: str) -> str:
-        entry = storage.head(storage.join(self.settings.raw, video))
-        return entry.version if entry else ""
+    def _versions(self, videos: list[str]) -> str:
+        """Changes when one of these clips does, or appears."""
+        entries = self.readers.map(lambda video: storage.head(storage.join(self.settings.raw, video)), videos)
+        return hashlib.sha256(json.dumps([entry.version if entry else "" for entry in entries]).encode()).hexdigest()
 
     def _examined(self, split: Split, rows: list[Row]) -> Iterator[StoredClip | tuple[str, str]]:
         """What became of each row, in order; clips are fetched and decoded ahead."""

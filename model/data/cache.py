@@ -9,9 +9,10 @@ import fcntl
 import hashlib
 import os
 import random
+import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class Cache:
                 return
             with os.scandir(folder) as items:
                 pieces = [item for item in items if item.name != "lock"]
-            found = [(item.stat().st_mtime, item.stat().st_size, item.path) for item in pieces]
+            found = list(_stats(pieces))
             now, left = time.time(), self.limit / self.folders
             total = sum(size for _, size, _ in found)
             for written, size, path in sorted(found):
@@ -82,6 +83,24 @@ class Cache:
                 if is_abandoned or (total > left * KEPT and not path.endswith(PARTIAL)):
                     Path(path).unlink(missing_ok=True)
                     total -= size
+
+
+def open_cache(folder: Path, limit: int) -> Cache:
+    """A cache below `folder`. What another bound left there is removed: its pieces lie in other places."""
+    cache = Cache(folder / str(limit), limit)
+    for other in folder.glob("*"):
+        if other.name != str(limit):
+            shutil.rmtree(other, ignore_errors=True)
+    return cache
+
+
+def _stats(pieces: list["os.DirEntry[str]"]) -> Iterator[tuple[float, int, str]]:
+    """Time, size and path of what is still there."""
+    for item in pieces:
+        try:
+            yield item.stat().st_mtime, item.stat().st_size, item.path
+        except FileNotFoundError:
+            continue
 
 
 def _split(stored: bytes) -> tuple[bytes, int]:

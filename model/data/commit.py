@@ -13,8 +13,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model import storage
-from model.data.annotations import DataError, read_class_names
-from model.data.build import Broken, Plan, Settings, Split, build_parts, part_index, part_uri, plan, read_quarantine
+from model.data.annotations import DataError
+from model.data.build import (
+    BEGUN,
+    Broken,
+    Plan,
+    Settings,
+    Split,
+    build_parts,
+    class_names,
+    part_index,
+    part_uri,
+    plan,
+    read_quarantine,
+)
 from model.data.records import DATASET, INDEX, QUARANTINE, SCHEMA, shard_name
 from model.progress import progress
 
@@ -38,7 +50,7 @@ class Joined:
     clips: int
     quarantined: int
     digest: str
-    """Of all its clips, in order."""
+    """Of all its clips and of what is not in it, in order."""
     moves: list[tuple[str, str]]
     """Where each shard is, and its name in the dataset."""
 
@@ -51,7 +63,7 @@ def commit(planned: Plan) -> str:
         facts = {
             "dataset": settings.dataset,
             "form": asdict(settings.form),
-            "class_names": read_class_names(settings.raw) if settings.dataset == "classification" else [],
+            "class_names": class_names(settings),
             "clips": {split.name: split.clips for split in splits},
             "quarantined": {split.name: split.quarantined for split in splits},
             "sha256": {split.name: split.digest for split in splits},
@@ -59,6 +71,7 @@ def commit(planned: Plan) -> str:
         described = json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True).encode() + b"\n"
         name = f"{settings.dataset}@{hashlib.sha256(described).hexdigest()[:12]}"
         uri = storage.join(settings.root, "shards", name)
+        storage.write(storage.join(planned.staging, BEGUN), described)
         moves = [(source, storage.join(uri, split.name, dest)) for split in splits for source, dest in split.moves]
         with ThreadPoolExecutor(MOVERS) as pool:
             moved = pool.map(lambda move: storage.move(*move), moves)
@@ -83,22 +96,23 @@ def join_parts(planned: Plan, split: Split, folder: Path) -> Joined:
         (folder / QUARANTINE).open("wb") as listed,
     ):
         for uri, part in _parts(planned, split):
+            lost = list(read_quarantine(uri))
             shifted = pc.add(part["shard"], pa.scalar(len(moves), pa.int32()))
             group.append(part.set_column(SCHEMA.get_field_index("shard"), "shard", shifted).cast(SCHEMA))
             if sum(map(len, group)) >= GROUP_ROWS:
                 index.write_table(pa.concat_tables(group))
                 group = []
             state.update(b"".join(part["sha256"].to_pylist()))
+            state.update(json.dumps([[item["row"], item["reason"]] for item in lost]).encode())
             moves += [
                 (storage.join(uri, shard_name(number)), shard_name(len(moves) + number))
                 for number in range(int(part.schema.metadata[b"shards"]))
             ]
-            lost = list(read_quarantine(uri))
             broken.add(lost)
             listed.write(storage.read(storage.join(uri, QUARANTINE)))
             clips += len(part)
             quarantined += len(lost)
-        if group:
+        if sum(map(len, group)):
             index.write_table(pa.concat_tables(group))
     broken.refuse(split.rows)
     return Joined(

@@ -5,10 +5,12 @@ command goes on where it was interrupted, tries failed files again and fetches w
 work by partitions: a file's path alone says whose it is.
 """
 
+import fcntl
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -17,17 +19,17 @@ from typing import Any
 from tqdm import tqdm
 
 from model import storage
-from model.data.annotations import DataError
+from model.data.annotations import LEDGER, DataError
 from model.data.fetch import Policy, Throttle, fetch
 from model.data.http import FetchError
-from model.data.ledger import DONE, FAILED, FOLDER, Done, Ledger, Outcome, outcomes
+from model.data.ledger import DONE, FAILED, Done, Ledger, Outcome, outcomes
 from model.data.modelscope import SCHEME, ModelScopeSource
 from model.data.sources import ManifestSource, Remote, Source, StorageSource, is_http
 from model.data.window import in_order
 from model.manifest import cache_folder
 from model.progress import progress
 
-LISTED_AHEAD = 10_000
+LISTED_AHEAD = 50_000
 """Files that are listed before the first is waited for: what the remaining time is estimated from."""
 SHOWN = 5
 LISTS = {".csv", ".tsv", ".jsonl", ".txt"}
@@ -71,13 +73,15 @@ def download(
     opened = open_source(source) if isinstance(source, str) else source
     raw = storage.join(root, "raw", dataset)
     name = f"{options.index + 1}of{options.count}"
-    job = _Job(opened, raw, options, Ledger(raw, name), Throttle(options.rate), _spool(raw))
+    if isinstance(source, str) and f"{raw}/".startswith(f"{source.rstrip('/')}/"):
+        raise DataError(f"{raw} must not lie inside its source, {source}: it would be copied into itself.")
+    job = _Job(opened, raw, options, Ledger(raw, name), Throttle(options.rate), _spool(raw) / name)
     bar: tqdm[Any] = progress(
         total=0, desc=f"downloading to {raw}" + (f" {name}" if options.count > 1 else ""), unit="file"
     )
     facts = {"files": 0.0, "files_copied": 0.0, "bytes_copied": 0.0, "files_failed": 0.0}
     failed: list[Outcome] = []
-    with ThreadPoolExecutor(options.threads) as pool, bar:
+    with _alone(job.spool), ThreadPoolExecutor(options.threads) as pool, bar:
         try:
             for future in in_order(job.begin(pool, facts), LISTED_AHEAD):
                 outcome = future.result()
@@ -175,8 +179,20 @@ def _fault(raw: str, row: Outcome) -> tuple[Outcome, str]:
     return row, "" if found == row.sha256 else f"sha256: {row.sha256} was written, {found} is there"
 
 
+@contextmanager
+def _alone(spool: Path) -> Iterator[None]:
+    """Two processes with the same share would write into each other's files."""
+    spool.mkdir(parents=True, exist_ok=True)
+    with (spool / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another process on this machine downloads this share ({spool}); wait for it.") from error
+        yield
+
+
 def _spool(raw: str) -> Path:
     """Where large files arrive: beside their place, or, where that is a bucket, in the cache."""
     if storage.is_s3(raw):
         return cache_folder() / "downloads" / hashlib.sha256(raw.encode()).hexdigest()[:16]
-    return Path(raw) / FOLDER / "arriving"
+    return Path(raw) / LEDGER / "arriving"

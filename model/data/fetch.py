@@ -57,7 +57,10 @@ class Arrived:
             self._find()
 
     def _find(self) -> None:
-        note = json.loads(self.note.read_text(encoding="utf-8"))
+        try:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+        except ValueError:  # cut off by a kill
+            return
         if note["identity"] == self.identity:
             self.validator, self.file = note["validator"], self.path.open("r+b")
             while chunk := self.file.read(2**20):
@@ -110,15 +113,15 @@ class Arrived:
 def fetch(source: Source, remote: Remote, uri: str, spool: Path, policy: Policy, throttle: Throttle) -> tuple[int, str]:
     """Copies one file to `uri`; returns its size and sha256. Raises FetchError, and then `uri` is as it was."""
     arrived = Arrived(spool / hashlib.sha256(remote.path.encode()).hexdigest()[:32], remote.identity)
-    attempts = 0
+    attempts, most = 0, arrived.size
     while True:
-        before = arrived.size
         try:
             _transfer(source, remote, arrived, throttle)
             _check(remote, arrived)
             break
         except FetchError as error:
-            attempts = attempts + 1 if arrived.size <= before else 1
+            attempts = attempts + 1 if arrived.size <= most else 1
+            most = max(most, arrived.size)
             if not error.transient or attempts >= policy.attempts:
                 arrived.keep()
                 raise
@@ -127,6 +130,9 @@ def fetch(source: Source, remote: Remote, uri: str, spool: Path, policy: Policy,
         try:
             arrived.deliver(uri)
             break
+        except storage.NotFoundError as error:  # a name that cannot be one there
+            arrived.discard()
+            raise FetchError("name", str(error), transient=False) from error
         except storage.StorageError:  # the place it goes to is down: the whole run's trouble, not this file's
             if attempt == policy.attempts:
                 raise

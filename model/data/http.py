@@ -1,13 +1,16 @@
 """GET with resumption. The only file that imports urllib3; what a server says is checked, nothing is retried here."""
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import urllib3
 
 CHUNK = 2**20
 CONNECT_S, READ_S = 10.0, 60.0
+ATTEMPTS = 5
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 pool = urllib3.PoolManager(
     num_pools=16,
@@ -37,6 +40,25 @@ class Body:
     validator: str
     """Stays the same while the file does. Empty: a broken transfer has to begin anew."""
     chunks: Iterator[bytes]
+
+
+def shown(url: str) -> str:
+    """An address without what may be secret in it: a signature behind `?`, a user and password."""
+    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
+
+
+def save(url: str, path: Path, headers: Mapping[str, str] | None = None) -> None:
+    """Fetches a list that has to be read before anything else. Raises FetchError."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with path.open("wb") as file:
+                for chunk in get(url, headers=headers).chunks:
+                    file.write(chunk)
+            return
+        except FetchError as error:
+            if not error.transient or attempt == ATTEMPTS:
+                raise
+            time.sleep(max(error.wait_s, 0.25 * 2**attempt))
 
 
 def get(url: str, *, start: int = 0, validator: str = "", headers: Mapping[str, str] | None = None) -> Body:
@@ -92,7 +114,9 @@ def _chunks(response: urllib3.response.BaseHTTPResponse) -> Iterator[bytes]:
 
 
 def _broken(error: Exception) -> FetchError:
-    timed_out = isinstance(error, urllib3.exceptions.TimeoutError) or isinstance(
-        getattr(error, "reason", None), urllib3.exceptions.TimeoutError
-    )
-    return FetchError("timeout" if timed_out else "connection", " ".join(str(error).split()), transient=True)
+    cause = getattr(error, "reason", None) or error
+    refused = isinstance(cause, urllib3.exceptions.NewConnectionError)  # which is a time-out by its class
+    timed_out = isinstance(cause, urllib3.exceptions.TimeoutError) and not refused
+    # an address may carry a signature behind its question mark, and this text goes to ledgers and logs
+    detail = re.sub(r"\?\S*", "?…", " ".join(str(error).split()))
+    return FetchError("timeout" if timed_out else "connection", detail, transient=True)

@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from model import storage
-from model.data.annotations import DataError
+from model.data.annotations import LEDGER, DataError
 
-FOLDER = ".ledger"
 SEGMENT_ROWS = 20_000
 FLUSH_S = 5.0
 DONE, FAILED = "done", "failed"
@@ -53,7 +52,7 @@ class Ledger:
     """Writes outcomes. What is not written when the process is killed is downloaded again."""
 
     def __init__(self, raw: str, writer: str) -> None:
-        self.base = storage.join(raw, FOLDER, f"{int(time.time() * 1000):013d}-{writer}")
+        self.base = storage.join(raw, LEDGER, f"{int(time.time() * 1000):013d}-{writer}")
         self.rows: list[dict[str, Any]] = []
         self.segment, self.flushed = 0, time.monotonic()
         self.lock = threading.Lock()
@@ -90,7 +89,7 @@ class Done:
 
     def __init__(self, raw: str) -> None:
         paths, files, done = [], [], []
-        for table in _segments(raw, ["path", "identity", "status"]):
+        for _, table in _segments(raw, ["path", "identity", "status"]):
             rows = table.to_pydict()
             paths.append(np.array([hashed(path) for path in rows["path"]], np.uint64))
             files.append(
@@ -107,13 +106,16 @@ class Done:
 
 
 def outcomes(raw: str) -> Iterator[Outcome]:
-    """The last outcome of every file. Raises DataError where nothing was ever downloaded."""
-    if next(_segments(raw, ["path"]), None) is None:
-        raise DataError(f"{raw} has no {FOLDER}/: `mplug data download` has not been here.")
-    last = _last([np.array([hashed(path) for path in table["path"].to_pylist()], np.uint64)
-                  for table in _segments(raw, ["path"])])  # fmt: skip
-    row = 0
-    for table in _segments(raw):
+    """The last outcome of every file, of those that were there when this began. Raises DataError where none are."""
+    paths, lengths = [], {}
+    for name, table in _segments(raw, ["path"]):
+        paths.append(np.array([hashed(path) for path in table["path"].to_pylist()], np.uint64))
+        lengths[name] = len(table)
+    if not paths:
+        raise DataError(f"{raw} has no {LEDGER}/: `mplug data download` has not been here.")
+    last, row = _last(paths), 0
+    for name, length in lengths.items():
+        table = _read(raw, name)[:length]  # a writer may have added rows since
         for item in table.drop_columns(["time_ms"]).to_pylist():
             if last[row]:
                 yield Outcome(**item)
@@ -145,11 +147,15 @@ def status(raw: str, examples: int = 10) -> Status:
     return found
 
 
-def _segments(raw: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    base = storage.join(raw, FOLDER)
-    for entry in sorted(storage.walk(base), key=lambda entry: entry.path):
-        if entry.path.endswith(".parquet"):
-            yield pq.read_table(pa.BufferReader(storage.read(storage.join(base, entry.path))), columns=columns)
+def _segments(raw: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    base = storage.join(raw, LEDGER)
+    for name in sorted(entry.path for entry in storage.walk(base)):
+        if name.endswith(".parquet"):
+            yield name, _read(raw, name, columns)
+
+
+def _read(raw: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read(storage.join(raw, LEDGER, name))), columns=columns)
 
 
 def _last(paths: list[NDArray[np.uint64]]) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from multiprocessing import get_context
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from model.config import DataConfig
 from model.data.annotations import Annotation, DataError
-from model.data.cache import Cache
+from model.data.cache import open_cache
 from model.data.records import Record
 from model.data.sampler import BatchSampler, Draw, EverySample
 from model.data.shards import ShardReader
@@ -48,6 +48,9 @@ class Example:
     """Keys all randomness of this example: the same in any worker and on any process."""
 
 
+Fetched = Record | Annotation | VideoError
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipSource:
     """Examples of one split by draw."""
@@ -58,12 +61,17 @@ class ClipSource:
     seed: int = 0
     read_video: bool = True
 
-    def fetch(self, position: int) -> Record | Annotation:
-        """What has to come from storage; several threads do this ahead of time."""
-        return self.reader.record(position) if self.read_video else self.reader.annotation(position)
+    def fetch(self, position: int) -> Fetched:
+        """What has to come from storage, or why it is of no use; several threads do this ahead of time."""
+        try:
+            return self.reader.record(position) if self.read_video else self.reader.annotation(position)
+        except (ValueError, KeyError) as error:
+            return VideoError("damaged", f"clip {position} is no record: {error}")
 
-    def example(self, draw: Draw, fetched: Record | Annotation) -> Example:
-        """Raises VideoError where the clip cannot be decoded."""
+    def example(self, draw: Draw, fetched: Fetched) -> Example:
+        """Raises VideoError where the clip cannot be read or decoded."""
+        if isinstance(fetched, VideoError):
+            raise fetched
         seed = f"{self.seed}/{draw[0]}/{draw[1]}"
         if isinstance(fetched, Annotation):
             return Example(annotation=fetched, clip=None, seed=seed)
@@ -91,6 +99,7 @@ class BatchStream(IterableDataset[Loaded]):
         self, source: ClipSource, order: Order, collate: Callable[[list[Example]], Batch], read_ahead: int
     ) -> None:
         self.source, self.order, self.collate, self.read_ahead = source, order, collate, read_ahead
+        self.last: Example | None = None
 
     def __iter__(self) -> Iterator[Loaded]:
         try:
@@ -108,7 +117,7 @@ class BatchStream(IterableDataset[Loaded]):
         with ThreadPoolExecutor(self.read_ahead, thread_name_prefix="read-ahead") as pool:
             sizes: list[int] = []
 
-            def begin() -> Iterator["Future[tuple[Draw, Record | Annotation]]"]:
+            def begin() -> Iterator["Future[tuple[Draw, Fetched]]"]:
                 for batch in batches:
                     sizes.append(len(batch))
                     yield from (pool.submit(self._fetch, draw) for draw in batch)
@@ -118,10 +127,10 @@ class BatchStream(IterableDataset[Loaded]):
                 whole = chain([future], islice(fetched, sizes.pop(0) - 1))
                 yield self._batch([item.result() for item in whole])
 
-    def _fetch(self, draw: Draw) -> tuple[Draw, Record | Annotation]:
+    def _fetch(self, draw: Draw) -> tuple[Draw, Fetched]:
         return draw, self.source.fetch(draw[1])
 
-    def _batch(self, fetched: list[tuple[Draw, Record | Annotation]]) -> Loaded:
+    def _batch(self, fetched: list[tuple[Draw, Fetched]]) -> Loaded:
         examples: list[Example | None] = []
         failures = []
         for draw, item in fetched:
@@ -132,17 +141,19 @@ class BatchStream(IterableDataset[Loaded]):
                 key = item.meta["video"] if isinstance(item, Record) else str(draw)
                 failures.append(f"{self.source.reader.uri} {key}: {error}")
         read = [example for example in examples if example is not None]
-        if not read:
-            raise DataError("no clip of a batch can be read:\n" + "\n".join(failures))
-        return self.collate(_filled(examples)), len(fetched), failures
+        last = read[-1] if read else self.last
+        if last is None:
+            raise DataError("no clip of the first batch can be read:\n" + "\n".join(failures))
+        self.last = last
+        return self.collate(_filled(examples, last)), len(fetched), failures
 
 
-def _filled(examples: list[Example | None]) -> list[Example]:
+def _filled(examples: list[Example | None], last: Example) -> list[Example]:
     """The batch in its full size, since processes exchange features of equal shape: what could not be read is replaced
-    by the next one that could."""
-    read = [example for example in examples if example is not None]
-    following = iter(read[1:] + read[:1])
-    return [example or next(following, read[0]) for example in examples]
+    by others of the batch that could, or by the `last` one before it."""
+    read = [example for example in examples if example is not None] or [last]
+    following = cycle(read[1:] + read[:1])
+    return [example or next(following) for example in examples]
 
 
 class Batches:
@@ -177,7 +188,7 @@ class Batches:
 
 def open_split(uri: str, config: DataConfig) -> ShardReader:
     """A split as a run's configuration wants it read."""
-    cache = Cache(cache_folder() / "clips", int(config.cache_gb * 1e9)) if config.cache_gb else None
+    cache = open_cache(cache_folder() / "clips", int(config.cache_gb * 1e9)) if config.cache_gb else None
     return ShardReader(uri, cache=cache, decoder=config.decoder, deadline_s=config.decode_deadline_s)
 
 

@@ -6,7 +6,6 @@ short-lived key that ModelScope gives to everybody (private datasets: MODELSCOPE
 """
 
 import base64
-import csv
 import hashlib
 import hmac
 import json
@@ -15,13 +14,15 @@ import tempfile
 import threading
 import time
 import urllib.parse
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from model.data import http
-from model.data.annotations import MAX_PROBLEMS, DataError, refuse_escape
+from model.data.annotations import MAX_PROBLEMS, DataError, duplicates, read_csv, refuse_escape
 from model.data.http import Body, FetchError
+from model.data.ledger import hashed
 from model.data.sources import Remote, fetch_small
 
 SCHEME = "modelscope://"
@@ -52,14 +53,23 @@ class ModelScopeSource:
         repository = list(self._repository())
         yield from repository
         known = {remote.path for remote in repository}
-        for remote in repository:
-            if remote.path.endswith(".csv"):
-                yield from (self._video(path) for path in self._named(remote) if path not in known)
+        with tempfile.TemporaryDirectory() as folder:
+            tables = []
+            for number, remote in enumerate(remote for remote in repository if remote.path.endswith(".csv")):
+                tables.append((remote.path, Path(folder) / f"{number}.csv"))
+                fetch_small(remote.location, tables[-1][1], self.headers)
+            repeated = duplicates(array("Q", (hashed(path) for path in _named(tables))))
+            for row, path in enumerate(_named(tables)):
+                if row not in repeated and path not in known:
+                    yield Remote(path=path, location=STORED + path)
 
     def open(self, remote: Remote, start: int, validator: str) -> Body:
         if not remote.location.startswith(STORED):
             return http.get(remote.location, start=start, validator=validator, headers=self.headers)
-        key = self._storage_key()
+        try:
+            key = self._storage_key()
+        except DataError as error:
+            raise FetchError("modelscope", str(error), transient=True) from error
         try:
             return http.get(signed_url(key, key["Dir"], remote.path), start=start, validator=validator)
         except FetchError as error:
@@ -89,30 +99,6 @@ class ModelScopeSource:
         query = {"Source": "SDK", "Revision": self.revision, "FilePath": path}
         return f"{self.base}/{self.name}/repo?{urllib.parse.urlencode(query)}"
 
-    def _named(self, remote: Remote) -> Iterator[str]:
-        """The paths in the columns of an annotation file whose names end in :FILE, as published."""
-        problems: list[str] = []
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / "annotations.csv"
-            fetch_small(remote.location, local, self.headers)
-            with local.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                columns = [name for name in reader.fieldnames or [] if name.endswith(":FILE")]
-                for row in reader:
-                    for path in (row[column] or "" for column in columns):
-                        try:
-                            refuse_escape(path)
-                            yield path
-                        except DataError as error:
-                            problems.append(f"{remote.path} line {reader.line_num}: {error}")
-                    if len(problems) >= MAX_PROBLEMS:
-                        break
-        if problems:
-            raise DataError("\n".join(problems))
-
-    def _video(self, path: str) -> Remote:
-        return Remote(path=path, location=STORED + path)
-
     def _storage_key(self) -> dict[str, str]:
         with self.lock:
             if time.monotonic() - self.key_since > KEY_S or not self.key:
@@ -121,11 +107,35 @@ class ModelScopeSource:
             return self.key
 
     def _call(self, path: str) -> Any:
-        answer = json.loads(b"".join(http.get(f"{self.base}/{path}", headers=self.headers).chunks))
+        with tempfile.TemporaryDirectory() as folder:
+            fetch_small(f"{self.base}/{path}", Path(folder) / "answer", self.headers)
+            try:
+                answer = json.loads((Path(folder) / "answer").read_bytes())
+            except ValueError as error:
+                raise DataError(f"ModelScope's answer for {self.name} is no JSON: {error}.") from error
         if answer.get("Code") != 200 or answer.get("Data") is None:
             hint = "" if self.headers else " Private datasets need MODELSCOPE_API_TOKEN."
             raise DataError(f"ModelScope refused {self.name}: {answer.get('Message', 'no data')}.{hint}")
         return answer["Data"]
+
+
+def _named(tables: list[tuple[str, Path]]) -> Iterator[str]:
+    """The paths in the columns of annotation files whose names end in :FILE, as published."""
+    problems: list[str] = []
+    for name, local in tables:
+        with read_csv(str(local), name) as reader:
+            columns = [column for column in reader.fieldnames or [] if column.endswith(":FILE")]
+            for row in reader:
+                for path in (row[column] or "" for column in columns):
+                    try:
+                        refuse_escape(path)
+                        yield path
+                    except DataError as error:
+                        problems.append(f"{name} line {reader.line_num}: {error}")
+                if len(problems) >= MAX_PROBLEMS:
+                    break
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def signed_url(key: dict[str, str], folder: str, path: str, now: float | None = None) -> str:

@@ -38,6 +38,15 @@ class OwnSource:
         self.rows = rows
         self._annotate(dataset)
 
+    def refuse_other(self, raw: str) -> None:
+        """Raises DataError where `raw` holds annotations that are not these: rows of two datasets would mix."""
+        for entry in storage.walk(raw):
+            ours = self.made / entry.path
+            if entry.path.endswith(".csv") and (
+                not ours.exists() or ours.read_bytes() != storage.read(storage.join(raw, entry.path))
+            ):
+                raise DataError(f"{raw} holds another dataset, {entry.path} differs. Choose another --name.")
+
     def files(self) -> Iterator[Remote]:
         for path in sorted(self.made.rglob("*.*")):
             yield self._remote(path.relative_to(self.made).as_posix(), str(path))

@@ -25,6 +25,8 @@ from model.progress import progress
 
 HEAD = 4096
 """Bytes that nearly always hold a record's JSON file."""
+PIECE = 2**18
+"""Bytes of one request. SeaweedFS takes 0.8 ms of processor time up to here, and above it 3 ms for any size."""
 
 
 class ShardReader:
@@ -100,11 +102,19 @@ class ShardReader:
     def _range(self, shard: int, start: int, length: int) -> bytes:
         uri = self._shard(shard)
         if self.cache is None:
-            return storage.read_range(uri, start, length)
-        return self.cache.get(f"{uri}@{start}+{length}", lambda: storage.read_range(uri, start, length))
+            return _in_pieces(uri, start, length)
+        return self.cache.get(f"{uri}@{start}+{length}", lambda: _in_pieces(uri, start, length))
 
     def _shard(self, number: int) -> str:
         return storage.join(self.uri, shard_name(number))
+
+
+def _in_pieces(uri: str, start: int, length: int) -> bytes:
+    """A range in requests of at most PIECE bytes each."""
+    if length <= PIECE or not storage.is_s3(uri):
+        return storage.read_range(uri, start, length)
+    pieces = range(start, start + length, PIECE)
+    return b"".join(storage.read_range(uri, at, min(PIECE, start + length - at)) for at in pieces)
 
 
 def _places(index: pq.ParquetFile) -> tuple[NDArray[np.uint32], list[int], list[int]]:
@@ -118,6 +128,8 @@ def _places(index: pq.ParquetFile) -> tuple[NDArray[np.uint32], list[int], list[
         table = index.read_row_group(group, ["shard", "offset", "length"], use_threads=False)
         shards, offsets, lengths = (column.to_numpy() for column in table.columns)
         blocks[position : position + len(shards)] = offsets // BLOCK
+        if not len(shards):
+            continue
         heads = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist()]
         for head, tail in zip(heads, [*heads[1:], len(shards)], strict=True):
             if shards[head] == len(first):  # else the shard of the last group goes on in this one
@@ -136,16 +148,21 @@ def _pixels(jpeg: memoryview) -> Pixels:
         raise VideoError("damaged", f"a stored frame is no whole JPEG: {error}") from error
 
 
-def verify(uri: str) -> tuple[int, list[str]]:
-    """Reads every clip of a sharded dataset; returns how many are as they were written, and a line for each other."""
+def verify(uri: str, *, index: int = 0, count: int = 1) -> tuple[int, list[str]]:
+    """Reads every `count`-th clip of a sharded dataset; returns how many are as written, and a line for each other."""
     right, wrong = 0, []
     for split, clips in describe(uri)["clips"].items():
         reader = ShardReader(storage.join(uri, split))
         rows = reader.rows(["key", "video", "sha256"])
         for position, row in enumerate(progress(rows, total=clips, desc=f"verifying {split}", unit="clip")):
-            if hashlib.sha256(reader.read(position)).digest() == row["sha256"]:
-                right += 1
-            else:
+            if position % count != index:
+                continue
+            try:
+                is_right = hashlib.sha256(reader.read(position)).digest() == row["sha256"]
+            except storage.NotFoundError:
+                is_right = False
+            right += is_right
+            if not is_right:
                 wrong.append(f"{split} {row['key']} {row['video']}: its bytes are not those that were written")
     return right, wrong
 

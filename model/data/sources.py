@@ -12,9 +12,18 @@ from typing import Any, Protocol
 
 from model import storage
 from model.data import http
-from model.data.annotations import COLUMNS, MAX_PROBLEMS, SPLITS, DataError, annotation_file, duplicates, refuse_escape
+from model.data.annotations import (
+    COLUMNS,
+    LEDGER,
+    MAX_PROBLEMS,
+    SPLITS,
+    DataError,
+    annotation_file,
+    duplicates,
+    refuse_escape,
+)
 from model.data.http import Body, FetchError
-from model.data.ledger import FOLDER, hashed
+from model.data.ledger import hashed
 
 CHUNK = 16 * 2**20
 
@@ -34,7 +43,9 @@ class Remote:
 
     @property
     def identity(self) -> str:
-        return self.version or self.sha256 or (str(self.size) if self.size is not None else self.location)
+        if self.version or self.sha256 or self.size is not None:
+            return self.version or self.sha256 or str(self.size)
+        return http.shown(self.location)  # a signature in it is another one every time, and secret
 
 
 class Source(Protocol):
@@ -56,7 +67,7 @@ class StorageSource:
 
     def files(self) -> Iterator[Remote]:
         for entry in storage.walk(self.uri):
-            if not entry.path.startswith(FOLDER):
+            if not entry.path.startswith(f"{LEDGER}/"):
                 refuse_escape(entry.path)
                 where = storage.join(self.uri, entry.path)
                 yield Remote(path=entry.path, location=where, size=entry.size, version=entry.version)
@@ -92,7 +103,7 @@ class ManifestSource:
     """A list of URLs: CSV, TSV or JSON lines with `url` and, as known, `path`, `size`, `sha256`; or one URL a line."""
 
     def __init__(self, location: str) -> None:
-        self.location = location
+        self.location, self.name = location, http.shown(location)
 
     def files(self) -> Iterator[Remote]:
         with tempfile.TemporaryDirectory() as folder:
@@ -116,20 +127,26 @@ class ManifestSource:
         clashes = [f"rows {twice[row] + 1} and {row + 1}" for row in twice if row not in same]
         if clashes:
             raise DataError(
-                f"{self.location}: a path must stand for one file; {', '.join(clashes[:MAX_PROBLEMS])} share one."
+                f"{self.name}: a path must stand for one file; {', '.join(clashes[:MAX_PROBLEMS])} share one."
             )
         return set(same)
 
     def _rows(self, local: Path) -> Iterator[Remote]:
-        problems = []
-        with local.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(self._parsed(file), start=1):
-                try:
-                    yield self._remote(row)
-                except (DataError, ValueError, KeyError, TypeError) as error:
-                    problems.append(f"{self.location} row {number}: {error if str(error) else type(error).__name__}")
-                    if len(problems) == MAX_PROBLEMS:
-                        break
+        problems: list[str] = []
+        number = 0
+        try:
+            with local.open(encoding="utf-8-sig", newline="") as file:
+                for number, row in enumerate(self._parsed(file), start=1):
+                    try:
+                        yield self._remote(row)
+                    except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
+                        problems.append(f"{self.name} row {number}: {error or type(error).__name__}")
+                        if len(problems) == MAX_PROBLEMS:
+                            break
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.name} must be UTF-8, {error.reason} behind row {number}.") from error
+        except (csv.Error, json.JSONDecodeError) as error:
+            raise DataError(f"{self.name} cannot be read behind row {number}: {error}.") from error
         if problems:
             raise DataError("\n".join(problems))
 
@@ -139,9 +156,7 @@ class ManifestSource:
             case ".csv" | ".tsv":
                 reader = csv.DictReader(file, delimiter="," if suffix == ".csv" else "\t")
                 if "url" not in (reader.fieldnames or []):
-                    raise DataError(
-                        f"{self.location} must have a column url, it has {', '.join(reader.fieldnames or [])}."
-                    )
+                    raise DataError(f"{self.name} must have a column url, it has {', '.join(reader.fieldnames or [])}.")
                 yield from reader
             case ".jsonl":
                 yield from (json.loads(line) for line in file if line.strip())
@@ -178,8 +193,6 @@ def is_http(location: str) -> bool:
 def fetch_small(url: str, path: Path, headers: dict[str, str] | None = None) -> None:
     """A list that has to be read before anything else. Raises DataError."""
     try:
-        with path.open("wb") as file:
-            for chunk in http.get(url, headers=headers).chunks:
-                file.write(chunk)
+        http.save(url, path, headers)
     except FetchError as error:
-        raise DataError(f"{url} cannot be read: {error}") from error
+        raise DataError(f"{http.shown(url)} cannot be read: {error}") from error

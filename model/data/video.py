@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import av
-import decord
 import numpy as np
 from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image
 
-decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is in the exception
 Pixels = NDArray[np.uint8]
 """One frame, (H, W, 3), RGB."""
 DEADLINE_S = 60.0
@@ -210,6 +208,9 @@ class DecordReader(ClipReader):
     """decord 0.6. Its deadline is only looked at between frames: a call that hangs can only be killed."""
 
     def __init__(self, data: bytes, deadline_s: float) -> None:
+        import decord  # a second FFmpeg in memory, and not the default
+
+        decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is in the exception
         self.data, self.deadline = data, time.monotonic() + deadline_s
         with _failures(data):
             self.reader = decord.VideoReader(io.BytesIO(data), num_threads=1)

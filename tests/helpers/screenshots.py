@@ -1,6 +1,7 @@
 """Pictures for the README, from a finished demo: `make screenshots`."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import browser
 import mlflow
+
+from pipelines.services import settings
 
 
 def main(demo: Path, out: Path) -> None:
@@ -20,13 +23,24 @@ def main(demo: Path, out: Path) -> None:
         with tempfile.TemporaryDirectory() as profile, browser.chromium(Path(profile)) as page:
             page.open(f"file://{(demo / 'report.html').resolve()}")
             page.picture(out / "report.png", height=2100)
-            _mlflow(page, address, out)
+            shards = _mlflow(page, address, out)
+            _statistics(page, demo, shards, Path(profile) / "stats.html", out)
     finally:
         server.terminate()
         server.wait()
 
 
-def _mlflow(page: browser.Page, address: str, out: Path) -> None:
+def _statistics(page: browser.Page, demo: Path, shards: str, made: Path, out: Path) -> None:
+    """The page of `mplug data stats`; the demo's S3 runs with its MLflow."""
+    environment = {**os.environ, **settings(demo).environment()}
+    command = [Path(sys.executable).with_name("mplug"), "data", "stats", shards, "--out", made]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    page.open(f"file://{made}")
+    page.picture(out / "stats.png", height=1500)
+
+
+def _mlflow(page: browser.Page, address: str, out: Path) -> str:
+    """Pictures of MLflow's pages; returns the shards that a run was trained on."""
     client = mlflow.MlflowClient(address)
     experiment = client.get_experiment_by_name("mplug-video")
     assert experiment is not None
@@ -41,6 +55,8 @@ def _mlflow(page: browser.Page, address: str, out: Path) -> None:
     page.open(f"{address}/#/compare-runs?{query}")
     page.wait_for("Comparing 2 Runs")
     page.picture(out / "mlflow-compare.png", height=1000)
+    shards: str = client.get_run(found["tiny-classification-pretrained"]).data.params["data.shards"]
+    return shards
 
 
 if __name__ == "__main__":

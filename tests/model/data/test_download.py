@@ -1,5 +1,6 @@
 """Downloads from a real server with real faults, to disk and to a real S3."""
 
+import fcntl
 import hashlib
 import json
 import time
@@ -14,7 +15,7 @@ from model.data import fetch, modelscope
 from model.data.annotations import DataError
 from model.data.download import Options, download, verify
 from model.data.fetch import Policy
-from model.data.ledger import DONE, outcomes, status
+from model.data.ledger import DONE, Ledger, Outcome, outcomes, status
 
 QUICK = Policy(attempts=4, first_wait_s=0.02)
 
@@ -177,20 +178,63 @@ def test_verification_finds_what_has_changed_and_the_next_download_mends_it(
         ("l.csv", "url,path\nhttp://h/a,x\nhttp://h/b,x\n", "a path must stand for one file; rows 1 and 2 share one"),
         ("l.jsonl", '{"path": "x"}\n', "row 1: 'url'"),
         ("l.csv", "url,size\nhttp://h/a,big\n", "row 1: invalid literal"),
+        ("l.csv", "path,url\na.mp4\n", "row 1: "),
+        ("l.csv", "url,path\nhttp://h/a,.ledger/x.parquet\n", "row 1: the video's path must"),
+        ("l.csv", "url,path\nhttp://h/a,./x.mp4\n", "row 1: the video's path must"),
+        ("l.jsonl", '{"url": \n', "cannot be read behind row 0"),
+        ("l.csv", "url,path\nhttp://h/a,标题\n".encode("gb18030"), "must be UTF-8"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_refused_before_anything_is_fetched(
-    tmp_path: Path, name: str, text: str, complaint: str
+    tmp_path: Path, name: str, text: str | bytes, complaint: str
 ) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=complaint):
         download(str(tmp_path / name), str(tmp_path / "out"), "d", options())
-    assert not (tmp_path / "out" / "raw").exists()
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["lock"]
+
+
+def test_status_may_be_asked_while_files_arrive(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path), "writer")
+    for number in range(5):
+        ledger.add(Outcome(path=f"{number}", identity="", status=DONE, size=1))
+    ledger.close()
+    found = outcomes(str(tmp_path))
+    first = next(found)
+    ledger.add(Outcome(path="0", identity="", status="failed"))
+    ledger.close()
+    assert [first.path, *(row.path for row in found)] == ["0", "1", "2", "3", "4"]
+    assert status(str(tmp_path)).files == 4
+
+
+def test_a_share_is_downloaded_by_one_process(server: str, tmp_path: Path) -> None:
+    source = manifest(tmp_path, server, ["ok/a-10"])
+    spool = tmp_path / "raw" / "d" / ".ledger" / "arriving" / "1of1"
+    spool.mkdir(parents=True)
+    with (spool / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process on this machine"):
+            download(source, str(tmp_path), "d", options())
+
+
+def test_a_name_that_cannot_be_a_file_is_in_the_ledger(server: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="name: "):
+        download(manifest(tmp_path, server, ["ok/" + "长" * 90 + "-10"]), str(tmp_path), "d", options())
+    assert dict(status(str(tmp_path / "raw" / "d")).failed) == {"name": 1}
 
 
 def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold annotation files"):
         download(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_a_signature_in_an_address_reaches_neither_ledger_nor_message(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("http://127.0.0.1:9/a.mp4?Signature=SECRET&security-token=SECRET\n")
+    with pytest.raises(DataError, match=r"a\.mp4: connection") as caught:
+        download(str(tmp_path / "list.txt"), str(tmp_path), "d", options())
+    (row,) = outcomes(str(tmp_path / "raw" / "d"))
+    assert "SECRET" not in f"{caught.value}{row}"
+    assert row.identity == "http://127.0.0.1:9/a.mp4"
 
 
 def test_a_folder_that_was_never_downloaded_to_has_no_status(tmp_path: Path) -> None:
@@ -202,6 +246,7 @@ REPOSITORY = {
     "README.md": b"# data",
     "classname.json": b"{}",
     "retrieval/train.csv": "clip_name:FILE,caption\nvideos/a.mp4,猫\nvideos/b.flv,狗\nvideos/lost.mp4,鸟\n".encode(),
+    "retrieval/val.csv": "clip_name:FILE,caption\nvideos/a.mp4,黑猫\n".encode(),
     **{f"notes/{number:03d}.txt": b"x" for number in range(250)},
 }
 OBJECTS = {"public-zip/data/videos/a.mp4": b"A" * 1000, "public/data/videos/b.flv": b"B" * 2000}

@@ -123,6 +123,19 @@ def test_too_many_unreadable_clips_end_the_run(damaged: str) -> None:
         list(training_batches(clips, order(clips, steps=len(clips.reader) // 4), collate, AUGMENT))
 
 
+def test_a_record_that_is_none_and_batches_of_one_count_as_unreadable_clips(damaged: str) -> None:
+    reader = ShardReader(damaged)
+    shard, start, _ = reader._place(5)
+    with (Path(damaged) / f"shard-{shard:05d}.tar").open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(2048))
+    clips = source(damaged)
+    lenient = AUGMENT.model_copy(update={"max_read_failures": 0.01})
+    batches = training_batches(clips, order(clips, batch_size=1, steps=len(reader)), collate, lenient)
+    assert len(list(batches)) == len(reader)
+    assert batches.failed == 3
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_storage_that_fails_is_one_line(split: str, tmp_path: Path, workers: int) -> None:
     copy = tmp_path / "train"

@@ -71,6 +71,18 @@ def test_labels_become_numbered_categories(videos: Path, tmp_path: Path) -> None
     assert facts["clips"] == {"train": 3, "test": 3}
 
 
+def test_two_datasets_do_not_mix_under_one_name(videos: Path, tmp_path: Path) -> None:
+    first, second = (
+        write(tmp_path / f"{n}.csv", [["video", "title"], [name, "题"]]) for n, name in enumerate(names(videos, 2))
+    )
+    assert run(str(videos), first, str(tmp_path), "--short-side", "32").returncode == 0
+    assert run(str(videos), first, str(tmp_path), "--short-side", "32").returncode == 0
+    refused = run(str(videos), second, str(tmp_path), "--short-side", "32")
+    assert refused.returncode == 3
+    assert "holds another dataset" in refused.stderr
+    assert run(str(videos), second, str(tmp_path), "--short-side", "32", "--name", "other").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("header", "row", "complaint"),
     [

@@ -16,7 +16,7 @@ from model.data.build import Settings, build_parts, plan, read_quarantine
 from model.data.commit import build_shards, commit
 from model.data.examine import Form
 from model.data.records import INDEX, SCHEMA
-from model.data.shards import ShardReader, describe
+from model.data.shards import ShardReader, describe, verify
 from model.data.video import decode, open_clip
 
 SMALL = Form(num_frames=4, short_side=64)
@@ -191,6 +191,56 @@ def test_what_is_not_there_yet_may_be_left_out(raw: Path, tmp_path: Path) -> Non
     uri = build_shards(settings(raw, tmp_path / "out", available_only=True))
     assert [row.video for row in ShardReader(uri + "/train").annotations()] == videos[-1:]
     assert {item["reason"] for item in read_quarantine(uri + "/train")} == {"missing"}
+
+
+def test_a_split_of_which_nothing_has_arrived_is_empty_not_broken(raw: Path, tmp_path: Path) -> None:
+    for row in read_annotations(str(raw), "captioning", "val"):
+        (raw / row.video).unlink()
+    uri = build_shards(settings(raw, tmp_path / "out", available_only=True))
+    assert len(ShardReader(uri + "/val")) == 0
+    assert len(ShardReader(uri + "/train")) == 8
+    assert verify(uri) == (16, [])
+
+
+def test_a_commit_that_was_killed_is_finished_as_it_began(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(build.PART_CLIPS, "frames", 3)
+    (raw / read_annotations(str(raw), "captioning", "train")[4].video).unlink()
+    wanted, moved = settings(raw, tmp_path / "out", max_quarantined=0.2), []
+
+    def dies(source: str, dest: str) -> None:
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(dest)
+        Path(dest).parent.mkdir(parents=True, exist_ok=True)
+        Path(source).rename(dest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "move", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build_shards(wanted)
+    lost = read_annotations(str(raw), "captioning", "train")[4].video
+    shutil.copy(
+        raw / read_annotations(str(raw), "captioning", "train")[0].video, raw / lost
+    )  # it has arrived meanwhile
+    uri = build_shards(wanted)
+    assert [item["video"] for item in read_quarantine(uri + "/train")] == [lost]
+    assert all(dest.startswith(uri) for dest in moved)
+    assert verify(uri)[1] == []
+
+
+def test_verification_names_a_clip_whose_bytes_have_changed(raw: Path, tmp_path: Path) -> None:
+    uri = build_shards(settings(raw, tmp_path / "out"))
+    _, start, length = ShardReader(uri + "/train")._place(2)
+    with (Path(uri) / "train" / "shard-00000.tar").open("r+b") as file:
+        file.seek(start + length - 600)
+        file.write(b"\x01" * 8)
+    (Path(uri) / "val" / "shard-00000.tar").unlink()
+    right, wrong = verify(uri)
+    assert len([line for line in wrong if line.startswith("train 00000002")]) == 1
+    assert len(wrong) == 1 + 8
+    assert right == 8 - 1 + 8
 
 
 def test_a_split_without_its_index_does_not_count(tmp_path: Path) -> None:
