@@ -1,9 +1,9 @@
-"""One API for s3:// URIs and local paths. The only file that imports boto3 and obstore.
+"""One API for s3:// URIs and local paths. With its clients in model/s3.py the only file that imports boto3 and obstore.
 
 Credentials, endpoint and region come from boto3's own chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, roles, …), so the
 same code runs on a laptop, in a pod and against any S3; s3://PROFILE@bucket/key takes them from that profile of the AWS
-configuration, for a second S3. boto3 lists, copies and removes; bytes go through obstore,
-whose requests take a quarter of boto3's processor time (0.3 instead of 1.3 ms each).
+configuration, for a second S3. boto3 lists, copies and removes; bytes go through obstore, whose requests take a quarter
+of boto3's processor time (0.3 instead of 1.3 ms each).
 """
 
 import errno
@@ -14,33 +14,24 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import boto3
 import obstore
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.session import Session
-from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError
-from obstore.store import S3Store
 
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+from model.s3 import client_of, key_of, place_of, store_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
 PARTIAL = ".partial"
 PART_BYTES, PARTS_AT_ONCE = 64 * 2**20, 4
 """Of a multipart upload; together what it holds in memory."""
 LARGE_UPLOADS = threading.BoundedSemaphore(2)
 """Of a process. More at a time get less through than two."""
-
-
 NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 """What a name can lead to that is not, and cannot be, a file."""
 
@@ -106,7 +97,7 @@ def _is_missing(error: Exception) -> bool:
 def read(uri: str) -> bytes:
     if not is_s3(uri):
         return Path(uri).read_bytes()
-    return bytes(obstore.get(_store(uri), _key(uri)).bytes())
+    return bytes(obstore.get(store_of(uri), key_of(uri)).bytes())
 
 
 @_one_line
@@ -115,7 +106,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if not is_s3(uri):
         with open(uri, "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, start)
-    return bytes(obstore.get_range(_store(uri), _key(uri), start=start, length=length))
+    return bytes(obstore.get_range(store_of(uri), key_of(uri), start=start, length=length))
 
 
 def chunks(uri: str, size: int = 8 * 2**20) -> Iterator[bytes]:
@@ -173,7 +164,7 @@ def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
 def write(uri: str, data: bytes) -> None:
     """Writes all of `data` or nothing: a reader never sees half an object."""
     if is_s3(uri):
-        obstore.put(_store(uri), _key(uri), data)
+        obstore.put(store_of(uri), key_of(uri), data)
         return
     partial = _partial(Path(uri))
     partial.write_bytes(data)
@@ -185,7 +176,7 @@ def upload(path: Path, uri: str) -> None:
     """Copies a local file to `uri`, which appears when it is whole."""
     if is_s3(uri):
         with LARGE_UPLOADS if path.stat().st_size > PART_BYTES // 8 else nullcontext():
-            obstore.put(_store(uri), _key(uri), path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            obstore.put(store_of(uri), key_of(uri), path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
         return
     partial = _partial(Path(uri))
     shutil.copyfile(path, partial)
@@ -213,7 +204,7 @@ def download(uri: str, path: Path) -> None:
     partial = _partial(path)
     if is_s3(uri):
         with partial.open("wb") as file:
-            for chunk in obstore.get(_store(uri), _key(uri)).stream(min_chunk_size=2**20):
+            for chunk in obstore.get(store_of(uri), key_of(uri)).stream(min_chunk_size=2**20):
                 file.write(chunk)
     else:
         shutil.copyfile(uri, partial)
@@ -233,9 +224,9 @@ def head(uri: str) -> Entry | None:
             return None
         stat = os.stat(uri)
         return Entry(uri, stat.st_size, str(stat.st_mtime_ns))
-    place = _place(uri)
+    place = place_of(uri)
     try:
-        found = _client(place.profile).head_object(Bucket=place.bucket, Key=place.key)
+        found = client_of(place.profile).head_object(Bucket=place.bucket, Key=place.key)
     except ClientError as error:
         if _is_missing(error):
             return None
@@ -272,9 +263,9 @@ def _walk_folder(folder: str, prefix: str) -> Iterator[Entry]:
 
 
 def _walk_s3(uri: str) -> Iterator[Entry]:
-    place = _place(uri)
+    place = place_of(uri)
     prefix = f"{place.key.rstrip('/')}/" if place.key else ""
-    pages = _client(place.profile).get_paginator("list_objects_v2")
+    pages = client_of(place.profile).get_paginator("list_objects_v2")
     try:
         for page in pages.paginate(Bucket=place.bucket, Prefix=prefix):
             for item in page.get("Contents", []):
@@ -292,8 +283,8 @@ def move(source: str, dest: str) -> None:
         Path(dest).parent.mkdir(parents=True, exist_ok=True)
         Path(source).replace(dest)
         return
-    old, new = _place(source), _place(dest)
-    client = _client(old.profile)
+    old, new = place_of(source), place_of(dest)
+    client = client_of(old.profile)
     # inside the store: the bytes do not pass through here
     client.copy_object(Bucket=new.bucket, Key=new.key, CopySource={"Bucket": old.bucket, "Key": old.key})
     client.delete_object(Bucket=old.bucket, Key=old.key)
@@ -305,71 +296,8 @@ def remove(uri: str) -> None:
     if not is_s3(uri):
         shutil.rmtree(uri, ignore_errors=True)
         return
-    place = _place(uri)
+    place = place_of(uri)
     keys = [f"{place.key.rstrip('/')}/{entry.path}" for entry in walk(uri)]
     for start in range(0, len(keys), 1000):  # S3's limit
         batch = [{"Key": name} for name in keys[start : start + 1000]]
-        _client(place.profile).delete_objects(Bucket=place.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
-
-
-@dataclass(frozen=True)
-class _Place:
-    profile: str
-    bucket: str
-    key: str
-
-
-def _place(uri: str) -> _Place:
-    host, _, key = uri.removeprefix("s3://").partition("/")
-    profile, _, bucket = host.rpartition("@")
-    return _Place(profile, bucket, key)
-
-
-def _key(uri: str) -> str:
-    return _place(uri).key
-
-
-def _client(profile: str) -> "S3Client":
-    return _client_of(os.getpid(), profile)
-
-
-@lru_cache(maxsize=8)
-def _client_of(_pid: int, profile: str) -> "S3Client":
-    # one client per process: a client that crosses a fork shares its sockets with the parent
-    return boto3.Session(botocore_session=_session(profile)).client(
-        "s3",
-        # boto3 lets the environment's endpoint win over the profile's, and so would send both to one place
-        endpoint_url=_session(profile).get_scoped_config().get("endpoint_url") if profile else None,
-        config=Config(
-            retries={"mode": "standard", "total_max_attempts": 5},
-            max_pool_connections=32,
-            connect_timeout=5,
-            read_timeout=60,
-            s3={"addressing_style": "path"},  # a bucket in the host name needs wildcard DNS
-        ),
-    )
-
-
-def _store(uri: str) -> S3Store:
-    place = _place(uri)
-    return _store_of(os.getpid(), place.profile, place.bucket)
-
-
-@lru_cache(maxsize=8)
-def _store_of(_pid: int, profile: str, bucket: str) -> S3Store:
-    """The same endpoint, region and credentials as boto3's client, refreshed as boto3 refreshes them."""
-    meta = _client(profile).meta
-    return S3Store(
-        bucket,
-        aws_endpoint_url_s3=meta.endpoint_url,  # `endpoint` would give way to the environment
-        region=meta.region_name,
-        virtual_hosted_style_request=False,
-        credential_provider=Boto3CredentialProvider(_session(profile)),
-        client_options={"allow_http": meta.endpoint_url.startswith("http://"), "timeout": "60s"},
-        retry_config={"max_retries": 5},
-    )
-
-
-@lru_cache(maxsize=8)
-def _session(profile: str) -> Session:
-    return Session(profile=profile or None)
+        client_of(place.profile).delete_objects(Bucket=place.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from model import storage
+from model import s3
 
 
 @contextmanager
 def fresh_clients() -> Iterator[None]:
     """Clients made inside know only the environment of that time."""
-    caches = (storage._client_of, storage._store_of, storage._session)
+    caches = (s3._client, s3._store, s3._session)
     for cache in caches:
         cache.cache_clear()
     try:

@@ -1,0 +1,78 @@
+"""Clients of S3: of boto3 and of obstore one per process, profile and bucket, with the same address and keys."""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+from botocore.session import Session
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.store import S3Store
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+@dataclass(frozen=True)
+class Place:
+    profile: str
+    bucket: str
+    key: str
+
+
+def place_of(uri: str) -> Place:
+    host, _, key = uri.removeprefix("s3://").partition("/")
+    profile, _, bucket = host.rpartition("@")
+    return Place(profile, bucket, key)
+
+
+def key_of(uri: str) -> str:
+    return place_of(uri).key
+
+
+def client_of(profile: str) -> "S3Client":
+    return _client(os.getpid(), profile)
+
+
+@lru_cache(maxsize=8)
+def _client(_pid: int, profile: str) -> "S3Client":
+    # one client per process: a client that crosses a fork shares its sockets with the parent
+    return boto3.Session(botocore_session=_session(profile)).client(
+        "s3",
+        # boto3 lets the environment's endpoint win over the profile's, and so would send both to one place
+        endpoint_url=_session(profile).get_scoped_config().get("endpoint_url") if profile else None,
+        config=Config(
+            retries={"mode": "standard", "total_max_attempts": 5},
+            max_pool_connections=32,
+            connect_timeout=5,
+            read_timeout=60,
+            s3={"addressing_style": "path"},  # a bucket in the host name needs wildcard DNS
+        ),
+    )
+
+
+def store_of(uri: str) -> S3Store:
+    place = place_of(uri)
+    return _store(os.getpid(), place.profile, place.bucket)
+
+
+@lru_cache(maxsize=8)
+def _store(_pid: int, profile: str, bucket: str) -> S3Store:
+    """The same endpoint, region and credentials as boto3's client, refreshed as boto3 refreshes them."""
+    meta = client_of(profile).meta
+    return S3Store(
+        bucket,
+        aws_endpoint_url_s3=meta.endpoint_url,  # `endpoint` would give way to the environment
+        region=meta.region_name,
+        virtual_hosted_style_request=False,
+        credential_provider=Boto3CredentialProvider(_session(profile)),
+        client_options={"allow_http": meta.endpoint_url.startswith("http://"), "timeout": "60s"},
+        retry_config={"max_retries": 5},
+    )
+
+
+@lru_cache(maxsize=8)
+def _session(profile: str) -> Session:
+    return Session(profile=profile or None)
