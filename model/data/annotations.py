@@ -8,6 +8,7 @@
 
 import ast
 import csv
+import hashlib
 import json
 import re
 from array import array
@@ -130,6 +131,11 @@ def _annotation(row: dict[str, str | None], dataset: str, split: str) -> Annotat
     if not isinstance(references, list) or not all(isinstance(item, str) for item in references) or not references:
         raise DataError(f"golden_caption must be a list literal of strings, got {text[:40]!r}.")
     return Annotation(video=video, text=references[0], references=tuple(item.lower() for item in references))
+
+
+def hashed(*texts: str) -> int:
+    """64 bits that stand for some texts where there are millions of them."""
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest())
 
 
 def duplicates(hashes: "array[int]") -> dict[int, int]:

@@ -37,6 +37,7 @@ from model.data.annotations import (
     DataError,
     annotation_file,
     duplicates,
+    hashed,
     iter_annotations,
     read_class_names,
 )
@@ -122,8 +123,7 @@ def plan(settings: Settings) -> Plan:
     for name in names:
         hashes = array("Q")
         for row in iter_annotations(settings.raw, settings.dataset, name):
-            said = json.dumps([row.video, row.text, row.label, row.references]).encode()
-            hashes.append(int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()))
+            hashes.append(hashed(json.dumps([row.video, row.text, row.label, row.references])))
         state.update(name.encode() + hashes.tobytes())
         splits.append(Split(name=name, rows=len(hashes), duplicates=duplicates(hashes)))
     staging = storage.join(settings.root, "shards", ".building", f"{settings.dataset}-{state.hexdigest()[:12]}")
@@ -191,10 +191,8 @@ class PartBuilder:
         quarantine: list[dict[str, Any]]
         if f"{split.name}/{uri.rpartition('/')[2]}/{INDEX}" in self.finished:
             quarantine = list(read_quarantine(uri))
-            lost = {item["row"] for item in quarantine if item["reason"] != "duplicate"}
             # what could be stored is; what could not may have been mended since
-            inputs = self._versions([annotation.video for line, annotation in rows if line in lost])
-            if part_index(uri).schema.metadata[b"inputs"].decode() == inputs:
+            if part_index(uri).schema.metadata[b"inputs"].decode() == self._versions(quarantine):
                 self.done(len(rows))
                 return quarantine
         with tempfile.TemporaryDirectory() as folder:
@@ -208,20 +206,18 @@ class PartBuilder:
                     quarantine.append({"video": annotation.video, "row": line, "reason": reason, "detail": detail})
                 self.done(1)
             writer.close()
-            lost = {item["row"] for item in quarantine if item["reason"] != "duplicate"}
-            inputs = self._versions([annotation.video for line, annotation in rows if line in lost])
-            facts = {"inputs": inputs, "shards": str(writer.number + 1)}
+            facts = {"inputs": self._versions(quarantine), "shards": str(writer.number + 1)}
             table = pa.Table.from_pylist(writer.rows, SCHEMA).replace_schema_metadata(facts)
             for shard in range(writer.number + 1):
                 storage.move_in(writer.path(shard), storage.join(uri, shard_name(shard)))
-            lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in quarantine)
-            storage.write(storage.join(uri, QUARANTINE), lines.encode())
+            storage.write(storage.join(uri, QUARANTINE), quarantine_lines(quarantine))
             pq.write_table(table, Path(folder) / INDEX, compression="zstd")
             storage.move_in(Path(folder) / INDEX, storage.join(uri, INDEX))
         return quarantine
 
-    def _versions(self, videos: list[str]) -> str:
-        """Changes when one of these clips does, or appears."""
+    def _versions(self, quarantine: list[dict[str, Any]]) -> str:
+        """Changes when one of the lost clips does, or appears."""
+        videos = [item["video"] for item in quarantine if item["reason"] != "duplicate"]
         entries = self.readers.map(lambda video: storage.head(storage.join(self.settings.raw, video)), videos)
         return hashlib.sha256(json.dumps([entry.version if entry else "" for entry in entries]).encode()).hexdigest()
 
@@ -264,6 +260,11 @@ def part_uri(plan: Plan, split: Split, number: int) -> str:
 def part_index(uri: str) -> pa.Table:
     """The index of one part; the numbers of its shards begin at 0."""
     return pq.read_table(pa.BufferReader(storage.read(storage.join(uri, INDEX))))
+
+
+def quarantine_lines(quarantine: Iterable[dict[str, Any]]) -> bytes:
+    """As `read_quarantine` reads it."""
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in quarantine).encode()
 
 
 def read_quarantine(uri: str) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,7 @@ from model.data.build import (
     part_index,
     part_uri,
     plan,
+    quarantine_lines,
     read_quarantine,
 )
 from model.data.records import DATASET, INDEX, QUARANTINE, SCHEMA, shard_name
@@ -109,7 +110,7 @@ def join_parts(planned: Plan, split: Split, folder: Path) -> Joined:
                 for number in range(int(part.schema.metadata[b"shards"]))
             ]
             broken.add(lost)
-            listed.write(storage.read(storage.join(uri, QUARANTINE)))
+            listed.write(quarantine_lines(lost))
             clips += len(part)
             quarantined += len(lost)
         if sum(map(len, group)):

@@ -52,6 +52,11 @@ class Options:
     policy: Policy = field(default_factory=Policy)
 
 
+def in_share(path: str, index: int, count: int) -> bool:
+    """Whether a file belongs to share `index` of `count`; its path alone says."""
+    return zlib.crc32(path.encode()) % count == index
+
+
 def open_source(source: str) -> Source:
     """The kind of a source is in its name."""
     if source.startswith(SCHEME):
@@ -127,7 +132,7 @@ class _Job:
         nothing: Future[Outcome | None] = Future()
         nothing.set_result(None)
         for remote in self.source.files():
-            if zlib.crc32(remote.path.encode()) % self.options.count != self.options.index:
+            if not in_share(remote.path, self.options.index, self.options.count):
                 continue
             if self.options.only and not any(fnmatch(remote.path, pattern) for pattern in self.options.only):
                 continue
@@ -165,7 +170,7 @@ def verify(raw: str, *, index: int = 0, count: int = 1, threads: int = 16) -> tu
 
 
 def _mine(raw: str, index: int, count: int) -> Iterator[Outcome]:
-    return (row for row in outcomes(raw) if row.status == DONE and zlib.crc32(row.path.encode()) % count == index)
+    return (row for row in outcomes(raw) if row.status == DONE and in_share(row.path, index, count))
 
 
 def _fault(raw: str, row: Outcome) -> tuple[Outcome, str]:

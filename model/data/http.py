@@ -1,4 +1,4 @@
-"""GET with resumption. The only file that imports urllib3; what a server says is checked, nothing is retried here."""
+"""GET with resumption. The only file that imports urllib3; what a server says is checked."""
 
 import re
 import time

@@ -4,7 +4,6 @@ Rows are only added, in files of some thousand, by any number of machines; the l
 rows are read in pieces, and what is kept of each is a hash.
 """
 
-import hashlib
 import threading
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from model import storage
-from model.data.annotations import LEDGER, DataError
+from model.data.annotations import LEDGER, DataError, hashed
 
 SEGMENT_ROWS = 20_000
 FLUSH_S = 5.0
@@ -78,10 +77,6 @@ class Ledger:
         if len(self.rows) >= SEGMENT_ROWS:
             self.segment, self.rows = self.segment + 1, []
         self.flushed = time.monotonic()
-
-
-def hashed(*texts: str) -> int:
-    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest())
 
 
 class Done:

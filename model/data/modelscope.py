@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from model.data import http
-from model.data.annotations import MAX_PROBLEMS, DataError, duplicates, read_csv, refuse_escape
+from model.data.annotations import MAX_PROBLEMS, DataError, duplicates, hashed, read_csv, refuse_escape
 from model.data.http import Body, FetchError
-from model.data.ledger import hashed
 from model.data.sources import Remote, fetch_small
 
 SCHEME = "modelscope://"

@@ -86,9 +86,9 @@ class Record:
     """A stored clip as it was read back. Raises ValueError where the bytes are not those of one."""
 
     def __init__(self, data: bytes) -> None:
-        size = int(data[124:135], 8)  # the size field of the JSON file's tar header
-        self.meta: dict[str, Any] = json.loads(data[BLOCK : BLOCK + size])
-        self.data, self.start = data, BLOCK + size + -size % BLOCK
+        end = self.needed(data)
+        self.meta: dict[str, Any] = json.loads(data[BLOCK:end])
+        self.data, self.start = data, end + -end % BLOCK
 
     @property
     def annotation(self) -> Annotation:
@@ -106,7 +106,7 @@ class Record:
     @staticmethod
     def needed(head: bytes) -> int:
         """How many bytes of a record hold its JSON file."""
-        return BLOCK + int(head[124:135], 8)
+        return BLOCK + int(head[124:135], 8)  # the size field of a tar header
 
 
 class TarWriter:

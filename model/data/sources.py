@@ -20,10 +20,10 @@ from model.data.annotations import (
     DataError,
     annotation_file,
     duplicates,
+    hashed,
     refuse_escape,
 )
 from model.data.http import Body, FetchError
-from model.data.ledger import hashed
 
 CHUNK = 16 * 2**20
 
