@@ -10,6 +10,7 @@ from model.data.video import DECODERS, VideoError, frame_indices, open_clip
 
 CLIPS = {item.name: item for item in damaged_clips() if item.name.startswith("right-") and "8k" not in item.name}
 DECORD_FAILS = {
+    "right-mpeg4-bframes.avi": "frames are numbered wrongly after a seek",
     "right-mpegts": "frames are numbered wrongly after a seek",
     "right-tiny": "frames 16 pixels wide have six channels",
     "right-narrow": "frames 16 pixels wide have six channels",
@@ -30,10 +31,10 @@ def test_what_decord_cannot_do_is_still_known(name: str) -> None:
     """If this fails, decord has learned it: remove the name here and in the README."""
     reader = open_clip(CLIPS[name].data, "decord")
     try:
-        frames = [np.asarray(frame) for frame in reader.frames(range(reader.num_frames))]
+        frames = [np.asarray(frame) for frame in reader.frames(frame_indices(reader.num_frames, 7))]
     except VideoError:
         return
-    truth = list(open_clip(CLIPS[name].data).frames(range(len(frames))))
+    truth = list(open_clip(CLIPS[name].data).frames(frame_indices(reader.num_frames, 7)))
     assert not all(map(np.array_equal, frames, truth))
 
 
