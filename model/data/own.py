@@ -5,6 +5,7 @@ The CSV has a column for the video's path below the folder, one for its text, an
 
 import csv
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -40,12 +41,11 @@ class OwnSource:
 
     def refuse_other(self, raw: str) -> None:
         """Raises DataError where `raw` holds annotations that are not these: rows of two datasets would mix."""
-        for entry in storage.walk(raw):
-            ours = self.made / entry.path
-            if entry.path.endswith(".csv") and (
-                not ours.exists() or ours.read_bytes() != storage.read(storage.join(raw, entry.path))
-            ):
-                raise DataError(f"{raw} holds another dataset, {entry.path} differs. Choose another --name.")
+        for dataset, split in itertools.product(COLUMNS, SPLITS):
+            name = f"{dataset}/{split}.csv"
+            theirs, ours = storage.join(raw, name), self.made / name
+            if storage.exists(theirs) and (not ours.exists() or ours.read_bytes() != storage.read(theirs)):
+                raise DataError(f"{raw} holds another dataset, {name} differs. Choose another --name.")
 
     def files(self) -> Iterator[Remote]:
         for path in sorted(self.made.rglob("*.*")):
