@@ -109,16 +109,18 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     return bytes(obstore.get_range(store_of(uri), key_of(uri), start=start, length=length))
 
 
+def read_pieces(uri: str, start: int, length: int, piece: int) -> Iterator[bytes]:
+    """`length` bytes from `start` on, in requests of at most `piece` bytes each."""
+    for at in range(start, start + length, piece):
+        yield read_range(uri, at, min(piece, start + length - at))
+
+
 def chunks(uri: str, size: int = 8 * 2**20) -> Iterator[bytes]:
     """An object, piece by piece."""
-    start = 0
     entry = head(uri)
     if entry is None:
         raise NotFoundError(f"{uri} does not exist.")
-    while start < entry.size:
-        data = read_range(uri, start, min(size, entry.size - start))
-        yield data
-        start += len(data)
+    yield from read_pieces(uri, 0, entry.size, size)
 
 
 class RandomAccess(io.RawIOBase):

@@ -20,7 +20,7 @@ from model import storage
 from model.data.annotations import Annotation, DataError
 from model.data.cache import Cache
 from model.data.records import BLOCK, DATASET, INDEX, Record, shard_name
-from model.data.video import Pixels, VideoError, open_clip
+from model.data.video import DEADLINE_S, Pixels, VideoError, open_clip
 from model.progress import progress
 
 HEAD = 4096
@@ -33,7 +33,7 @@ class ShardReader:
     """Random access to one split. Safe to use from several threads."""
 
     def __init__(
-        self, uri: str, *, cache: Cache | None = None, decoder: str = "pyav", deadline_s: float = 60.0
+        self, uri: str, *, cache: Cache | None = None, decoder: str = "pyav", deadline_s: float = DEADLINE_S
     ) -> None:
         self.uri, self.cache, self.decoder, self.deadline_s = uri, cache, decoder, deadline_s
         if storage.head(storage.join(uri, INDEX)) is None:
@@ -100,21 +100,17 @@ class ShardReader:
         return self._range(*self._place(position))
 
     def _range(self, shard: int, start: int, length: int) -> bytes:
-        uri = self._shard(shard)
+        uri = storage.join(self.uri, shard_name(shard))
         if self.cache is None:
             return _in_pieces(uri, start, length)
         return self.cache.get(f"{uri}@{start}+{length}", lambda: _in_pieces(uri, start, length))
-
-    def _shard(self, number: int) -> str:
-        return storage.join(self.uri, shard_name(number))
 
 
 def _in_pieces(uri: str, start: int, length: int) -> bytes:
     """A range in requests of at most PIECE bytes each."""
     if length <= PIECE or not storage.is_s3(uri):
         return storage.read_range(uri, start, length)
-    pieces = range(start, start + length, PIECE)
-    return b"".join(storage.read_range(uri, at, min(PIECE, start + length - at)) for at in pieces)
+    return b"".join(storage.read_pieces(uri, start, length, PIECE))
 
 
 def _places(index: pq.ParquetFile) -> tuple[NDArray[np.uint32], list[int], list[int]]:

@@ -89,8 +89,7 @@ def _chunks(uri: str, start: int, size: int, version: str) -> Iterator[bytes]:
         if size <= CHUNK and not start:
             yield storage.read(uri)
             return
-        for offset in range(start, size, CHUNK):
-            yield storage.read_range(uri, offset, min(CHUNK, size - offset))
+        yield from storage.read_pieces(uri, start, size - start, CHUNK)
         now = storage.head(uri)
     except storage.StorageError as error:
         gone = isinstance(error, storage.NotFoundError)
