@@ -170,26 +170,26 @@ class PartBuilder:
     ) -> None:
         self.plan, self.settings = plan, plan.settings
         self.pool, self.readers, self.ahead, self.done = pool, readers, ahead, done
-        self.finished = {entry.path for entry in storage.walk(plan.staging) if entry.path.endswith(INDEX)}
 
     def build(self, split: Split, index: int, count: int) -> None:
         """The parts of one split whose turn it is."""
         size, seen = PART_CLIPS[self.settings.form.kind], 0
+        finished = finished_parts(self.plan, split)
         broken = Broken(self.settings, split.name)
         rows = enumerate(iter_annotations(self.settings.raw, self.settings.dataset, split.name))
         for number, first in enumerate(rows):
             part = [first, *islice(rows, size - 1)]
             if number % count == index:
-                broken.add(self._part(split, number, part))
+                uri = part_uri(self.plan, split, number)
+                broken.add(self._part(split, uri, part, is_finished=uri in finished))
                 seen += len(part)
                 if seen >= EARLY:
                     broken.refuse(seen)
 
-    def _part(self, split: Split, number: int, rows: list[Row]) -> list[dict[str, Any]]:
+    def _part(self, split: Split, uri: str, rows: list[Row], *, is_finished: bool) -> list[dict[str, Any]]:
         """Builds one part; returns its quarantine."""
-        uri = part_uri(self.plan, split, number)
         quarantine: list[dict[str, Any]]
-        if f"{split.name}/{uri.rpartition('/')[2]}/{INDEX}" in self.finished:
+        if is_finished:
             quarantine = list(read_quarantine(uri))
             # what could be stored is; what could not may have been mended since
             if part_index(uri).schema.metadata[b"inputs"].decode() == self._versions(quarantine):
@@ -255,6 +255,13 @@ class PartBuilder:
 
 def part_uri(plan: Plan, split: Split, number: int) -> str:
     return storage.join(plan.staging, split.name, f"part-{number:06d}")
+
+
+def finished_parts(plan: Plan, split: Split) -> set[str]:
+    """URIs of the parts of a split that are whole: listed at once, for there may be ten thousand."""
+    base = storage.join(plan.staging, split.name)
+    found = (entry.path.rpartition("/") for entry in storage.walk(base))
+    return {storage.join(base, part) for part, _, name in found if name == INDEX}
 
 
 def part_index(uri: str) -> pa.Table:

@@ -22,6 +22,7 @@ from model.data.build import (
     Split,
     build_parts,
     class_names,
+    finished_parts,
     part_index,
     part_uri,
     plan,
@@ -122,17 +123,13 @@ def join_parts(planned: Plan, split: Split, folder: Path) -> Joined:
 
 
 def _parts(planned: Plan, split: Split) -> Iterator[tuple[str, pa.Table]]:
-    count = planned.count(split)
-    missing = [
-        str(number + 1)
-        for number in range(count)
-        if storage.head(storage.join(part_uri(planned, split, number), INDEX)) is None
-    ]
+    count, finished = planned.count(split), finished_parts(planned, split)
+    uris = [part_uri(planned, split, number) for number in range(count)]
+    missing = [str(number) for number, uri in enumerate(uris, start=1) if uri not in finished]
     if missing:
         raise DataError(
             f"all {count} parts of {split.name} must be there, {len(missing)} are not: {', '.join(missing[:10])}. Run "
             "the partitions that build them first."
         )
-    for number in range(count):
-        uri = part_uri(planned, split, number)
+    for uri in uris:
         yield uri, part_index(uri)
