@@ -106,15 +106,14 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
         for batch in progress(loader, total=total, desc=f"evaluating {task.config.name}", unit="batch")
         for prediction in task.predict(_on(device, batch))
     ]
-    class_names = list(task.model.config.class_names or [])
     return Evaluation(
         task=name,
         model=model,
         pretrained=pretrained,
-        scores=metrics.score(name, predictions, class_names),
-        chance=metrics.chance(name, predictions, class_names),
+        scores=metrics.score(name, predictions, task.categories),
+        chance=metrics.chance(name, predictions, task.categories),
         predictions=predictions,
-        class_names=class_names,
+        class_names=task.categories,
     )
 
 

@@ -63,7 +63,7 @@ class Classification(Task):
     def predict(self, batch: Batch) -> list[Prediction]:
         prefix = self.model.encode_video(batch["pixel_values"]).prefix
         head = self.model.classify(prefix, batch["title_ids"], batch["title_mask"])
-        names = self.model.config.class_names
+        names = self.categories
         predictions = []
         for row, annotation in enumerate(batch["annotations"]):
             answers = batch["answer_ids"][row], batch["answer_mask"][row]
