@@ -10,6 +10,9 @@ from model.config import ConfigError
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Make, fetch, shard, check and look at datasets."
 )
+Dataset = Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")]
+NumFrames = Annotated[int, typer.Option(min=1, help="Frames stored per clip.")]
+ShortSide = Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")]
 Partition = Annotated[str, typer.Option(help="i/n: the i-th of n equal shares of the work, from 1/n to n/n.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server. Empty: no tracking.")]
 
@@ -110,10 +113,10 @@ def verify(
 def shard(
     raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
     root: Annotated[str, typer.Argument(help="Folder or URI under which shards/ is written.")],
-    dataset: Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")] = "pretrain",
+    dataset: Dataset = "pretrain",
     form: Annotated[str, typer.Option(help="frames, or original for the clips as published.")] = "frames",
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames stored per clip.")] = 16,
-    short_side: Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")] = 256,
+    num_frames: NumFrames = 16,
+    short_side: ShortSide = 256,
     partition: Partition = "1/1",
     available: Annotated[
         bool, typer.Option("--available", help="Shard what is there; clips that are not are listed as missing.")
@@ -152,11 +155,11 @@ def import_own(
     videos: Annotated[str, typer.Argument(help="Folder or s3:// URI of the videos.")],
     table: Annotated[str, typer.Argument(help="CSV with columns video and text, and as wanted label and split.")],
     root: Annotated[str, typer.Argument(help="Folder or s3:// URI under which raw/ and shards/ are written.")],
-    dataset: Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")] = "pretrain",
+    dataset: Dataset = "pretrain",
     name: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "own",
     form: Annotated[str, typer.Option(help="frames, or original for the clips as they are.")] = "frames",
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames stored per clip.")] = 16,
-    short_side: Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")] = 256,
+    num_frames: NumFrames = 16,
+    short_side: ShortSide = 256,
 ) -> None:
     """Make a dataset of your own videos; prints the URI of its shards.
 
