@@ -197,27 +197,21 @@ def storage_rates(folder: Path) -> dict[str, Any]:
     with object_storage(folder / "s3"):
         local, remote = shard(raw, str(folder / "out"), "frames"), shard(raw, f"s3://{BUCKET}/out", "frames")
         torch.set_num_threads(1)
-        decoded = interleaved(
-            {
-                "local": lambda _: loaded(local), "s3": lambda _: loaded(remote),
-                "webdataset local": lambda _: by_webdataset(local, decode=True),
-                "webdataset s3": lambda _: by_webdataset(remote, decode=True),
-            },
-            time.perf_counter,
-        )  # fmt: skip
-        records = interleaved(
-            {
-                "local": lambda _: fetched(local), "s3": lambda _: fetched(remote),
-                "webdataset local": lambda _: by_webdataset(local, decode=False),
-                "webdataset s3": lambda _: by_webdataset(remote, decode=False),
-            },
-            time.perf_counter,
-        )  # fmt: skip
+        decoded, records = (rates(local, remote, decode=decode) for decode in (True, False))
     size = sum(path.stat().st_size for path in Path(local).glob("*.tar")) / 600
-    return {"clip_bytes": round(size), "decoded": rates(decoded), "records_only": rates(records)}
+    return {"clip_bytes": round(size), "decoded": decoded, "records_only": records}
 
 
-def rates(taken: dict[str, list[float]]) -> dict[str, Any]:
+def rates(local: str, remote: str, *, decode: bool) -> dict[str, Any]:
+    ours = loaded if decode else fetched
+    taken = interleaved(
+        {
+            "local": lambda _: ours(local), "s3": lambda _: ours(remote),
+            "webdataset local": lambda _: by_webdataset(local, decode=decode),
+            "webdataset s3": lambda _: by_webdataset(remote, decode=decode),
+        },
+        time.perf_counter,
+    )  # fmt: skip
     return {
         "clips_per_s": {name: round(600 / statistics.median(seconds), 1) for name, seconds in taken.items()},
         "s3_over_local": ratio(taken["s3"], taken["local"]),
