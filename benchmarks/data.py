@@ -38,7 +38,7 @@ from torch.nn import functional as F  # noqa: E402
 from benchmarks.data_metrics import metrics  # noqa: E402
 from benchmarks.data_scale import download, index  # noqa: E402
 from model import storage  # noqa: E402
-from model.config import DataConfig  # noqa: E402
+from model.config_sections import DataConfig  # noqa: E402
 from model.data.build import Settings  # noqa: E402
 from model.data.commit import build_shards  # noqa: E402
 from model.data.examine import Form  # noqa: E402

@@ -7,6 +7,6 @@ from components.image import component
 
 @component()
 def finish_run(tracking_uri: str, experiment: str, run_name: str, status: PipelineTaskFinalStatus) -> None:
-    from model.tracking import finish_pipeline_run
+    from model.registry import finish_pipeline_run
 
     finish_pipeline_run(tracking_uri, experiment, run_name, succeeded=status.state == "SUCCEEDED")

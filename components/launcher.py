@@ -1,31 +1,128 @@
-"""Starts the processes of a training run, with torchrun on this machine. No kfp here."""
+"""Starts the processes of a training run on this machine, alone or as one node of several. No kfp here.
+
+On one machine torchrun stands alone. In a pod of a PyTorchJob the operator's variables say who the others are:
+PET_NNODES and, with a Master, PET_MASTER_ADDR, PET_MASTER_PORT and PET_NODE_RANK; in an elastic job PET_RDZV_ENDPOINT.
+(RANK and WORLD_SIZE there count nodes, or nothing useful; torchrun sets them anew.) All nodes meet at torchrun's c10d
+store on the first one.
+"""
 
 import logging
 import os
+import signal
+import socket
 import sys
+import time
+
+from model.exits import INTERRUPTED, LOST
+
+RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
+GOOD_ATTEMPT_S = 60.0
+"""An attempt that has lasted so long counts as one that worked for a while."""
+ATTEMPTS_IN_A_ROW = 10
+"""Attempts that end at once before this gives up. The run itself counts those that bring no new checkpoint."""
+MASTER_WITHIN_S = 1800.0
 
 
-def launch(config: str, overrides: list[str], processes: int) -> int:
-    """Trains on `processes` processes of this machine; returns 0, or the exit code of the first that failed."""
+def launch(config: str, overrides: list[str], processes: int | None = None) -> int:
+    """Trains on `processes` processes of this machine; returns 0 or the exit code.
+
+    What ends with a code that is worth a restart (128 and above) is started again and goes on from its last checkpoint.
+    """
+    _environment()
+    failed = 0
+    while True:
+        start = time.monotonic()
+        code, asked_to_end = _torchrun([*_place(processes), "-m", "model.training", config, *overrides])
+        failed = 0 if time.monotonic() - start > GOOD_ATTEMPT_S else failed + 1
+        if code < 128 or code == INTERRUPTED or asked_to_end or failed == ATTEMPTS_IN_A_ROW:
+            return code
+        wait_s = min(RESTART_AFTER_S * 2 ** max(failed - 1, 0), LONGEST_WAIT_S)
+        print(f"training ended with code {code}, it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
+
+
+def _environment() -> None:
     # seconds of imports, and only here: the command line stays quick
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # where DeepSpeed has to guess its device, it says so on standard output, which is the model's URI alone
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     # restarted workers must not meet the addresses of the last attempt (torch 2.13 shares one store between attempts)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.pop("PET_STANDALONE", None)  # the operator sets it empty, which torchrun cannot read
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failed process has said why
-    torchrun = ["--standalone", f"--nproc-per-node={processes}", "-m", "model.training"]
+
+
+def _place(processes: int | None) -> list[str]:
+    """torchrun's arguments that say where the other nodes are; waits until the first one can be reached."""
+    per_node = f"--nproc-per-node={processes or _processes_per_node()}"
+    # torchrun's own restarts would repeat what cannot get better, and count differently on every node
+    common = [per_node, "--max-restarts=0", "--shutdown-timeout=60"]
+    if "PET_NNODES" not in os.environ:
+        return ["--standalone", *common]
+    static = f"{os.environ.get('PET_MASTER_ADDR')}:{os.environ.get('PET_MASTER_PORT')}"
+    endpoint = os.environ.get("PET_RDZV_ENDPOINT", static)
+    host, _, port = endpoint.partition(":")
+    is_host = os.environ.get("PET_NODE_RANK") == "0" or host.partition(".")[0] == socket.gethostname()
+    if not is_host:
+        _wait_for(host, int(port))
+    conf = ",".join(filter(None, [os.environ.get("PET_RDZV_CONF", ""), f"is_host={int(is_host)}"]))
+    name = os.environ.get("PET_RDZV_ID", "mplug")
+    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={name}", f"--rdzv-conf={conf}", *common]
+
+
+def _processes_per_node() -> int:
+    import torch
+
+    wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
+    return int(wanted) if wanted.isdigit() else max(torch.cuda.device_count(), 1)
+
+
+def _wait_for(host: str, port: int) -> None:
+    """The name of a pod resolves before anything listens there."""
+    end, said = time.monotonic() + MASTER_WITHIN_S, 0.0
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                print(f"error: {host}:{port} does not answer after {MASTER_WITHIN_S:g} s: {error}", file=sys.stderr)
+                sys.exit(LOST)
+            if time.monotonic() - said > 30:
+                print(f"waiting for the first node, {host}:{port}: {error}", file=sys.stderr, flush=True)
+                said = time.monotonic()
+            time.sleep(0.5)
+
+
+def _torchrun(arguments: list[str]) -> tuple[int, bool]:
+    """Exit code of one attempt, and whether this process was asked to end it."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
     try:
-        run(parse_args([*torchrun, config, *overrides]))  # type: ignore[no-untyped-call]
+        run(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        print(f"training process {first.local_rank} ended with exit code {first.exitcode}", file=sys.stderr)
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # killed by a signal: 128 + its number
-    except SignalException as signal:
-        return 128 + int(signal.sigval)
-    return 0
+        # what is permanent is the cause; processes that only lost another say less
+        ends = [
+            (_shell_code(failure.exitcode) >= 128, failure.timestamp, rank) for rank, failure in error.failures.items()
+        ]
+        rank = min(ends)[-1]
+        code = _shell_code(error.failures[rank].exitcode)
+        print(f"training process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
+        return code, False
+    except SignalException as error:
+        return (INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)), True
+    except (RendezvousError, DistError) as error:
+        print(f"the nodes of the run lost each other: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return LOST, False
+    return 0, False
+
+
+def _shell_code(exit_code: int) -> int:
+    """128 + its number for a process that a signal has ended."""
+    return exit_code if exit_code >= 0 else 128 - exit_code

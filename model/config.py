@@ -14,9 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from model.config_problems import explain, prune
+from model.config_sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    TrackingConfig,
+    TrainingConfig,
+    WatchdogConfig,
+)
 
 PRESETS = Path(__file__).parent / "configs"
 TaskName = Literal["language_modeling", "pretraining", "classification", "retrieval", "matching", "captioning"]
@@ -34,139 +45,6 @@ class TrackingError(OSError):
     """MLflow cannot be used. Transient for a training job, like storage that does not answer."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class VisionConfig(Section):
-    """The vision encoder; the defaults are the released models' (see TimeSformerConfig)."""
-
-    image_size: int = Field(224, ge=1)
-    patch_size: int = Field(16, ge=1)
-    num_frames: int = Field(4, ge=1)
-    hidden_size: int = Field(768, ge=1)
-    num_hidden_layers: int = Field(12, ge=1)
-    num_attention_heads: int = Field(8, ge=1)
-    mlp_ratio: int = Field(4, ge=1)
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = Field(1e-6, gt=0)
-    initializer_range: float = Field(0.015, gt=0)
-    clip_stem: bool = True
-
-
-class ModelConfig(Section):
-    """Which networks, and where their weights come from."""
-
-    decoder: str = ""
-    """Folder or s3:// URI of the causal decoder and its tokenizer, in transformers' format."""
-    init_from: str = ""
-    """Folder or URI of a trained mPLUG-Video whose weights to start from. Its position embeddings are resized to
-    `vision.image_size` and `vision.num_frames`."""
-    vision_weights: str = ""
-    """Folder or URI of an image encoder (`mplug convert` makes one of CLIP) to start from. Empty: random weights."""
-    vision: VisionConfig = VisionConfig()
-    text: dict[str, int | float | bool | str] = {}
-    """The decoder's transformers configuration, `model_type` included. Builds the decoder where one is trained from
-    nothing; elsewhere it says what `decoder` must be."""
-    num_queries: int = Field(128, ge=1)
-    """Learned queries of the abstractor: tokens of the visual prefix."""
-    query_norm: bool = False
-    """LayerNorm on the visual prefix."""
-    use_contrastive: bool = False
-    """Adds the contrastive loss to pre-training."""
-    contrastive_size: int = Field(256, ge=1)
-    """Width of the space in which clips and texts are compared."""
-    temperature: float = Field(0.07, gt=0)
-    """Initial temperature of contrastive losses."""
-    freeze_decoder: bool = True
-    """Train the visual side only, as published."""
-    freeze_vision: bool = False
-    """Of the vision encoder, train only what reads over time."""
-    decoder_dropout: bool = False
-    """Dropout in a frozen decoder, as upstream leaves it on."""
-
-
-class DataConfig(Section):
-    """What is read, and how a clip becomes a tensor."""
-
-    shards: str = ""
-    """Folder or URI of a sharded dataset: holds one folder per split."""
-    batch_size: int = Field(32, ge=1)
-    """Clips per optimizer step, over all processes and accumulation steps."""
-    workers: int = Field(1, ge=0)
-    """Loader processes per training process; 0 reads in the training process."""
-    read_ahead: int = Field(32, ge=1)
-    """Clips that each loader process has under way from storage."""
-    cache_gb: float = Field(0, ge=0)
-    """Bound of a cache of clips below $MPLUG_CACHE, shared by all processes of a machine; 0 keeps none."""
-    decoder: Literal["pyav", "decord"] = "pyav"
-    """Decodes shards of original clips. decord gives the same pixels, slower, and wrong ones of damaged clips."""
-    decode_deadline_s: float = Field(60, gt=0)
-    """Longest time for one clip's frames."""
-    max_read_failures: float = Field(0.001, ge=0, le=1)
-    """Share of clips that may turn out unreadable; each is logged. More end the run."""
-    max_length: int = Field(80, ge=4)
-    """Longest text, in tokens."""
-    crop_area: float = Field(0.5, gt=0, le=1)
-    """Smallest share of the frame that a random training crop keeps."""
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Narrowest and widest width / height of a crop."""
-    crop_relative: bool = False
-    """Aspect ratios relative to the frame's own, so that crops are squeezed as whole frames are in evaluation."""
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    """Chance of a mirrored training clip. 0 where texts speak of left and right."""
-    augment_ops: int = Field(2, ge=0, le=9)
-    """Random operations (contrast, shear, rotation, …) on each training clip."""
-    augment_level: float = Field(5, ge=0, le=10)
-    """Their strength: 5 shears by 0.15 and turns by 15 degrees."""
-
-
-class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up from 0, then a cosine (or a line) to `min_lr`."""
-
-    lr: float = Field(1e-4, gt=0)
-    min_lr: float = Field(1e-6, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    """0: `warmup_epochs` say it."""
-    warmup_epochs: float = Field(0, ge=0)
-    schedule: Literal["cosine", "linear"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    """Not applied to vectors: biases, norms and position embeddings."""
-    clip_grad_norm: float = Field(3.0, ge=0)
-    """Largest global gradient norm; 0 switches clipping off."""
-    vision_lr_scale: float = Field(1.0, gt=0)
-    """Factor on the learning rate of the vision encoder's spatial part (0.1 when it starts from CLIP)."""
-
-
-class TrainingConfig(Section):
-    """How long, in which precision and on how many processes' memory."""
-
-    steps: int = Field(0, ge=0)
-    """Optimizer steps. 0: `epochs` say it."""
-    epochs: float = Field(1, ge=0)
-    """Passes over the dataset; the clips of an incomplete last batch are left out."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: int = Field(1, ge=0, le=2)
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too."""
-    gradient_accumulation: int = Field(1, ge=1)
-    activation_checkpointing: tuple[Literal["vision", "abstractor", "decoder"], ...] = ()
-    """Parts whose activations are computed again in the backward pass: slower, less memory."""
-    log_every: int = Field(10, ge=1)
-    """Steps between two points of a metric."""
-
-
-class TrackingConfig(Section):
-    """MLflow. Metrics are also written to a local journal, and sent again after an outage while the run lasts."""
-
-    uri: str = ""
-    """Tracking server or sqlite:///file. Empty: no tracking, the journal only."""
-    experiment: str = "mplug-video"
-    parent_run: str = ""
-    """Id of the pipeline's run, to nest this one under."""
-
-
 class RunConfig(Section):
     """One training run, resolved. Saved beside every model that comes out of it."""
 
@@ -174,12 +52,17 @@ class RunConfig(Section):
     """Names the run in MLflow and in the output's path."""
     task: TaskName = "pretraining"
     seed: int = 42
+    trial: int = Field(1, ge=1)
+    """A run that is started again goes on from its checkpoints; with another number it starts from nothing."""
     output: str = "output"
-    """Folder or URI under which models/<name>/ is written."""
+    """Folder or URI under which models/<name>/ and checkpoints/<name>-…/ are written."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -9,37 +9,58 @@ from contextlib import contextmanager
 
 from model.config import ConfigError, ConversionError, TrackingError
 from model.data.annotations import DataError
-from model.storage import StorageError
+from model.storage import NotFoundError, StorageError
 
-FAILED, CONFIGURATION, DATA, INTERRUPTED, OUTAGE = 1, 2, 3, 130, 134
-"""OUTAGE is above 127: a bucket or a server that does not answer may be back after a restart."""
+FAILED, CONFIGURATION, DATA, ATTEMPTS, INTERRUPTED, OUTAGE, TERMINATED, LOST = 1, 2, 3, 4, 130, 134, 143, 144
+"""OUTAGE: a bucket or a server that does not answer may be back after a restart. TERMINATED: asked to end, and saved.
+LOST: a process of the run is gone or stands still. ATTEMPTS: restarting has not helped."""
 
 
 class StageError(RuntimeError):
     """Something that this program started has failed; its own log says why."""
 
 
+class AttemptsError(RuntimeError):
+    """A run was started too often without getting any further."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run, or a loader process, is gone."""
+
+
+CODES: dict[type[BaseException], int] = {
+    ConfigError: CONFIGURATION,
+    DataError: DATA,
+    ConversionError: DATA,
+    AttemptsError: ATTEMPTS,
+    StageError: FAILED,
+    NotFoundError: DATA,
+    StorageError: OUTAGE,
+    TrackingError: OUTAGE,
+    LostProcessError: LOST,
+    KeyboardInterrupt: INTERRUPTED,
+}
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a process that ends with this error."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), FAILED)
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
+    """Turns the errors above into lines and exit codes; any other is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     for noisy in ("botocore", "urllib3", "mlflow", "alembic", "deepspeed", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         yield
-    except ConfigError as error:
-        _end(error, CONFIGURATION)
-    except (DataError, ConversionError) as error:
-        _end(error, DATA)
-    except (StorageError, TrackingError) as error:
-        _end(error, OUTAGE)
-    except StageError as error:
-        _end(error, FAILED)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
-def _end(error: Exception, code: int) -> None:
-    if os.environ.get("RANK", "0") == "0" or code != CONFIGURATION:  # every process of a run reads the same one
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
-    sys.exit(code)
+    except tuple(CODES) as error:
+        code = code_of(error)
+        # every process of a run reads the same configuration
+        if code != INTERRUPTED and (code != CONFIGURATION or os.environ.get("RANK", "0") == "0"):
+            print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
+        sys.exit(code)

@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from model import storage
-from model.storage import StorageError
+from model.storage import NotFoundError, StorageError
 
 FILE, LATEST = "manifest.json", "latest"
 
@@ -37,6 +38,20 @@ def describe(folder: Path, **facts: Any) -> bytes:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != FILE
     }
+    return _encoded(files, facts)
+
+
+def entry(data: bytes) -> dict[str, Any]:
+    """What a manifest says about a file with these bytes."""
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def commit(uri: str, files: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
+    """Makes a whole of files that are at `uri` already."""
+    storage.write(storage.join(uri, FILE), _encoded(files, facts))
+
+
+def _encoded(files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> bytes:
     return json.dumps({**facts, "files": files}, ensure_ascii=False, indent=1, sort_keys=True).encode()
 
 
@@ -56,7 +71,7 @@ def read(uri: str) -> dict[str, Any]:
     """The manifest of a published folder."""
     where = storage.join(uri, FILE)
     if not storage.exists(where):
-        raise StorageError(f"{uri} holds no {FILE}: it was never published, or its upload did not finish.")
+        raise NotFoundError(f"{uri} holds no {FILE}: it was never published, or its upload did not finish.")
     manifest: dict[str, Any] = json.loads(storage.read(where))
     return manifest
 

@@ -11,7 +11,7 @@ LOG_EVERY_S = 15.0
 
 
 def progress(
-    items: Iterable[T] | None = None, *, total: int | None, desc: str, unit: str, show: bool = True
+    items: Iterable[T] | None = None, *, total: int | None, desc: str, unit: str, show: bool = True, initial: int = 0
 ) -> "tqdm[T]":
     """Passes `items` on and shows how far they are, how fast, and when they will be through.
 
@@ -19,7 +19,7 @@ def progress(
     """
     interval_s = 0.5 if sys.stderr.isatty() else LOG_EVERY_S
     bar: tqdm[T] = tqdm(
-        items, total=total, desc=desc, unit=unit, disable=not show,
+        items, total=total, desc=desc, unit=unit, disable=not show, initial=initial,
         mininterval=interval_s, maxinterval=interval_s, miniters=0,
     )  # type: ignore[assignment] # fmt: skip
     return bar

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def _client(_pid: int, profile: str) -> "S3Client":
         # boto3 lets the environment's endpoint win over the profile's, and so would send both to one place
         endpoint_url=_session(profile).get_scoped_config().get("endpoint_url") if profile else None,
         config=Config(
-            retries={"mode": "standard", "total_max_attempts": 5},
+            retries={"mode": "standard", "total_max_attempts": 8},
             max_pool_connections=32,
             connect_timeout=5,
             read_timeout=60,
@@ -69,7 +70,7 @@ def _store(_pid: int, profile: str, bucket: str) -> S3Store:
         virtual_hosted_style_request=False,
         credential_provider=Boto3CredentialProvider(_session(profile)),
         client_options={"allow_http": meta.endpoint_url.startswith("http://"), "timeout": "60s"},
-        retry_config={"max_retries": 5},
+        retry_config={"max_retries": 12, "retry_timeout": timedelta(seconds=90)},
     )
 
 

@@ -1,19 +1,24 @@
-"""MLflow: runs that cannot hurt a training run, and the registry. The only file that imports mlflow.
+"""Runs in MLflow that cannot hurt what they describe.
 
-One parent run per pipeline, one child per stage; models are registered by reference. Metrics go to a local journal
-first and reach MLflow from a background thread: a server that is slow or down delays the picture, never the run. What
-could not be sent is sent again: points carry their time, so a repeated one is the same.
+Everything goes to a journal first and to the server from a background thread, in order. A server that is slow, down or
+answering nonsense delays the picture, never the run; where it answers again, or where a restarted run finds it, it gets
+what is missing and nothing twice. With model/registry.py the only file that imports mlflow.
 """
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,121 +26,211 @@ import mlflow
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from model import manifest
-from model.config import TrackingConfig, TrackingError
+from model.config_sections import TrackingConfig
 from model.manifest import cache_folder
 
 log = logging.getLogger("mplug")
 SEND_EVERY_S = 2.0
-FINAL_ATTEMPTS = 5
-MAX_PARAM_LENGTH = 500
-PIPELINE_TAG = "mplug.pipeline"
+SHORT_PATIENCE_S = 10.0
+"""Of a run that failed: its restart sends what is missing."""
+MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 500
+"""Of one request, as MLflow limits them."""
+RUN_TAG = "mplug.run"
 TERMINATED = 143
 """Exit code of a process that was asked to end."""
+REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+"""Answers that will be the same next time."""
+Point = dict[str, Any]
+"""`step`, `time_ms` and the metrics of one moment."""
+Operation = Callable[[mlflow.MlflowClient, str], None]
+"""A request about the run with this id."""
 
 
 class Run:
-    """One MLflow run, or only its journal where no tracking server is configured."""
+    """One MLflow run, or only its journal where no tracking server is configured.
 
-    def __init__(self, config: TrackingConfig, name: str, journal: Path) -> None:
-        self.journal = journal
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        self.pending: list[Metric] = []
-        self.lock = threading.Lock()
-        self.stopped = threading.Event()
+    `key` names the run in MLflow: one that was opened with it before goes on, and its points are not sent again.
+    """
+
+    def __init__(self, config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = ()) -> None:
+        self.name, self.key, self.config = name, key or uuid.uuid4().hex, config
+        self.journal = cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
+        self.points: list[Point] = []
         self.client = client(config.uri) if config.uri else None
         self.run_id = ""
-        if self.client:
-            tags = {"mlflow.runName": name}
-            if config.parent_run:
-                tags["mlflow.parentRunId"] = config.parent_run
-            try:
-                run = self.client.create_run(experiment_id(self.client, config.experiment), tags=tags)
-            except MlflowException as error:
-                raise TrackingError(f"MLflow at {config.uri} did not open a run: {str(error)[:200]}") from error
-            self.run_id = run.info.run_id
+        self.sent: dict[str, int] = {}
+        """Last step of each metric that an earlier process has sent."""
+        self.resumed = False
+        self.outbox: deque[Point | Operation] = deque()
+        self.opened, self.stopped, self.deadline = threading.Event(), threading.Event(), math.inf
+        self.is_silent = False
+        for point in history:
+            self._record(point)
         self.sender = threading.Thread(target=self._send_forever, name="mlflow-sender", daemon=True)
         self.sender.start()
 
     def params(self, values: Mapping[str, Any]) -> None:
         params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
-        self._try("log_batch", params=params)
+        for start in range(0, len(params), MAX_PARAMS):
+            part = params[start : start + MAX_PARAMS]
+            self._later(lambda server, run_id, part=part: server.log_batch(run_id, params=part))  # type: ignore[misc]
 
     def tags(self, values: Mapping[str, str]) -> None:
-        self._try("log_batch", tags=[RunTag(key, value) for key, value in values.items()])
+        tags = [RunTag(key, value) for key, value in values.items()]
+        self._later(lambda server, run_id: server.log_batch(run_id, tags=tags))
 
     def artifact(self, path: Path) -> None:
-        self._try("log_artifact", str(path))
+        """Shows a file as it is now."""
+        data = path.read_bytes()
+
+        def send(server: mlflow.MlflowClient, run_id: str) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / path.name
+                copy.write_bytes(data)
+                server.log_artifact(run_id, str(copy))
+
+        self._later(send)
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """A table that MLflow's page shows under `name`.json."""
         if rows:
-            self._try("log_table", {key: [row[key] for row in rows] for key in rows[0]}, f"{name}.json")
+            columns = {key: [row[key] for row in rows] for key in rows[0]}
+            self._later(lambda server, run_id: server.log_table(run_id, columns, f"{name}.json"))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Writes to the journal and returns; the sender does the rest."""
-        now_ms = int(time.time() * 1000)
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time_ms": now_ms, **values}) + "\n")
+        """Writes to the journal and returns; what is not finite is left out."""
+        finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+        self._record({"step": step, "time_ms": int(time.time() * 1000), **finite})
+
+    def history(self) -> bytes:
+        """The metrics so far, a line of JSON for each moment."""
+        return "".join(json.dumps(point) + "\n" for point in self.points).encode()
+
+    def opened_id(self) -> str:
+        """Id of the run in MLflow; empty where the server has not answered yet."""
         if self.client:
-            with self.lock:
-                self.pending += [Metric(key, float(value), now_ms, step) for key, value in values.items()]
+            self.opened.wait(SHORT_PATIENCE_S)
+        return self.run_id
 
     def finish(self, status: str) -> None:
+        """Sends what is left, for as long as the configuration has patience, and closes the run."""
+        patience_s = self.config.patience_s
+        self._later(lambda server, run_id: server.set_terminated(run_id, status))
+        self.deadline = time.monotonic() + (patience_s if status == "FINISHED" else min(patience_s, SHORT_PATIENCE_S))
         self.stopped.set()
         self.sender.join()
-        for attempt in range(FINAL_ATTEMPTS):
-            if self._send():
-                break
-            time.sleep(2**attempt)
-        else:
-            log.warning("%d points did not reach MLflow; they are in %s", len(self.pending), self.journal)
-        self._try("set_terminated", status)
+        if self.outbox:
+            log.warning("MLflow did not take the last %d entries; metrics are in %s", len(self.outbox), self.journal)
 
-    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Calls the server; a failure is said and costs what was to be shown, never the run."""
+    def hurry(self) -> None:
+        """Ends the patience of `finish`."""
+        self.deadline = 0.0
+
+    def _record(self, point: Point) -> None:
+        self.points.append(point)
         if self.client:
-            try:
-                getattr(self.client, method)(self.run_id, *args, **kwargs)
-            except (MlflowException, OSError) as error:
-                log.warning("MLflow did not take %s of run %s: %s", method, self.run_id, str(error)[:200])
+            self.outbox.append(point)
+        try:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(point) + "\n")
+        except OSError as error:  # a full disk: the points are in memory and go with the next checkpoint
+            log.warning("%s: %s; metrics are kept in memory", self.journal, error.strerror)
+
+    def _later(self, operation: Operation) -> None:
+        if self.client:
+            self.outbox.append(operation)
 
     def _send_forever(self) -> None:
         while not self.stopped.wait(SEND_EVERY_S):
             self._send()
+        while not self._send() and time.monotonic() < self.deadline:
+            time.sleep(1)
 
     def _send(self) -> bool:
-        with self.lock:
-            batch = self.pending[:1000]
-        if not batch or not self.client:
+        """Sends what there is; False where the server does not take it now."""
+        if not self.outbox or not self.client:
             return True
         try:
-            self.client.log_batch(self.run_id, metrics=batch)
-        except MlflowException as error:
-            log.warning("MLflow is not reachable, %d points wait: %s", len(self.pending), str(error)[:200])
+            if not self.run_id:
+                self._open(self.client)
+                self.opened.set()
+            while self.outbox:
+                self._send_first(self.client)
+        except (MlflowException, OSError) as error:
+            if not self.is_silent:  # once per outage
+                log.warning("MLflow is not reachable, what is to be shown waits: %s", str(error)[:200])
+            self.is_silent = True
             return False
-        with self.lock:
-            del self.pending[: len(batch)]
-        return not self.pending or self._send()
+        if self.is_silent:
+            log.warning("MLflow answers again")
+        self.is_silent = False
+        return True
+
+    def _open(self, server: mlflow.MlflowClient) -> None:
+        experiment = experiment_id(server, self.config.experiment)
+        found = server.search_runs([experiment], f"tags.`{RUN_TAG}` = '{self.key}'", max_results=1)
+        if found:
+            server.update_run(found[0].info.run_id, "RUNNING")
+            self.resumed = True
+            self.run_id = found[0].info.run_id
+            return
+        tags = {"mlflow.runName": self.name, RUN_TAG: self.key}
+        if self.config.parent_run:
+            tags["mlflow.parentRunId"] = self.config.parent_run
+        self.run_id = server.create_run(experiment, tags=tags).info.run_id
+
+    def _send_first(self, server: mlflow.MlflowClient) -> None:
+        """The operation at the head of the queue, or all points up to the next one."""
+        first = self.outbox[0]
+        if not isinstance(first, dict):
+            try:
+                first(server, self.run_id)
+            except MlflowException as error:
+                if error.error_code not in REFUSED:
+                    raise
+                log.warning("MLflow refused an entry of run %s: %s", self.run_id, str(error)[:200])
+            self.outbox.popleft()
+            return
+        points, metrics = 0, list[Metric]()
+        for entry in islice(list(self.outbox), MAX_METRICS):
+            if not isinstance(entry, dict) or len(metrics) + len(entry) > MAX_METRICS:
+                break
+            points += 1
+            metrics += self._unsent(server, entry)
+        if metrics:
+            server.log_batch(self.run_id, metrics=metrics)
+        for _ in range(points):
+            self.outbox.popleft()
+
+    def _unsent(self, server: mlflow.MlflowClient, point: Point) -> list[Metric]:
+        step, time_ms = point["step"], point["time_ms"]
+        keys = [key for key in point if key not in ("step", "time_ms")]
+        if self.resumed:
+            for key in keys:
+                if key not in self.sent:
+                    known = server.get_metric_history(self.run_id, key)
+                    self.sent[key] = max((metric.step for metric in known), default=-1)
+        return [Metric(key, point[key], time_ms, step) for key in keys if step > self.sent.get(key, -1)]
 
 
 @contextmanager
-def tracked(config: TrackingConfig, name: str) -> Iterator[Run]:
+def tracked(config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = ()) -> Iterator[Run]:
     """A run whose status in MLflow says how it ended: FINISHED, FAILED or KILLED."""
-    run = Run(config, name, cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl")
+    run = Run(config, name, key, history)
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    status = "FAILED"
     try:
         yield run
+        status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
-        run.finish("KILLED")
+        status = "KILLED"
         raise
-    except BaseException:
-        run.finish("FAILED")
-        raise
-    else:
-        run.finish("FINISHED")
     finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, lambda *_: run.hurry())
+        run.finish(status)
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
 
@@ -153,62 +248,10 @@ def stage(name: str, tracking: Mapping[str, str], params: Mapping[str, Any]) -> 
         yield run
 
 
-def pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]) -> str:
-    """The parent run of a pipeline, opened or opened again: runs of one name continue each other.
-
-    Empty where no tracking server is configured.
-    """
-    if not uri:
-        return ""
-    server = client(uri)
-    found = find_pipeline_run(server, experiment, name)
-    if found:
-        server.update_run(found, "RUNNING")
-        return found
-    tags = {"mlflow.runName": name, PIPELINE_TAG: name}
-    run_id: str = server.create_run(experiment_id(server, experiment), tags=tags).info.run_id
-    server.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-    return run_id
-
-
-def finish_pipeline_run(uri: str, experiment: str, name: str, *, succeeded: bool) -> None:
-    if not uri:
-        return
-    server = client(uri)
-    if found := find_pipeline_run(server, experiment, name):
-        server.set_terminated(found, "FINISHED" if succeeded else "FAILED")
-
-
-def find_pipeline_run(server: mlflow.MlflowClient, experiment: str, name: str) -> str:
-    """Id of a pipeline's run, or nothing."""
-    runs = server.search_runs([experiment_id(server, experiment)], f"tags.`{PIPELINE_TAG}` = '{name}'", max_results=1)
-    return runs[0].info.run_id if runs else ""
-
-
-def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
-    """Registers a published model by reference as a new version with the alias `candidate`.
-
-    The same manifest is registered once: a repeated call returns the version that has it.
-    """
-    server = client(uri)
-    facts = manifest.read(model)
-    all_tags = {"manifest_sha256": manifest.sha256_of(model), **tags}
-    try:
-        server.create_registered_model(name)
-    except MlflowException:  # it exists
-        for known in server.search_model_versions(f"name = '{name}'"):
-            if known.tags.get("manifest_sha256") == all_tags["manifest_sha256"]:
-                server.set_registered_model_alias(name, "candidate", known.version)
-                return str(known.version)
-    version = server.create_model_version(name, source=model, run_id=facts["run_id"] or None, tags=all_tags).version
-    server.set_registered_model_alias(name, "candidate", version)
-    return str(version)
-
-
 def client(uri: str) -> mlflow.MlflowClient:
     """A client that gives up on a silent server after seconds; its default is four minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow.set_tracking_uri(uri)  # artifact uploads read the global setting
     return mlflow.MlflowClient(uri)
@@ -235,13 +278,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             items[prefix + key] = value
     return items
-
-
-def attach_artifacts(config: TrackingConfig, paths: Sequence[Path], metrics: Mapping[str, float]) -> None:
-    """Puts files and final metrics on the page of the pipeline's own run."""
-    if config.uri and config.parent_run:
-        server = client(config.uri)
-        for path in paths:
-            server.log_artifact(config.parent_run, str(path))
-        now_ms = int(time.time() * 1000)
-        server.log_batch(config.parent_run, metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items()])

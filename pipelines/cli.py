@@ -76,17 +76,23 @@ def convert(
 def train(
     config: Config,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(min=1, help="Training processes on this machine.")] = 1,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Training processes on this machine; without: one per GPU, or one.")
+    ] = None,
+    profile: Annotated[bool, typer.Option(help="Write a torch profile of three steps.")] = False,
 ) -> None:
-    """Train one run, on one process or several.
+    """Train one run, on one process or several; in a pod, as one node of its PyTorchJob.
+
+    Started again, a run goes on from its last checkpoint; `trial=2` starts the same one from nothing.
 
     Example: `mplug train tiny_pretraining --processes 2 data.shards=work/shards/pretrain@… model.decoder=work/models/…`
     """
     from components.launcher import launch
     from model.config import load
 
-    load(config, overrides)  # refused here, before any process starts
-    sys.exit(launch(config, overrides or [], processes))
+    settings = [*(overrides or []), *(["training.profile=true"] if profile else [])]
+    load(config, settings)  # refused here, before any process starts
+    sys.exit(launch(config, settings, processes))
 
 
 @app.command()

@@ -199,7 +199,7 @@ def stats(
     """
     from rich.console import Console
 
-    from model.config import TrackingConfig
+    from model.config_sections import TrackingConfig
     from model.data.statistics import statistics
     from model.evaluation.dataset_report import html, publish, show
     from model.tracking import tracked

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from model.config import DataConfig
+from model.config_sections import DataConfig
 from model.data.annotations import Annotation, DataError
 from model.data.cache import open_cache
 from model.data.records import Record
@@ -161,13 +161,18 @@ class Batches:
 
     def __init__(self, stream: BatchStream, *, workers: int, max_failures: float) -> None:
         self.max_failures = max_failures
-        self.read, self.failed = 0, 0
+        self.read, self.failed, self.reported = 0, 0, 0
         # forkserver: forking a process that holds threads (DeepSpeed, S3) can deadlock, and spawning imports torch anew
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__, stream.collate.__module__])
         self.loader: DataLoader[Loaded] = DataLoader(
             stream, batch_size=None, num_workers=workers, multiprocessing_context=context if workers else None
         )
+
+    def take_failures(self) -> int:
+        """Clips that could not be read since this was last asked."""
+        failures, self.reported = self.failed - self.reported, self.failed
+        return failures
 
     def __iter__(self) -> Iterator[Batch]:
         for loaded in self.loader:
@@ -201,8 +206,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    source: ClipSource, collate: Callable[[list[Example]], Batch], batch_size: int, read_ahead: int = 32
+    source: ClipSource, order: EverySample, collate: Callable[[list[Example]], Batch], read_ahead: int = 32
 ) -> Batches:
     """Every example once, in the split's order; one that cannot be read ends the evaluation."""
-    order = EverySample(size=len(source.reader), batch_size=batch_size)
     return Batches(BatchStream(source, order, collate, read_ahead), workers=0, max_failures=0)

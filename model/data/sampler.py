@@ -44,18 +44,21 @@ class BatchSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class EverySample:
-    """All clips of a split once, in its order."""
+    """All clips of a split once, in its order; of several processes each has every n-th batch."""
 
     size: int
     batch_size: int
+    rank: int = 0
+    world_size: int = 1
     start_step: int = 0
 
     @property
     def steps(self) -> int:
-        return -(-self.size // self.batch_size)
+        batches = -(-self.size // self.batch_size)
+        return -(-(batches - self.rank) // self.world_size)
 
     def batch(self, step: int) -> list[Draw]:
-        first = step * self.batch_size
+        first = (step * self.world_size + self.rank) * self.batch_size
         return [(0, position) for position in range(first, min(first + self.batch_size, self.size))]
 
 

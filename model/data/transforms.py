@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from model.config import DataConfig
+from model.config_sections import DataConfig
 from model.mplug_video.processing import resized
 
 Operation = Callable[[Image.Image, float], Image.Image]

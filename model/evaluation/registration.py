@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from model import tracking
+from model import registry
 from model.evaluation.runner import load
 
 
@@ -20,6 +20,6 @@ def register_candidates(evaluations: Sequence[str], where: Mapping[str, str], co
         name = f"mplug-video-{evaluation.task}"
         tags = {"task": evaluation.task, "code_version": code_version}
         tags |= {f"test.{metric}": f"{value:.4f}" for metric, value in evaluation.scores.items()}
-        version = tracking.register(where["uri"], name, evaluation.model, tags)
+        version = registry.register(where["uri"], name, evaluation.model, tags)
         registered.append(f"{name}/{version}")
     return registered

@@ -10,13 +10,13 @@ import torch
 from matplotlib.figure import Figure
 
 from model import manifest, storage
-from model.config import TrackingConfig
+from model.config_sections import TrackingConfig
 from model.data.shards import ShardReader
 from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
 from model.evaluation.gate import Requirement, requirements
 from model.evaluation.pages import jpeg, page, png
 from model.evaluation.runner import Evaluation, captions, load
-from model.tracking import attach_artifacts
+from model.registry import attach_artifacts
 
 SHOWN = 8
 """Clips per task."""

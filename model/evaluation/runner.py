@@ -13,6 +13,7 @@ from model.config import load as load_config
 from model.data.annotations import DataError
 from model.data.build import read_quarantine
 from model.data.loader import Batch, ClipSource, evaluation_batches, open_split
+from model.data.sampler import EverySample
 from model.data.shards import ShardReader
 from model.evaluation import metrics
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
@@ -97,13 +98,13 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.model.eval().to(device)
     source = ClipSource(reader=reader, processor=task.processor, read_video=task.reads_video)
-    loader = evaluation_batches(source, task.collate_evaluation, batch_size)
+    order = EverySample(size=len(reader), batch_size=batch_size)
+    loader = evaluation_batches(source, order, task.collate_evaluation)
     task.read_split(list(reader.annotations()))
-    total = -(-len(reader) // batch_size)
     name = task.config.task
     predictions = [
         prediction
-        for batch in progress(loader, total=total, desc=f"evaluating {task.config.name}", unit="batch")
+        for batch in progress(loader, total=order.steps, desc=f"evaluating {task.config.name}", unit="batch")
         for prediction in task.predict(_on(device, batch))
     ]
     return Evaluation(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from model import manifest
-from model.config import ConfigError, RunConfig, VisionConfig
+from model.config import ConfigError, RunConfig
+from model.config_sections import VisionConfig
 from model.data.annotations import Annotation
 from model.data.loader import Batch, Example
 from model.data.shards import describe
@@ -57,6 +58,11 @@ class Task(ABC):
 
     def read_split(self, annotations: list[Annotation]) -> None:  # noqa: B027  # most tasks need none
         """Sees all of a split before its first batch, for tasks that compare clips with the texts of others."""
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the task has an evaluation beside its loss."""
+        return type(self).predict is not Task.predict
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """One prediction per clip of an evaluation batch."""
@@ -181,7 +187,7 @@ class TaskNetwork(nn.Module):
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.model = task.model
-        self.task_loss = task.loss
+        self.task_loss, self.task_predict = task.loss, task.predict
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Logs]:
-        return self.task_loss(batch)
+    def forward(self, batch: Batch, predict: bool = False) -> tuple[Tensor, Logs] | list[Prediction]:
+        return self.task_predict(batch) if predict else self.task_loss(batch)

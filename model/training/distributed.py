@@ -1,17 +1,21 @@
-"""The processes of one run: who am I, how many are we, on which device."""
+"""The processes of one run: who am I, how many are we, on which device, and what we agree on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
-TIMEOUT = timedelta(minutes=10)
-"""Of a collective operation. The slowest ordinary one is rank 0 publishing a model while the others wait."""
+from model.config_sections import WatchdogConfig
+from model.exits import LostProcessError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,25 +23,72 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup
+    """For agreements: on the CPU, whatever the training computes on."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first process, on all of them."""
+        box = [make() if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        flags = torch.tensor([float(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(flags.item())
+
+    def gathered(self, value: T) -> list[T]:
+        """Every process's value, on all of them."""
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values  # type: ignore[return-value]
+
+    def table(self, values: dict[str, float]) -> dict[str, list[float]]:
+        """Every process's numbers by name, which must be the same names on all of them."""
+        own = torch.tensor(list(values.values()), dtype=torch.float64)
+        rows = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(rows, own, group=self.control)
+        return {name: [float(row[column]) for row in rows] for column, name in enumerate(values)}
+
 
 @contextmanager
-def processes() -> Iterator[Processes]:
-    """Joins the process group that torchrun's environment describes, and leaves it at the end."""
+def processes(deadlines: WatchdogConfig) -> Iterator[Processes]:
+    """Joins the process group that torchrun's environment describes, and leaves it at the end.
+
+    A peer that is gone is a LostProcessError.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    # the watchdog knows better who is late: a collective waits longer than any section may last. DeepSpeed's own groups
+    # take torch's default, which no argument of theirs changes
+    longest = timedelta(seconds=60 + max(deadlines.model_dump().values()))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(c10d, name, longest)
     try:
-        yield Processes(rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=longest)
+        try:
+            yield Processes(rank, world_size, device, dist.new_group(backend="gloo"))
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        raise named(error) from error.__cause__
+
+
+def named(error: BaseException) -> BaseException:
+    """A LostProcessError for what torch raises where a peer or a loader process is gone; any other as it is."""
+    text = str(error)
+    lost = isinstance(error, dist.DistError) or "gloo" in text or "DataLoader worker" in text
+    if isinstance(error, RuntimeError) and lost:
+        return LostProcessError(f"a process of the run is gone: {text.splitlines()[0][:200]}")
+    return error
 
 
 def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """DeepSpeed behind one method: a step over micro-batches. The only file that imports deepspeed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from transformers.utils import logging as transformers_logging
 
 from model.config import RunConfig
 from model.data.loader import Batch
-from model.tasks.base import TaskNetwork
+from model.tasks.base import Prediction, TaskNetwork
+from model.training.clock import Clock
 from model.training.distributed import Processes
-from model.training.optim import parameter_groups
+from model.training.optim import ClippingAdamW, parameter_groups
+from model.training.state import refresh_weights, trained_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,9 @@ class StepResult:
     losses: dict[str, Tensor]
     """`loss` and its parts by name: means over this process's micro-batches."""
     grad_norm: float
+    """Of all processes' gradients, before clipping."""
+    applied: bool
+    """False where gradients were not finite: on every process alike, no weight has changed."""
 
 
 class Engine:
@@ -37,29 +43,69 @@ class Engine:
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # products in bf16, not in fp32 copies
         optim = config.optim
-        optimizer = torch.optim.AdamW(parameter_groups(network, optim), betas=optim.betas, eps=optim.eps)
-        self.device = processes.device
+        groups = [{**group, "lr": 0.0} for group in parameter_groups(network, optim)]  # DeepSpeed may step at once
+        self.device, self.stage = processes.device, config.training.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=network,
-            optimizer=optimizer,
+            optimizer=ClippingAdamW(groups, betas=optim.betas, eps=optim.eps, max_norm=_own_clipping(config)),
             config=render(config, processes.world_size),
             dist_init_required=False,
         )
+        self.state = trained_state(network, self.optimizer, self.stage, processes.rank)
+        self.state.updates = 0  # in stage 0 DeepSpeed has made one of bf16, with zero gradients
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], lr: float, clock: Clock) -> StepResult:
         """One optimizer step over this process's micro-batches."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         steps: list[dict[str, Tensor]] = []
         for batch in micro_batches:
-            on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-            loss, parts = self.engine(on_device)
-            self.engine.backward(loss)
-            self.engine.step()
+            with clock.section("forward"):
+                loss, parts = self.engine(self._on_device(batch))
+            with clock.section("backward"):
+                self.engine.backward(loss)
+            with clock.section("optimizer"):
+                self.engine.step()
             steps.append({"loss": loss.detach(), **parts})
-        norm = self.engine.get_global_grad_norm()  # None, a float or a tensor, depending on the ZeRO stage
         losses = {name: torch.stack([step[name].float() for step in steps]).mean() for name in steps[0]}
-        return StepResult(losses=losses, grad_norm=float(norm or 0.0))
+        norm = self.engine.get_global_grad_norm()  # a float or a tensor, depending on the ZeRO stage
+        return StepResult(losses=losses, grad_norm=float(norm or 0.0), applied=self.engine.was_step_applied())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While it lasts, the network is used and not trained."""
+        self.engine.eval()
+        with torch.no_grad():
+            yield
+        self.engine.train()
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` and its parts, of an evaluation."""
+        loss, parts = self.engine(self._on_device(batch))
+        return {"loss": loss, **parts}
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """Through the engine's forward pass, which is where ZeRO-3 gathers weights."""
+        predictions: list[Prediction] = self.engine(self._on_device(batch), predict=True)
+        return predictions
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+
+    def restored(self, updates: int) -> None:
+        """Goes on from what was written into `state`, of which Adam had made `updates`; all processes call it."""
+        self.state.updates = updates
+        refresh_weights(self.optimizer, self.stage)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every weight in one piece on every process; all must enter."""
+        parameters = list(self.engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else nullcontext():
+            yield
 
 
 def render(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -69,7 +115,7 @@ def render(config: RunConfig, world_size: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": training.gradient_accumulation,
-        "gradient_clipping": config.optim.clip_grad_norm,
+        "gradient_clipping": 0.0 if _own_clipping(config) is not None else config.optim.clip_grad_norm,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": {"stage": training.zero_stage},
         # torch's AdamW under ZeRO: DeepSpeed's own CPU optimizer is compiled at start-up, which needs a compiler
@@ -77,6 +123,12 @@ def render(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def _own_clipping(config: RunConfig) -> float | None:
+    """In stage 0 and fp32 DeepSpeed keeps no gradient norm and takes steps that are not finite: there we clip."""
+    plain = config.training.zero_stage == 0 and config.training.precision == "fp32"
+    return config.optim.clip_grad_norm if plain else None
 
 
 def _quiet() -> None:

@@ -1,132 +1,244 @@
 """The training loop: `torchrun --nproc-per-node 2 -m model.training tiny_pretraining data.shards=s3://…`.
 
-One loop for every task, on one process and on many. `train` is the outline; the mechanics are one call away.
+One loop for every task, on one process and on many, started once or for the tenth time. `train` sets up, `Training.run`
+is the outline; the mechanics are one call away.
 """
 
-import math
-import shutil
-import tempfile
-import time
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from model import manifest, storage
-from model.config import ConfigError, RunConfig, TrackingConfig, in_steps
-from model.data.loader import Batches, ClipSource, open_split, training_batches
+from model import storage
+from model.config import ConfigError, RunConfig, in_steps
+from model.config_sections import TrackingConfig
+from model.data.loader import Batch, Batches, ClipSource, open_split, training_batches
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
 from model.exits import StageError
 from model.progress import progress
 from model.tasks import Task, build_task
-from model.tracking import Run, flat, tracked
+from model.tracking import TERMINATED, Run, flat, tracked
+from model.training import attempts
+from model.training.checkpoint import Checkpoints, frozen_sha256, run_folder
+from model.training.clock import Clock
 from model.training.distributed import Processes, mean_over_processes, processes
-from model.training.engine import Engine
+from model.training.engine import Engine, StepResult
+from model.training.meter import Meter
 from model.training.optim import lr_at
+from model.training.publishing import publish
+from model.training.randomness import seed_step
+from model.training.state import Progress
+from model.training.validation import Validation
+from model.training.watchdog import Watchdog
 
-HISTORY = "history.jsonl"
-"""The metrics of the run that made a model travel with it."""
+log = logging.getLogger("mplug")
 
 
 def train(config: RunConfig) -> None:
-    """Trains one run and publishes its model; prints the model's URI."""
-    with processes() as group:
-        _refuse_uneven(config, group.world_size)
-        torch.manual_seed(config.seed)  # the same fresh weights on every process
+    """Trains one run, or goes on with it, and publishes its model; prints the model's URI."""
+    watchdog = Watchdog(config.watchdog)
+    with processes(config.watchdog) as group, watchdog.together(group):
         reader = open_split(storage.join(config.data.shards, "train"), config.data)
         config = in_steps(config, len(reader))
-        task = build_task(config)
-        task.model.train()
-        engine = Engine(task.network, config, group)
-        batches = _batches(task, reader, config, group)
-        # one process speaks to MLflow; the others keep a journal of their own
-        tracking = config.tracking if group.is_main else TrackingConfig()
-        with tracked(tracking, config.name) as run:
-            run.params(flat(config.model_dump()))
-            _run_steps(engine, batches, config, run, show=group.is_main)
-            if group.is_main:
-                print(_publish(task, config, run))
-        dist.barrier()
+        _refuse_uneven(config, group.world_size)
+        folder = run_folder(config)
+        attempt = group.from_main(lambda: attempts.begin(folder, config.checkpoint))
+        model = attempt.model or _train(config, reader, folder, attempt, group, watchdog)
+        if group.is_main:
+            attempts.finish(folder, attempt, model)
+            print(model)
 
 
-def _run_steps(engine: Engine, batches: Batches, config: RunConfig, run: Run, *, show: bool) -> None:
-    meter, upcoming = Meter(config.data.batch_size), iter(batches)
-    total = config.training.steps
-    bar = progress(range(total), total=total, desc=config.name, unit="step", show=show)
-    for step in bar:
-        micro_batches = list(islice(upcoming, config.training.gradient_accumulation))
-        meter.data_ready()
-        lr = lr_at(step, total, config.optim)
-        result = engine.step(micro_batches, lr)
-        meter.step_done()
-
-        is_log_step = (step + 1) % config.training.log_every == 0 or step + 1 == total
-        if is_log_step:
-            losses = mean_over_processes(result.losses)
-            _refuse_divergence(losses["loss"], step)
-            metrics = {f"train/{name}": value for name, value in losses.items()}
-            metrics |= {"train/lr": lr, "train/grad_norm": result.grad_norm, "data/read_failures": batches.failed}
-            run.metrics({**metrics, **meter.flush()}, step + 1)
-            bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
-
-
-class Meter:
-    """Speed over one logging interval."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.steps = 0
-        self.data_wait_s = 0.0
-        self.interval_start = self.step_start = time.perf_counter()
-
-    def data_ready(self) -> None:
-        self.data_wait_s += time.perf_counter() - self.step_start
-
-    def step_done(self) -> None:
-        self.steps += 1
-        self.step_start = time.perf_counter()
-
-    def flush(self) -> dict[str, float]:
-        elapsed_s = time.perf_counter() - self.interval_start
-        metrics = {
-            "perf/clips_per_s": self.steps * self.batch_size / elapsed_s,
-            "perf/data_wait_share": self.data_wait_s / elapsed_s,
-        }
-        self.steps, self.data_wait_s, self.interval_start = 0, 0.0, time.perf_counter()
-        return metrics
+def _train(
+    config: RunConfig, reader: ShardReader, folder: str, attempt: attempts.Attempt, group: Processes, watchdog: Watchdog
+) -> str:
+    torch.manual_seed(config.seed)  # the same fresh weights on every process
+    task = build_task(config)
+    task.model.train()
+    base_sha256 = group.from_main(lambda: frozen_sha256(task.network))
+    engine = Engine(task.network, config, group)
+    checkpoints = Checkpoints(folder, config.checkpoint, engine, base_sha256, group)
+    restored = checkpoints.restore()
+    state = Progress(**restored["progress"]) if restored else Progress()
+    history = checkpoints.history(state.step) if restored and group.is_main else []
+    # one process speaks to MLflow; the others keep a journal of their own
+    tracking = config.tracking if group.is_main else TrackingConfig()
+    with tracked(tracking, config.name, attempt.key, history) as run, termination() as asked:
+        watchdog.last_words = lambda: run.finish("FAILED")
+        run.params(flat(config.model_dump()))
+        run.tags({"attempt": str(attempt.number), "base_sha256": base_sha256, "data": config.data.shards})
+        training = Training(config, task, engine, reader, checkpoints, run, group, watchdog, asked, state)
+        training.run()
+        training.take_best()
+        with engine.whole_weights():
+            model = publish(task, config, run) if group.is_main else ""
+    return group.from_main(lambda: model)
 
 
-def _batches(task: Task, reader: ShardReader, config: RunConfig, group: Processes) -> Batches:
-    source = ClipSource(
-        reader=reader, processor=task.processor, augment=config.data, seed=config.seed, read_video=task.reads_video
-    )
-    accumulation = config.training.gradient_accumulation
-    order = BatchSampler(
-        size=len(reader),
-        seed=config.seed,
-        batch_size=config.data.batch_size // accumulation,
-        steps=config.training.steps * accumulation,
-        rank=group.rank,
-        world_size=group.world_size,
-    )
-    return training_batches(source, order, task.collate, config.data)
+@dataclass
+class Training:
+    """A run between its start and its end."""
+
+    config: RunConfig
+    task: Task
+    engine: Engine
+    reader: ShardReader
+    checkpoints: Checkpoints
+    tracking: Run
+    group: Processes
+    watchdog: Watchdog
+    asked_to_end: threading.Event
+    progress: Progress
+    clock: Clock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.group.device)
+        self.total = self.config.training.steps
+        self.validation = Validation(self.task, self.config, self.group) if self.config.evaluation.every else None
+        self.last_losses: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Every step from where the run stands to its end."""
+        batches = self._batches()
+        upcoming, meter = iter(batches), Meter(self.clock, self.group)
+        bar = progress(
+            range(self.progress.step, self.total), total=self.total, initial=self.progress.step,
+            desc=self.config.name, unit="step", show=self.group.is_main,
+        )  # fmt: skip
+        self.watchdog.enter("first_step")
+        for step in bar:
+            micro_batches = self._read(upcoming)
+            result = self._step(step, micro_batches)
+            meter.count(micro_batches, self.config.data.batch_size)
+            self.progress.step = done = step + 1
+            self._count_skip(result)
+            is_last = done == self.total
+            is_log_step = done % self.config.training.log_every == 0 or is_last
+            is_evaluation_step = self.validation and (done % self.config.evaluation.every == 0 or is_last)
+            every = self.config.checkpoint.every
+            is_checkpoint_step = is_evaluation_step or (every and done % every == 0) or is_last
+
+            if is_log_step:
+                self._log(result, batches, meter)
+                bar.set_postfix(loss=f"{self.last_losses['loss']:.3f}", refresh=False)
+            if is_evaluation_step:
+                self._evaluate()
+            if is_checkpoint_step:
+                self._save()
+            if self.group.any(self.asked_to_end.is_set()):
+                self._end_early(is_saved=bool(is_checkpoint_step))
+            self.watchdog.enter("step")
+        self._wait_for_upload()
+
+    def _read(self, upcoming: Iterator[Batch]) -> list[Batch]:
+        with self.clock.section("data", computes=False):
+            return list(islice(upcoming, self.config.training.gradient_accumulation))
+
+    def _step(self, step: int, micro_batches: list[Batch]) -> StepResult:
+        seed_step(self.config.seed, step, self.group.rank)
+        return self.engine.step(micro_batches, lr_at(step, self.total, self.config.optim), self.clock)
+
+    def _count_skip(self, result: StepResult) -> None:
+        """A step without finite gradients changed nothing. Several in a row: the weights themselves are suspect."""
+        limits, state = self.config.training, self.progress
+        state.skips_in_a_row = 0 if result.applied else state.skips_in_a_row + 1
+        if result.applied:
+            return
+        state.skips += 1
+        log.warning("step %d is skipped: its gradients are not finite (%d so far)", state.step, state.skips)
+        if state.skips > limits.max_skips:
+            raise StageError(
+                f"gradients were not finite in {state.skips} steps, at most training.max_skips = {limits.max_skips} "
+                "may be. Lower optim.lr or warm up longer."
+            )
+        if state.skips_in_a_row == limits.skips_in_a_row:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Weights go back to the last checkpoint; the clips since then are not seen again."""
+        self._wait_for_upload()
+        restored = self.checkpoints.restore()
+        if restored is None:
+            log.warning("there is no checkpoint to go back to yet; the run goes on with the weights it has")
+        elif self.group.is_main:
+            log.warning("weights are those of step %d again", restored["step"])
+
+    def _log(self, result: StepResult, batches: Batches, meter: Meter) -> None:
+        losses = self.last_losses = mean_over_processes(result.losses)
+        state = self.progress
+        state.read_failures += sum(self.group.gathered(batches.take_failures()))
+        metrics = {f"train/{name}": value for name, value in losses.items()}
+        metrics |= {"train/lr": lr_at(state.step - 1, self.total, self.config.optim)}
+        metrics |= {"train/grad_norm": result.grad_norm, "train/skipped_steps": float(state.skips)}
+        metrics |= {"data/read_failures": float(state.read_failures)}
+        self.tracking.metrics({**metrics, **meter.flush(self.total - state.step)}, state.step)
+
+    def _evaluate(self) -> None:
+        assert self.validation
+        self.watchdog.enter("evaluation")
+        with self.clock.section("evaluation", computes=False):
+            scores = self.validation.run(self.engine)
+        self.tracking.metrics(scores, self.progress.step)
+        if self.progress.is_best(self.validation.chosen(scores), lower=self.validation.lower_is_better):
+            self.checkpoints.best_step = self.progress.step
+
+    def _save(self) -> None:
+        self.watchdog.enter("checkpoint")
+        with self.clock.section("checkpoint", computes=False):
+            facts = {"progress": self.progress.as_dict(), "config": self.config.model_dump(mode="json")}
+            self.checkpoints.save(self.progress.step, self.tracking.history(), facts)
+
+    def _wait_for_upload(self) -> None:
+        self.watchdog.enter("checkpoint")
+        with self.clock.section("checkpoint", computes=False):
+            self.checkpoints.wait()
+
+    def _end_early(self, *, is_saved: bool) -> None:
+        """Every process ends at the same step, whichever was asked to."""
+        if not is_saved:
+            self._save()
+        self._wait_for_upload()
+        if self.group.is_main:
+            log.warning("asked to end: step %d is saved, the next start goes on from it", self.progress.step)
+        raise SystemExit(TERMINATED)
+
+    def take_best(self) -> None:
+        """With an evaluation, the best checkpoint becomes the model."""
+        best = self.progress.best_step
+        if self.validation and best not in (None, self.total):
+            self.checkpoints.restore_step(best)
+        if self.validation:
+            self.tracking.tags({"best_step": str(best), "best_value": str(self.progress.best_value)})
+
+    def _batches(self) -> Batches:
+        config, accumulation = self.config, self.config.training.gradient_accumulation
+        source = ClipSource(
+            reader=self.reader, processor=self.task.processor, augment=config.data, seed=config.seed,
+            read_video=self.task.reads_video,
+        )  # fmt: skip
+        order = BatchSampler(
+            size=len(self.reader), seed=config.seed, batch_size=config.data.batch_size // accumulation,
+            steps=self.total * accumulation, rank=self.group.rank, world_size=self.group.world_size,
+            start_step=self.progress.step * accumulation,
+        )  # fmt: skip
+        return training_batches(source, order, self.task.collate, config.data)
 
 
-def _publish(task: Task, config: RunConfig, run: Run) -> str:
-    """Writes the model as transformers loads it, its configuration and its history; returns its URI."""
-    with tempfile.TemporaryDirectory() as folder:
-        task.model.save_pretrained(folder)
-        if task.reads_video:
-            task.processor.save_pretrained(folder)
-        else:
-            task.processor.tokenizer.save_pretrained(folder)
-        shutil.copy(run.journal, Path(folder) / HISTORY)
-        base = storage.join(config.output, "models", config.name)
-        uri = manifest.publish(Path(folder), base, config=config.model_dump(mode="json"), run_id=run.run_id)
-    run.tags({"model_uri": uri, "manifest_sha256": manifest.sha256_of(uri)})
-    return uri
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """Set when this process is asked to end; the loop then saves first."""
+    asked = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _refuse_uneven(config: RunConfig, world_size: int) -> None:
@@ -136,8 +248,3 @@ def _refuse_uneven(config: RunConfig, world_size: int) -> None:
             f"data.batch_size must be a multiple of processes x training.gradient_accumulation = {share}, "
             f"got {config.data.batch_size}."
         )
-
-
-def _refuse_divergence(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise StageError(f"loss is {loss} at step {step + 1}. Lower optim.lr or warm up longer.")

@@ -4,9 +4,10 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import nn
 
-from model.config import OptimConfig
+from model.config_sections import OptimConfig
 
 UNDECAYED = ("vision_encoder.pos_embed", "vision_encoder.cls_token", "vision_encoder.temporal_embed")
 
@@ -42,3 +43,25 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, 
         {"params": parameters, "weight_decay": decay, "lr_scale": scale, "lr": config.lr * scale}
         for (decay, scale), parameters in groups.items()
     ]
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW that, with a `max_norm`, clips gradients itself and leaves out an update that is not finite.
+
+    It says so in DeepSpeed's words, as DeepSpeed's own optimizers do: `overflow` and `_global_grad_norm`.
+    """
+
+    def __init__(self, params: Any, *, max_norm: float | None, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.max_norm = max_norm
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.max_norm is not None:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)
+            self._global_grad_norm = float(norm)
+            self.overflow = not math.isfinite(self._global_grad_norm)
+        return None if self.overflow else super().step(closure)

@@ -1,6 +1,7 @@
 import pytest
 
-from model.config import ConfigError, VisionConfig, load, parse, presets
+from model.config import ConfigError, load, parse, presets
+from model.config_sections import VisionConfig
 from model.mplug_video.configuration import TimeSformerConfig
 
 COMPLETE = ["data.shards=s", "model.decoder=d"]

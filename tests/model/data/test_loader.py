@@ -7,11 +7,11 @@ import pytest
 import torch
 from collating import collate
 
-from model.config import DataConfig
+from model.config_sections import DataConfig
 from model.data.annotations import DataError
 from model.data.cache import Cache
 from model.data.loader import ClipSource, Example, evaluation_batches, training_batches
-from model.data.sampler import BatchSampler
+from model.data.sampler import BatchSampler, EverySample
 from model.data.shards import ShardReader
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.mplug_video.tokenization import load_tokenizer
@@ -82,7 +82,11 @@ def test_a_run_goes_on_from_any_step(split: str) -> None:
 
 def test_an_evaluation_reads_each_clip_once(split: str) -> None:
     clips = source(split, augment=None)
-    videos = [video for batch in evaluation_batches(clips, collate, 7) for video in batch["videos"]]
+    videos = [
+        video
+        for batch in evaluation_batches(clips, EverySample(size=len(clips.reader), batch_size=7), collate)
+        for video in batch["videos"]
+    ]
     assert videos == [annotation.video for annotation in clips.reader.annotations()]
 
 
@@ -149,7 +153,7 @@ def test_storage_that_fails_is_one_line(split: str, tmp_path: Path, workers: int
 
 def test_an_evaluation_with_an_unreadable_clip_ends(damaged: str) -> None:
     with pytest.raises(DataError, match="got 1 of 4"):
-        list(evaluation_batches(source(damaged, augment=None), collate, 4))
+        list(evaluation_batches(source(damaged, augment=None), EverySample(size=4, batch_size=4), collate))
 
 
 def test_shards_on_s3_give_the_same_batches_with_and_without_a_cache(split: str, s3: str, tmp_path: Path) -> None:

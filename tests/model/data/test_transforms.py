@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.config import DataConfig
+from model.config_sections import DataConfig
 from model.data.transforms import FILL, OPERATIONS, crop_box, training_transform
 
 PLAIN = DataConfig(crop_area=1.0, crop_relative=True, crop_aspect=(1, 1), flip_probability=0, augment_ops=0)

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 from upstream import FOLDER, Recording, mapped_names
 
-from model.config import OptimConfig, in_steps, load
+from model.config import in_steps, load
+from model.config_sections import OptimConfig
 from model.mplug_video import (
     MPlugVideoForClassification,
     MPlugVideoForConditionalGeneration,

@@ -130,29 +130,8 @@ def test_a_batch_that_does_not_divide_is_refused_by_the_processes(shards: dict[s
 
 def test_a_missing_model_is_one_line_and_a_non_zero_exit(tmp_path: Path, shards: dict[str, str]) -> None:
     ended = command("evaluate", str(tmp_path / "nothing"), shards["retrieval"])
-    assert ended.returncode >= 128
+    assert ended.returncode == 3
     assert ended.stderr.count("\n") == 1
     assert "manifest.json" in ended.stderr
 
 
-def test_a_silent_tracking_server_is_one_line(shards: dict[str, str], decoder: str) -> None:
-    ended = command(
-        "train", "tiny_pretraining", f"data.shards={shards['pretrain']}", f"model.decoder={decoder}",
-        "tracking.uri=http://127.0.0.1:9",
-    )  # fmt: skip
-    assert ended.returncode == 134
-    assert "error: MLflow at http://127.0.0.1:9 did not open a run" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_terminated_training_ends_with_143_and_says_nothing_more(shards: dict[str, str], decoder: str) -> None:
-    arguments = ["train", "tiny_pretraining", f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
-    child = subprocess.Popen([MPLUG, *arguments], stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    seen = ""
-    while "step/s" not in seen:
-        seen += child.stderr.readline()
-    child.terminate()
-    _, rest = child.communicate(timeout=60)
-    assert child.returncode == 143
-    assert "Traceback" not in rest

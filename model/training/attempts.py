@@ -1,0 +1,61 @@
+"""How often a run was started, and how it ended: run.json beside its checkpoints.
+
+A cluster restarts what ends with a code of 128 or more, for ever. A run that is started again and again without getting
+any further ends itself, with a code that is not restarted.
+"""
+
+import json
+import uuid
+from dataclasses import asdict, dataclass, replace
+
+from model import storage
+from model.config_sections import CheckpointConfig
+from model.exits import AttemptsError
+from model.training.checkpoint import saved_steps
+
+FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a run."""
+
+    key: str
+    """The run's name in MLflow, the same for every attempt."""
+    number: int = 0
+    """Starts so far."""
+    fruitless: int = 0
+    """Starts since the newest checkpoint."""
+    step: int = 0
+    """Step of the newest checkpoint when it started."""
+    model: str = ""
+    """URI of the published model; empty while the run is not finished."""
+
+
+def begin(folder: str, config: CheckpointConfig) -> Attempt:
+    """Counts a start. Raises AttemptsError where restarting has not helped."""
+    where = storage.join(folder, FILE)
+    last = Attempt(key=uuid.uuid4().hex)
+    if storage.exists(where):
+        last = Attempt(**json.loads(storage.read(where)))
+    if last.model:
+        return last
+    step = next(iter(saved_steps(folder)), 0)
+    attempt = replace(last, number=last.number + 1, step=step, fruitless=last.fruitless + 1 if step == last.step else 1)
+    if attempt.fruitless > config.max_attempts:
+        raise AttemptsError(
+            f"the run was started {last.fruitless} times without a checkpoint after step {step} (at most "
+            f"checkpoint.max_attempts = {config.max_attempts}). The log of those starts says why; once it is mended, "
+            f"remove {where}."
+        )
+    _write(where, attempt)
+    return attempt
+
+
+def finish(folder: str, attempt: Attempt, model: str) -> None:
+    """Notes that the run is finished: started again, it says its model and does nothing."""
+    _write(storage.join(folder, FILE), replace(attempt, model=model))
+
+
+def _write(where: str, attempt: Attempt) -> None:
+    storage.write(where, json.dumps(asdict(attempt), indent=1).encode())

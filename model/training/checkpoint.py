@@ -1,0 +1,223 @@
+"""Checkpoints of a run in storage, and what a restarted run goes on from.
+
+    <output>/checkpoints/<name>-<digest>/
+        step-00001000/   state-00000-of-00008.safetensors …, history.jsonl, manifest.json
+        run.json         how often the run was started, and how it ended
+
+A step waits for a copy of its numbers in memory only; a thread writes them. Files come first, the manifest last:
+without it there is no checkpoint. Frozen weights are not in it, their hash is.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import manifest, storage
+from model.config import ConfigError, RunConfig
+from model.config_sections import CheckpointConfig
+from model.data.annotations import DataError
+from model.storage import NotFoundError, StorageError
+from model.training.distributed import Processes
+from model.training.engine import Engine
+
+log = logging.getLogger("mplug")
+HISTORY = "history.jsonl"
+STEP = re.compile(r"step-(\d{8})/manifest\.json")
+MACHINE_KEYS = {
+    "data": {"workers", "read_ahead", "cache_gb", "decoder", "decode_deadline_s", "max_read_failures"},
+    "training": {"zero_stage", "gradient_accumulation", "activation_checkpointing", "log_every", "profile"},
+}
+"""Settings that may differ between the starts of one run: none changes what is learned from which clip when."""
+
+
+def run_folder(config: RunConfig) -> str:
+    """Where a run keeps its checkpoints. Another experiment has another folder: nothing is ever mixed up."""
+    tree = config.model_dump(mode="json", include={"task", "seed", "trial", "model", "data", "optim", "training"})
+    for section, keys in MACHINE_KEYS.items():
+        tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    tree["parent_run"] = config.tracking.parent_run  # in another pipeline run it is another training
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    return storage.join(config.output, "checkpoints", f"{config.name}-{digest}")
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what its manifest says."""
+
+
+class Checkpoints:
+    """Saves and restores one run; all processes call each method together."""
+
+    def __init__(
+        self, folder: str, config: CheckpointConfig, engine: Engine, base_sha256: str, group: Processes
+    ) -> None:
+        self.folder, self.config, self.engine, self.group = folder, config, engine, group
+        self.base_sha256 = base_sha256
+        self.buffers: dict[str, Tensor] = {}
+        self.upload: threading.Thread | None = None
+        # of the uploading threads alone: they must not meet the training's collectives
+        self.uploaders = dist.new_group(backend="gloo")
+        self.best_step = -1
+        """Kept, whatever comes after it."""
+
+    def save(self, step: int, history: bytes, facts: Mapping[str, Any]) -> None:
+        """Copies this process's state and returns; a thread writes it. Waits for the one before, if it is not done.
+
+        A checkpoint that cannot be written is logged: the run goes on, and the next one is another try.
+        """
+        self.wait()
+        self._copy()
+        everything = {**facts, "step": step, "updates": self.engine.state.updates, "base_sha256": self.base_sha256}
+        everything |= {"world_size": self.group.world_size, "zero_stage": self.engine.stage}
+        self.upload = threading.Thread(target=self._write, args=(step, history, everything), daemon=True)
+        self.upload.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self.upload:
+            self.upload.join()
+            self.upload = None
+
+    def history(self, step: int) -> list[dict[str, Any]]:
+        """Metrics up to a checkpoint, as the run wrote them."""
+        lines = storage.read(storage.join(self._uri(step), HISTORY)).splitlines()
+        return [json.loads(line) for line in lines]
+
+    def restore_step(self, step: int) -> None:
+        """Loads one checkpoint that this run has written."""
+        self.engine.restored(self._load(self._uri(step))["updates"])
+
+    def restore(self) -> dict[str, Any] | None:
+        """Loads the newest checkpoint that is whole; its manifest, or None where there is none."""
+        steps = self.group.from_main(lambda: saved_steps(self.folder))
+        for step in steps:
+            uri, facts, problem = self._uri(step), {}, ""
+            try:
+                facts = self._load(uri)
+            except (DamagedError, NotFoundError) as error:
+                problem = str(error)
+            problems = [found for found in self.group.gathered(problem) if found]
+            if not problems:
+                self.engine.restored(facts["updates"])
+                return facts
+            if self.group.is_main:
+                log.warning("%s is damaged, the one before it is tried: %s", uri, problems[0])
+        if steps:
+            raise DataError(
+                f"none of the {len(steps)} checkpoints in {self.folder} is whole. "
+                "Remove them, or start from nothing with another number for `trial`."
+            )
+        return None
+
+    def _uri(self, step: int) -> str:
+        return storage.join(self.folder, f"step-{step:08d}")
+
+    def _file(self, rank: int, world_size: int) -> str:
+        return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+    def _copy(self) -> None:
+        """Copies into buffers that are kept: fresh memory costs more than the copy."""
+        tensors = self.engine.state.tensors()
+        if self.engine.stage == 0 and not self.group.is_main:
+            tensors = {}  # every process holds the same
+        for name, tensor in tensors.items():
+            if name not in self.buffers:
+                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.buffers[name].copy_(tensor, non_blocking=True)
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _write(self, step: int, history: bytes, facts: dict[str, Any]) -> None:
+        """One process's file; then the first process's manifest, which makes a checkpoint of them."""
+        try:
+            written: dict[str, dict[str, Any]] | None = None
+            try:
+                written = self._write_files(step, history)
+            except (StorageError, safetensors.SafetensorError, MemoryError) as error:
+                log.warning("checkpoint of step %d was not written by process %d: %s", step, self.group.rank, error)
+            parts: list[Any] = [None] * self.group.world_size
+            dist.gather_object(written, parts if self.group.is_main else None, group=self.uploaders)
+            if self.group.is_main and None not in parts:
+                files = {name: entry for part in parts for name, entry in part.items()}
+                manifest.commit(self._uri(step), files, **facts)
+                self._remove_old(step)
+        except (StorageError, RuntimeError) as error:  # of a process that is gone, the main thread learns by itself
+            log.warning("checkpoint of step %d was not finished: %s", step, str(error).splitlines()[0][:200])
+
+    def _write_files(self, step: int, history: bytes) -> dict[str, dict[str, Any]]:
+        files = {}
+        if self.buffers:
+            files[self._file(self.group.rank, self.group.world_size)] = safetensors.torch.save(self.buffers)
+        if self.group.is_main:
+            files[HISTORY] = history
+        for name, data in files.items():
+            storage.write(storage.join(self._uri(step), name), data)
+        return {name: manifest.entry(data) for name, data in files.items()}
+
+    def _remove_old(self, newest: int) -> None:
+        """Removes what is older than the checkpoints to keep, half-written ones included."""
+        keep = [step for step in saved_steps(self.folder) if step <= newest][: self.config.keep]
+        folders = {
+            entry.path.partition("/")[0] for entry in storage.walk(self.folder) if entry.path.startswith("step-")
+        }
+        for name in folders:
+            step = int(name.removeprefix("step-"))
+            if step < newest and step not in {*keep, self.best_step}:
+                storage.remove(storage.join(self.folder, name))
+
+    def _load(self, uri: str) -> dict[str, Any]:
+        try:
+            facts = manifest.read(uri)
+            files: dict[str, dict[str, Any]] = facts["files"]
+            world_size, stage = facts["world_size"], facts["zero_stage"]
+        except (ValueError, KeyError) as error:
+            raise DamagedError(f"{uri}: its manifest cannot be read") from error
+        if facts["base_sha256"] != self.base_sha256:
+            raise ConfigError(
+                f"the frozen weights must be those that {uri} was trained on, sha256 {facts['base_sha256'][:12]}…, got "
+                f"{self.base_sha256[:12]}…. Give model.decoder back its weights, or start anew with another `trial`."
+            )
+        names = [name for name in files if name.startswith("state-")]
+        if (world_size, stage) == (self.group.world_size, self.engine.stage) and stage > 0:
+            names = [self._file(self.group.rank, world_size)]
+        # one file at a time is in memory, and none is used before its hash is right
+        loaded = (safetensors.torch.load(_verified(uri, name, files)) for name in names)
+        copied = sum(map(self.engine.state.load, loaded))
+        if copied != self.engine.state.numel:
+            raise DamagedError(
+                f"{uri} holds {copied} of the {self.engine.state.numel} numbers of process {self.group.rank}"
+            )
+        return facts
+
+
+def _verified(uri: str, name: str, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    if name not in files:
+        raise DamagedError(f"{uri} lists no {name}")
+    data = storage.read(storage.join(uri, name))
+    if manifest.entry(data) != files[name]:
+        raise DamagedError(f"{name} must have sha256 {files[name]['sha256']}, got {manifest.entry(data)['sha256']}")
+    return data
+
+
+def saved_steps(folder: str) -> list[int]:
+    """Steps of the checkpoints in a run's folder, the newest first."""
+    found = (STEP.fullmatch(entry.path) for entry in storage.walk(folder))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def frozen_sha256(network: nn.Module) -> str:
+    """Hash of all weights that are not trained, by name; empty where there are none."""
+    frozen = {name: value for name, value in network.named_parameters() if not value.requires_grad}
+    digest = hashlib.sha256()
+    for name, value in sorted(frozen.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen else ""

@@ -1,0 +1,88 @@
+"""How fast a run is, and what it takes of its machines: the numbers of one logging interval."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+
+from model.data.loader import Batch
+from model.training.clock import Clock
+from model.training.distributed import Processes
+
+SECTIONS = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
+
+
+class Meter:
+    """Counts between two `flush`es; the numbers of all processes become one set of metrics."""
+
+    def __init__(self, clock: Clock, group: Processes) -> None:
+        self.clock, self.group = clock, group
+        self.steps = self.clips = self.tokens = 0
+        self.network_bytes = _network_bytes()
+        self.process = psutil.Process()
+        psutil.cpu_percent()  # the first call only sets the beginning
+
+    def count(self, micro_batches: Sequence[Batch], clips: int) -> None:
+        """One step over this process's `micro_batches`, with `clips` on all processes together."""
+        self.steps += 1
+        self.clips += clips
+        self.tokens += sum(_tokens(batch) for batch in micro_batches)
+
+    def flush(self, steps_left: int) -> dict[str, float]:
+        """Metrics of the interval; all processes call it together."""
+        seconds, passed_s = self.clock.flush()
+        own = {name: seconds.get(name, 0.0) for name in SECTIONS}
+        own |= {"tokens": float(self.tokens), "node": float(os.environ.get("GROUP_RANK", 0)), **self._machine(passed_s)}
+        rows = self.group.table({**own, "reports": float(os.environ.get("LOCAL_RANK", "0") == "0")})
+        speed = {
+            "perf/clips_per_s": self.clips / passed_s,
+            "perf/tokens_per_s": sum(rows["tokens"]) / passed_s,
+            "perf/step_s": passed_s / self.steps,
+            "perf/data_wait_share": _mean(rows["data"]) / passed_s,
+            "perf/eta_hours": steps_left * passed_s / self.steps / 3600,
+            **{f"perf/{name}_s": _mean(rows[name]) / self.steps for name in SECTIONS},
+        }
+        self.steps = self.clips = self.tokens = 0
+        return {**speed, **_by_node(rows)}
+
+    def _machine(self, passed_s: float) -> dict[str, float]:
+        """What MLflow shows as system metrics, of this machine and process."""
+        sent_before, self.network_bytes = self.network_bytes, _network_bytes()
+        found = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_percentage": psutil.virtual_memory().percent,
+            "process_memory_gigabytes": self.process.memory_info().rss / 1e9,
+            "network_megabytes_per_s": (self.network_bytes - sent_before) / 1e6 / passed_s,
+        }
+        if torch.cuda.is_available():
+            found["gpu_memory_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
+
+
+def _by_node(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """system/node-<n>/… from the first process of each node; memory of processes is the node's largest."""
+    found: dict[str, float] = {}
+    for name in rows.keys() - {"tokens", "node", "reports", *SECTIONS}:
+        for node, reports, value in zip(rows["node"], rows["reports"], rows[name], strict=True):
+            key = f"system/node-{node:.0f}/{name}"
+            if "process" in name or "gpu" in name:
+                found[key] = max(found.get(key, 0.0), value)
+            elif reports:
+                found[key] = value
+    return found
+
+
+def _tokens(batch: Batch) -> int:
+    """Text tokens that the decoder reads, padding left out."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def _network_bytes() -> int:
+    counters = psutil.net_io_counters()
+    return int(counters.bytes_sent + counters.bytes_recv) if counters else 0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,182 @@
+"""The numbers that training changes, by parameter and offset: the same names on any number of processes, in any stage.
+
+ZeRO lays fp32 weights and Adam's moments out in flat buffers that depend on the number of processes. Here each process
+describes what it holds as fragments of parameters, so that a checkpoint of eight processes loads on four, and one of
+stage 2 in stage 0, without a conversion.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("fp32", *MOMENTS)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its weights: saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done. It is the position in the data, in the schedule and in all randomness too."""
+    skips: int = 0
+    """Steps whose gradients were not finite."""
+    skips_in_a_row: int = 0
+    read_failures: int = 0
+    """Clips that could not be read, on all processes."""
+    best_step: int = -1
+    best_value: float | None = None
+    """Of the metric that decides which checkpoint is best."""
+
+    def is_best(self, value: float, *, lower: bool) -> bool:
+        """Takes note of the present step's value, and says whether it is the best so far."""
+        best = self.best_value
+        if best is not None and (value >= best if lower else value <= best):
+            return False
+        self.best_step, self.best_value = self.step, value
+        return True
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A part of one flattened parameter that this process holds."""
+
+    name: str
+    start: int
+    """Offset of its first element in the flattened parameter."""
+    master: Tensor
+    """The optimizer's fp32 tensor, which may hold other parameters too."""
+    offset: int
+    """Where the fragment stands in `master`."""
+    numel: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The fragment as a view of `master` or of a moment, which has its layout."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+@dataclass(kw_only=True)
+class TrainedState:
+    """Views of live tensors: reading one copies nothing, writing one changes the run."""
+
+    fragments: list[Fragment]
+    optimizer: torch.optim.Optimizer
+    """The innermost one, whose state is kept by master tensor."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything this process holds, as "<kind>|<start>|<parameter>"."""
+        return {
+            f"{kind}|{fragment.start}|{fragment.name}": fragment.of(tensor)
+            for fragment in self.fragments
+            for kind, tensor in self._by_kind(fragment.master).items()
+        }
+
+    def load(self, saved: Mapping[str, Tensor]) -> int:
+        """Copies what overlaps with this process's fragments; returns the number of elements."""
+        by_parameter: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+        for key, tensor in saved.items():
+            kind, offset, name = key.split("|", 2)
+            by_parameter.setdefault((kind, name), []).append((int(offset), tensor))
+        copied = 0
+        for fragment in self.fragments:
+            for kind, tensor in self._by_kind(fragment.master).items():
+                view = fragment.of(tensor)
+                for start, source in by_parameter.get((kind, fragment.name), ()):
+                    first = max(start, fragment.start)
+                    numel = min(start + source.numel(), fragment.start + fragment.numel) - first
+                    if numel > 0:
+                        view.narrow(0, first - fragment.start, numel).copy_(source.narrow(0, first - start, numel))
+                        copied += numel
+        return copied
+
+    @property
+    def numel(self) -> int:
+        """Elements that a whole checkpoint gives this process."""
+        return len(KINDS) * sum(fragment.numel for fragment in self.fragments)
+
+    @property
+    def updates(self) -> int:
+        """Updates that Adam has made, for its bias correction."""
+        return int(self._by_kind_state(self.fragments[0].master)["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for fragment in self.fragments:
+            self._by_kind_state(fragment.master)["step"].fill_(count)
+
+    def _by_kind(self, master: Tensor) -> dict[str, Tensor]:
+        state = self._by_kind_state(master)
+        return {"fp32": master, **{moment: state[moment] for moment in MOMENTS}}
+
+    def _by_kind_state(self, master: Tensor) -> dict[str, Tensor]:
+        """Adam's state of a master tensor, which torch makes at the first update only."""
+        state: dict[str, Tensor] = self.optimizer.state[master]
+        if not state:
+            state.update({moment: torch.zeros_like(master) for moment in MOMENTS}, step=torch.tensor(0.0))
+        return state
+
+
+def trained_state(network: nn.Module, optimizer: Any, stage: int, rank: int) -> TrainedState:
+    """This process's state under DeepSpeed's `optimizer`."""
+    names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    find = {0: _replicated, 1: _sharded, 2: _sharded, 3: _partitioned}[stage]
+    fragments = [
+        Fragment(names[id(parameter)], start, master, offset, numel)
+        for parameter, start, master, offset, numel in find(optimizer, rank)
+    ]
+    return TrainedState(fragments=fragments, optimizer=getattr(optimizer, "optimizer", optimizer))
+
+
+Found = Iterator[tuple[nn.Parameter, int, Tensor, int, int]]
+"""(parameter, start in it, master tensor, offset in that, number of elements)"""
+
+
+def _replicated(optimizer: Any, _rank: int) -> Found:
+    """Stage 0: every process holds everything, in fp32 or with fp32 copies of its bf16 weights."""
+    groups = optimizer.param_groups
+    low = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in groups]
+    for parameters, group in zip(low, groups, strict=True):
+        for parameter, master in zip(parameters, group["params"], strict=True):
+            yield parameter, 0, master, 0, master.numel()
+
+
+def _sharded(optimizer: Any, _rank: int) -> Found:
+    """Stages 1 and 2: one flat tensor per parameter group, cut into equal parts."""
+    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            held = parameter._hp_mapping
+            if held is not None:
+                low, high = held.lp_fragment_address, held.hp_fragment_address
+                yield parameter, low.start, flat, high.start, high.numel
+
+
+def _partitioned(optimizer: Any, rank: int) -> Found:
+    """Stage 3: every parameter is cut into equal parts, the last of them padded."""
+    for group in optimizer.fp16_groups:
+        for parameter in group:
+            index, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = rank * numel
+            held = min(numel, parameter.ds_numel - start)
+            if held > 0:
+                yield parameter, start, optimizer.fp32_partitioned_groups_flat[index], offset, held
+
+
+def refresh_weights(optimizer: Any, stage: int) -> None:
+    """Makes the weights that the network computes with equal to the fp32 ones again."""
+    if stage in {1, 2}:
+        optimizer.update_lp_params()
+    elif stage == 3:
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            for parameter in group:
+                _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                parameter.ds_tensor.data.copy_(flat.detach().narrow(0, offset, numel))
+    elif hasattr(optimizer, "fp16_groups"):
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(low, high, strict=True):
+                parameter.data.copy_(master)

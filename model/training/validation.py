@@ -1,0 +1,73 @@
+"""Evaluation while training: the loss and the task's metrics on a held-out split, by all processes together."""
+
+from itertools import chain, islice, zip_longest
+
+import torch
+
+from model import storage
+from model.config import ConfigError, RunConfig
+from model.data.loader import Batches, BatchStream, ClipSource, evaluation_batches, open_split
+from model.data.sampler import BatchSampler, EverySample
+from model.evaluation import metrics
+from model.tasks import Task
+from model.training.distributed import Processes, mean_over_processes
+from model.training.engine import Engine
+
+
+class Validation:
+    """Scores the network as it is; any number of processes gets the same metrics."""
+
+    def __init__(self, task: Task, config: RunConfig, group: Processes) -> None:
+        self.task, self.config, self.group = task, config, group
+        settings = config.evaluation
+        self.reader = open_split(storage.join(settings.shards or config.data.shards, settings.split), config.data)
+        self.clips = min(settings.clips or len(self.reader), len(self.reader))
+        if self.clips < config.data.batch_size:
+            raise ConfigError(
+                f"evaluation must read at least data.batch_size = {config.data.batch_size} clips, {settings.split} has "
+                f"{self.clips} of them. Lower data.batch_size, or raise evaluation.clips."
+            )
+        self.metric = settings.metric or "loss"
+        self.lower_is_better = self.metric == "loss"
+        self.source = ClipSource(reader=self.reader, processor=task.processor, read_video=task.reads_video)
+
+    def run(self, engine: Engine) -> dict[str, float]:
+        """`val/loss`, `val/<metric>`, … where the split is val; all processes call it together."""
+        with engine.evaluating():
+            scores = self._losses(engine)
+            if self.task.predicts:
+                scores |= self._scores(engine)
+        return {f"{self.config.evaluation.split}/{name}": value for name, value in scores.items()}
+
+    def chosen(self, scores: dict[str, float]) -> float:
+        """The metric that decides which checkpoint is best."""
+        key = f"{self.config.evaluation.split}/{self.metric}"
+        if key not in scores:
+            known = ", ".join(name.partition("/")[2] for name in scores)
+            raise ConfigError(f"evaluation.metric must be one of {known}, got {self.metric}.")
+        return scores[key]
+
+    def _losses(self, engine: Engine) -> dict[str, float]:
+        """Over whole batches of the training's size, so that losses across processes see as many clips as there."""
+        batch_size = self.config.data.batch_size // self.config.training.gradient_accumulation
+        order = BatchSampler(
+            size=self.clips, seed=0, batch_size=batch_size, steps=self.clips // batch_size,
+            rank=self.group.rank, world_size=self.group.world_size,
+        )  # fmt: skip
+        found: dict[str, list[torch.Tensor]] = {}
+        stream = BatchStream(self.source, order, self.task.collate, self.config.data.read_ahead)
+        for batch in Batches(stream, workers=0, max_failures=0):
+            for name, value in engine.losses(batch).items():
+                found.setdefault(name, []).append(value)
+        return mean_over_processes({name: torch.stack(values).mean() for name, values in found.items()})
+
+    def _scores(self, engine: Engine) -> dict[str, float]:
+        """Every clip once. Under ZeRO-3 each process reads all of them: its forward passes are collective."""
+        self.task.read_split(list(islice(self.reader.annotations(), self.clips)))
+        rank, world_size = (0, 1) if engine.stage == 3 else (self.group.rank, self.group.world_size)
+        size = max(1, self.config.data.batch_size // self.group.world_size)
+        order = EverySample(size=self.clips, batch_size=size, rank=rank, world_size=world_size)
+        own = [engine.predict(batch) for batch in evaluation_batches(self.source, order, self.task.collate_evaluation)]
+        parts = [own] if engine.stage == 3 else self.group.gathered(own)
+        batches = chain.from_iterable(zip_longest(*parts, fillvalue=[]))  # in the order of the split again
+        return metrics.score(self.config.task, list(chain.from_iterable(batches)), self.task.categories)
