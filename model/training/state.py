@@ -172,6 +172,7 @@ def refresh_weights(optimizer: Any, stage: int) -> None:
     if stage in {1, 2}:
         optimizer.update_lp_params()
     elif stage == 3:
+        optimizer.checkpoint_event_prologue()  # lets go of what was gathered from the old values
         for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
             for parameter in group:
                 _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]

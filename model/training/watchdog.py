@@ -168,7 +168,11 @@ class Watchdog:
             if verdict and verdict.code != LOST:
                 log.error("process %d ends with the run: %s", self.rank, verdict.reason)
                 sys.exit(verdict.code)
-        self._tell(Verdict(code_of(error), f"process {self.rank} ended: {(str(error) or type(error).__name__).splitlines()[0]}"))
+        self._tell(
+            Verdict(
+                code_of(error), f"process {self.rank} ended: {(str(error) or type(error).__name__).splitlines()[0]}"
+            )
+        )
         self._linger()
 
     def _linger(self) -> None:

@@ -133,5 +133,3 @@ def test_a_missing_model_is_one_line_and_a_non_zero_exit(tmp_path: Path, shards:
     assert ended.returncode == 3
     assert ended.stderr.count("\n") == 1
     assert "manifest.json" in ended.stderr
-
-

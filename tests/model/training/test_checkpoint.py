@@ -1,0 +1,206 @@
+"""Checkpoints of one process, in a folder and on a real S3 server, whole and damaged."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model import storage
+from model.config import ConfigError, RunConfig, load
+from model.config_sections import CheckpointConfig, WatchdogConfig
+from model.data.annotations import DataError
+from model.tasks import build_task
+from model.training.checkpoint import Checkpoints, frozen_sha256, run_folder, saved_steps
+from model.training.distributed import Processes, processes
+from model.training.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Processes]:
+    with pytest.MonkeyPatch.context() as patch:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in {**alone, "DS_ACCELERATOR": "cpu"}.items():
+            patch.setenv(name, value)
+        with processes(WatchdogConfig()) as group:
+            yield group
+
+
+def settings(decoder: str, *overrides: str) -> RunConfig:
+    common = [f"model.decoder={decoder}", "data.shards=unused", "data.batch_size=2", "model.use_contrastive=false"]
+    return load("tiny_pretraining", [*common, "optim.warmup_steps=0", *overrides])
+
+
+@pytest.fixture(scope="module")
+def engine(decoder: str, group: Processes) -> Engine:
+    config = settings(decoder)
+    return Engine(build_task(config).network, config, group)
+
+
+def checkpoints(engine: Engine, group: Processes, folder: str, *, keep: int = 2, base: str = "b") -> Checkpoints:
+    return Checkpoints(folder, CheckpointConfig(keep=keep), engine, base, group)
+
+
+def fill(engine: Engine, value: float) -> None:
+    for tensor in engine.state.tensors().values():
+        tensor.fill_(value)
+
+
+def value(engine: Engine) -> float:
+    """The one number that all state has; also in the weights that the network computes with."""
+    found = {float(number) for tensor in engine.state.tensors().values() for number in tensor.unique()}
+    found |= {
+        float(weights.detach().unique()) for weights in engine.engine.module.parameters() if weights.requires_grad
+    }
+    assert len(found) == 1
+    return found.pop()
+
+
+def save(engine: Engine, made: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        fill(engine, step)
+        made.save(step, f'{{"step": {step}}}\n'.encode(), {"progress": {"step": step}})
+        made.wait()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "run")
+    return f"{request.getfixturevalue('s3')}/checkpoints/{tmp_path.name}"
+
+
+def test_a_checkpoint_brings_everything_back(engine: Engine, group: Processes, place: str) -> None:
+    made = checkpoints(engine, group, place)
+    assert made.restore() is None
+    save(engine, made, 4)
+    fill(engine, 0)
+    restored = checkpoints(engine, group, place).restore()
+    assert restored
+    assert restored["progress"] == {"step": 4}
+    assert value(engine) == 4
+    assert made.history(4) == [{"step": 4}]
+
+
+def test_the_newest_and_the_best_are_kept(engine: Engine, group: Processes, place: str) -> None:
+    made = checkpoints(engine, group, place)
+    made.best_step = 2
+    storage.write(f"{place}/step-00000003/state-00000-of-00001.safetensors", b"half-written by a killed process")
+    save(engine, made, 1, 2, 4, 6, 8)
+    assert saved_steps(place) == [8, 6, 2]
+    assert {entry.path.partition("/")[0] for entry in storage.walk(place)} == {
+        "step-00000002", "step-00000006", "step-00000008",
+    }  # fmt: skip
+
+
+def test_a_running_save_holds_a_copy(engine: Engine, group: Processes, place: str) -> None:
+    made = checkpoints(engine, group, place)
+    fill(engine, 7)
+    made.save(7, b"", {})
+    fill(engine, 0)
+    made.wait()
+    made.restore()
+    assert value(engine) == 7
+
+
+DAMAGES = {
+    "a flipped byte": lambda folder: flip(folder / "state-00000-of-00001.safetensors"),
+    "a short file": lambda folder: (folder / "state-00000-of-00001.safetensors").write_bytes(b"short"),
+    "a missing file": lambda folder: (folder / "state-00000-of-00001.safetensors").unlink(),
+    "half a manifest": lambda folder: (folder / "manifest.json").write_text('{"files": {'),
+    "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    engine: Engine, group: Processes, tmp_path: Path, damage: str
+) -> None:
+    made = checkpoints(engine, group, str(tmp_path))
+    save(engine, made, 1, 2)
+    DAMAGES[damage](tmp_path / "step-00000002")
+    restored = made.restore()
+    assert restored
+    assert (restored["step"], value(engine)) == (1, 1.0)
+    save(engine, made, 3)  # and what comes after the damaged one does not push the good ones out
+    assert saved_steps(str(tmp_path))[0] == 3
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_start_from_nothing_in_silence(
+    engine: Engine, group: Processes, tmp_path: Path
+) -> None:
+    made = checkpoints(engine, group, str(tmp_path))
+    save(engine, made, 1, 2)
+    for step in (1, 2):
+        flip(tmp_path / f"step-0000000{step}" / "state-00000-of-00001.safetensors")
+    with pytest.raises(DataError, match="none of the 2 checkpoints"):
+        made.restore()
+
+
+def test_other_frozen_weights_are_refused(engine: Engine, group: Processes, tmp_path: Path) -> None:
+    save(engine, checkpoints(engine, group, str(tmp_path), base="one"), 1)
+    with pytest.raises(ConfigError, match="the frozen weights must be those"):
+        checkpoints(engine, group, str(tmp_path), base="another").restore()
+
+
+def test_frozen_weights_are_hashed_and_not_saved(
+    decoder: str, tmp_path: Path, engine: Engine, group: Processes
+) -> None:
+    network = build_task(settings(decoder)).network
+    before = frozen_sha256(network)
+    assert before == frozen_sha256(build_task(settings(decoder, "seed=7")).network)
+    next(network.model.decoder.parameters()).data.view(-1)[0] += 1
+    assert frozen_sha256(network) != before
+    save(engine, checkpoints(engine, group, str(tmp_path)), 1)
+    trained = sum(weights.numel() for weights in network.parameters() if weights.requires_grad)
+    size = (tmp_path / "step-00000001" / "state-00000-of-00001.safetensors").stat().st_size
+    assert trained * 12 < size < trained * 12 + 100_000
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
+    engine: Engine, group: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = checkpoints(engine, group, str(tmp_path / "run"))
+    save(engine, made, 1)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("a file where a folder should be")
+    save(engine, made, 2)
+    assert "checkpoint of step 2 was not written" in caplog.text
+    (tmp_path / "run").unlink()
+    save(engine, made, 3)
+    assert saved_steps(str(tmp_path / "run")) == [3]
+
+
+def test_a_run_has_a_folder_of_its_own_until_what_it_learns_is_another(decoder: str) -> None:
+    first = run_folder(settings(decoder))
+    machine = [
+        "data.workers=3",
+        "training.zero_stage=2",
+        "training.gradient_accumulation=2",
+        "tracking.uri=sqlite:///x",
+    ]
+    assert run_folder(settings(decoder, *machine)) == first
+    for other in (
+        "optim.lr=1e-5",
+        "seed=1",
+        "trial=2",
+        "data.batch_size=4",
+        "tracking.parent_run=p",
+        "training.steps=9",
+    ):
+        assert run_folder(settings(decoder, other)) != first
+
+
+def test_a_manifest_says_what_the_run_was(engine: Engine, group: Processes, tmp_path: Path) -> None:
+    save(engine, checkpoints(engine, group, str(tmp_path)), 5)
+    facts = json.loads((tmp_path / "step-00000005" / "manifest.json").read_text())
+    assert {"step": 5, "world_size": 1, "zero_stage": 1, "base_sha256": "b"}.items() <= facts.items()
+    assert set(facts["files"]) == {"history.jsonl", "state-00000-of-00001.safetensors"}

@@ -1,0 +1,54 @@
+"""DeepSpeed's stages against each other, on two real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HELPERS = Path(__file__).parents[2] / "helpers"
+STAGES = "0123"
+
+
+@pytest.fixture(scope="module")
+def found(decoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("stages") / "found.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*torchrun, str(HELPERS / "engine_stages.py"), decoder, str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, check=True, timeout=300,
+    )  # fmt: skip
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-3)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_the_same_losses(found: dict[str, Any], precision: str, bound: float, stage: str) -> None:
+    losses = found[precision]["losses"]
+    assert len(set(losses[stage])) == len(losses[stage])
+    assert losses[stage] == pytest.approx(losses["0"], rel=bound)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_restored_engine_goes_on_bit_by_bit(found: dict[str, Any], precision: str, stage: str) -> None:
+    assert found[precision]["restored"][stage] == found[precision]["then"][stage]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-3)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_state_of_one_stage_goes_on_in_any_other(
+    found: dict[str, Any], precision: str, bound: float, stage: str
+) -> None:
+    assert found[precision]["from_stage_2"][stage] == pytest.approx(found[precision]["then"][stage], rel=bound)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(
+    found: dict[str, Any], precision: str, stage: str
+) -> None:
+    assert found[precision]["skipped"][stage]
