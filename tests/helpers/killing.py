@@ -1,0 +1,81 @@
+"""A real training of two processes that something happens to, and what came of it."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from running import TINY
+
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    model: str
+    said: str
+
+    @property
+    def weights(self) -> str:
+        return hashlib.sha256((Path(self.model) / "model.safetensors").read_bytes()).hexdigest()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (Path(self.model) / "history.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [point["train/loss"] for point in self.history]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run by the real command, in a folder of its own."""
+
+    root: Path
+    settings: list[str]
+
+    def start(self, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
+        arguments = [*TINY, f"training.steps={STEPS}", "checkpoint.every=4", f"output={self.root}", *self.settings]
+        return subprocess.Popen(
+            [MPLUG, "train", "tiny_pretraining", "--processes", str(processes), *arguments, *overrides],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def end(self, child: subprocess.Popen[str]) -> Outcome:
+        out, said = child.communicate(timeout=200)
+        return Outcome(child.returncode, out.strip(), said)
+
+    def run(self, *overrides: str, processes: int = 2) -> Outcome:
+        return self.end(self.start(*overrides, processes=processes))
+
+    def interrupted(self, do: Callable[[subprocess.Popen[str]], None], *overrides: str, step: int = 4) -> Outcome:
+        """`do` happens once the checkpoint of `step` is there."""
+        child = self.start(*overrides)
+        while not list(self.root.glob(f"checkpoints/*/step-{step:08d}/manifest.json")):
+            assert child.poll() is None, child.communicate()[1]
+            time.sleep(0.02)
+        do(child)
+        return self.end(child)
+
+
+def workers(child: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes of a command, the first one first."""
+    found = [item for item in psutil.Process(child.pid).children(recursive=True) if "RANK" in environment(item)]
+    ranks = {int(environment(item)["LOCAL_RANK"]): item for item in found if item.ppid() == child.pid}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}

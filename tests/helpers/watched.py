@@ -1,0 +1,44 @@
+"""One process of two under the watchdog: `watched.py CASE` with the variables that torchrun sets."""
+
+import os
+import signal
+import sys
+import time
+
+from model.config_sections import WatchdogConfig
+from model.data.annotations import DataError
+from model.exits import exit_codes
+from model.training.distributed import Processes, processes
+from model.training.watchdog import Watchdog
+
+LIMITS = WatchdogConfig(setup_s=60, first_step_s=60, step_s=3, checkpoint_s=60, evaluation_s=60, silence_s=4)
+
+
+def act(case: str, group: Processes) -> None:
+    rank, _, case = case.partition("-")
+    if group.rank == int(rank):
+        match case:
+            case "sleeps":
+                time.sleep(100)
+            case "stops":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "fails":
+                raise DataError("no clip can be read")
+            case "breaks":
+                raise ZeroDivisionError("a bug")
+    group.any(False)
+
+
+def main() -> None:
+    with exit_codes():
+        watchdog = Watchdog(LIMITS)
+        watchdog.last_words = lambda: print("last words", file=sys.stderr, flush=True)
+        with processes(LIMITS) as group, watchdog.together(group):
+            watchdog.enter("checkpoint" if sys.argv[1].endswith("stops") else "step")
+            act(sys.argv[1], group)
+
+
+if __name__ == "__main__":
+    main()

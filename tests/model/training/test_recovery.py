@@ -1,0 +1,94 @@
+"""Runs that are killed, asked to end, moved to other numbers of processes, or diverge."""
+
+import json
+from pathlib import Path
+
+import pytest
+from killing import STEPS, Outcome, Training, workers
+
+from model.config_sections import CheckpointConfig
+from model.exits import AttemptsError
+from model.training import attempts
+from model.training.checkpoint import saved_steps
+
+
+@pytest.fixture(scope="module")
+def settings(shards: dict[str, str], decoder: str) -> list[str]:
+    return [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    outcome = Training(tmp_path_factory.mktemp("undisturbed"), settings).run()
+    assert outcome.code == 0, outcome.said
+    return outcome
+
+
+def same(outcome: Outcome, undisturbed: Outcome) -> None:
+    assert outcome.code == 0, outcome.said
+    assert outcome.losses == undisturbed.losses
+    assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
+    assert outcome.weights == undisturbed.weights
+
+
+def test_a_killed_process_leaves_no_trace_in_losses_and_weights(
+    settings: list[str], undisturbed: Outcome, tmp_path: Path
+) -> None:
+    outcome = Training(tmp_path, settings).interrupted(lambda child: workers(child)[1].kill())
+    same(outcome, undisturbed)
+    assert "it is started again" in outcome.said
+
+
+def test_a_terminated_run_saves_and_goes_on_when_it_is_started_again(
+    settings: list[str], undisturbed: Outcome, tmp_path: Path
+) -> None:
+    run = Training(tmp_path, settings)
+    outcome = run.interrupted(lambda child: child.terminate())
+    assert outcome.code == 143
+    assert "Traceback" not in outcome.said
+    folder = next(tmp_path.glob("checkpoints/*"))
+    assert f"step {saved_steps(str(folder))[0]} is saved" in outcome.said
+    same(run.run(), undisturbed)
+    again = run.run()
+    assert again.code == 0
+    assert json.loads((folder / "run.json").read_text())["model"] == again.model  # and did not train
+    assert "step/s" not in again.said
+
+
+def test_a_run_moves_to_another_number_of_processes(settings: list[str], undisturbed: Outcome, tmp_path: Path) -> None:
+    run = Training(tmp_path, settings)
+    assert run.interrupted(lambda child: child.terminate()).code == 143
+    outcome = run.run(processes=4)
+    assert outcome.code == 0, outcome.said
+    assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
+    # each process averages over its own tokens: equal up to the spread of title lengths
+    assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)
+
+
+def test_a_run_that_diverges_goes_back_and_ends_at_its_budget(settings: list[str], tmp_path: Path) -> None:
+    diverging = ["optim.lr=1e30", "checkpoint.every=1", "training.max_skips=5", "training.skips_in_a_row=2"]
+    outcome = Training(tmp_path, settings).run(*diverging, processes=1)
+    assert outcome.code == 1
+    assert "is skipped: its gradients are not finite (1 so far)" in outcome.said
+    assert "weights are those of step" in outcome.said
+    assert "at most training.max_skips = 5 may be. Lower optim.lr" in outcome.said
+    assert "Traceback" not in outcome.said
+
+
+def test_a_run_that_gets_nowhere_ends_for_good(tmp_path: Path) -> None:
+    limits, folder = CheckpointConfig(max_attempts=3), str(tmp_path)
+    started = [attempts.begin(folder, limits) for _ in range(3)]
+    assert [attempt.number for attempt in started] == [1, 2, 3]
+    assert len({attempt.key for attempt in started}) == 1
+    with pytest.raises(AttemptsError, match="started 3 times without a checkpoint after step 0"):
+        attempts.begin(folder, limits)
+
+
+def test_a_checkpoint_gives_a_run_all_its_attempts_again(tmp_path: Path) -> None:
+    limits, folder = CheckpointConfig(max_attempts=2), str(tmp_path)
+    for step in range(1, 6):
+        for _ in range(2):
+            attempts.begin(folder, limits)
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "manifest.json").write_text("{}")
+    assert attempts.begin(folder, limits).number == 11

@@ -1,0 +1,75 @@
+"""Two real processes, one of which stands still, dies or fails: both end, in time and with one code."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WATCHED = Path(__file__).parents[2] / "helpers" / "watched.py"
+LOST, DATA, FAILED, KILLED = 144, 3, 1, -signal.SIGKILL
+
+
+def run(case: str) -> tuple[list[int | None], list[str], float]:
+    """Exit codes (None: it had to be killed), what was said on standard error, seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    start = time.monotonic()
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(WATCHED), case], stderr=subprocess.PIPE, text=True,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    codes: list[int | None] = []
+    said = []
+    stopped = int(case[0]) if case.endswith("stops") else None
+    for rank in sorted(range(2), key=lambda rank: rank == stopped):
+        if rank == stopped:  # as torchrun does with one that does not answer
+            children[rank].kill()
+        said.append(children[rank].communicate(timeout=60)[1])
+        codes.append(None if rank == stopped else children[rank].returncode)
+    return codes, said, time.monotonic() - start
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_over_its_time_ends_all_with_their_stacks(rank: int) -> None:
+    codes, said, seconds = run(f"{rank}-sleeps")
+    assert codes == [LOST, LOST]
+    assert seconds < 30
+    assert any("s in step (watchdog.step_s)" in text for text in said)
+    assert "time.sleep(100)" in said[rank]
+    assert "group.any(False)" in said[1 - rank]
+    assert all("MainThread:" in text and "last words" in text for text in said)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_gives_no_sign_of_life_is_given_up(rank: int) -> None:
+    codes, said, seconds = run(f"{rank}-stops")
+    assert codes == [LOST, None]
+    assert seconds < 30
+    assert ("no sign of life for 4 s" if rank else "process 0 does not answer for 4 s") in said[0]
+
+
+@pytest.mark.parametrize(("rank", "case", "code"), [(1, "fails", DATA), (0, "breaks", FAILED)])
+def test_an_error_of_one_process_is_the_exit_code_of_all(rank: int, case: str, code: int) -> None:
+    codes, said, _ = run(f"{rank}-{case}")
+    assert codes == [code, code]
+    assert ("error: no clip can be read" if case == "fails" else "ZeroDivisionError: a bug") in said[rank]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_worth_a_restart(rank: int) -> None:
+    codes, said, seconds = run(f"{rank}-dies")
+    assert codes[rank] == KILLED
+    assert codes[1 - rank] == LOST
+    assert seconds < 20
+    assert "a process of the run is gone" in said[1 - rank]
+    assert "Traceback" not in said[1 - rank]
