@@ -84,6 +84,8 @@ def processes(deadlines: WatchdogConfig) -> Iterator[Processes]:
 
 def named(error: BaseException) -> BaseException:
     """A LostProcessError for what torch raises where a peer or a loader process is gone; any other as it is."""
+    if isinstance(error, LostProcessError):
+        return error
     text = str(error)
     lost = isinstance(error, dist.DistError) or "gloo" in text or "DataLoader worker" in text
     if isinstance(error, RuntimeError) and lost:

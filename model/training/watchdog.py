@@ -48,6 +48,7 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig) -> None:
         self.config = config
         self.rank, self.world_size = int(os.environ["RANK"]), 1
+        self.parent = os.getppid()
         self.store: TCPStore | None = None
         self.answered = 0.0
         """When the store last did."""
@@ -92,6 +93,8 @@ class Watchdog:
     def _watch(self) -> None:
         """Never waits for anybody: neither for the main thread nor for the store."""
         while not self.stopped.wait(INTERVAL_S):
+            if os.getppid() != self.parent:
+                self._leave(Verdict(LOST, f"the launcher of process {self.rank} is gone"))
             name, now = self.section, time.monotonic()
             limit = getattr(self.config, f"{name}_s")
             if now - self.since > limit:
@@ -168,6 +171,7 @@ class Watchdog:
             if verdict and verdict.code != LOST:
                 log.error("process %d ends with the run: %s", self.rank, verdict.reason)
                 sys.exit(verdict.code)
+            return
         self._tell(
             Verdict(
                 code_of(error), f"process {self.rank} ended: {(str(error) or type(error).__name__).splitlines()[0]}"

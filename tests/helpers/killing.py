@@ -43,12 +43,13 @@ class Training:
     root: Path
     settings: list[str]
 
-    def start(self, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
+    def command(self, *overrides: str) -> list[str]:
         arguments = [*TINY, f"training.steps={STEPS}", "checkpoint.every=4", f"output={self.root}", *self.settings]
-        return subprocess.Popen(
-            [MPLUG, "train", "tiny_pretraining", "--processes", str(processes), *arguments, *overrides],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        return [MPLUG, "train", "tiny_pretraining", *arguments, *overrides]
+
+    def start(self, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
+        command = self.command("--processes", str(processes), *overrides)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def end(self, child: subprocess.Popen[str]) -> Outcome:
         out, said = child.communicate(timeout=200)
@@ -60,18 +61,23 @@ class Training:
     def interrupted(self, do: Callable[[subprocess.Popen[str]], None], *overrides: str, step: int = 4) -> Outcome:
         """`do` happens once the checkpoint of `step` is there."""
         child = self.start(*overrides)
+        self.wait_for(step, child)
+        do(child)
+        return self.end(child)
+
+    def wait_for(self, step: int, child: subprocess.Popen[str]) -> None:
+        """Returns when the checkpoint of `step` is there."""
         while not list(self.root.glob(f"checkpoints/*/step-{step:08d}/manifest.json")):
             assert child.poll() is None, child.communicate()[1]
             time.sleep(0.02)
-        do(child)
-        return self.end(child)
 
 
 def workers(child: subprocess.Popen[str]) -> list[psutil.Process]:
     """The training processes of a command, the first one first."""
-    found = [item for item in psutil.Process(child.pid).children(recursive=True) if "RANK" in environment(item)]
-    ranks = {int(environment(item)["LOCAL_RANK"]): item for item in found if item.ppid() == child.pid}
-    return [ranks[rank] for rank in sorted(ranks)]
+    found = {item.pid: item for item in psutil.Process(child.pid).children(recursive=True)}
+    trained = {pid: item for pid, item in found.items() if "TORCHELASTIC_RUN_ID" in environment(item)}
+    firsts = [item for item in trained.values() if item.ppid() not in trained]  # not their loader processes
+    return sorted(firsts, key=lambda item: int(environment(item)["LOCAL_RANK"]))
 
 
 def environment(process: psutil.Process) -> dict[str, str]:
