@@ -132,7 +132,7 @@ class TrainingConfig(Section):
     max_skips: int = Field(30, ge=0)
     """Skipped steps that a run may have; more end it."""
     profile: bool = False
-    """Writes a torch profile of three steps below profiles/<name>/ of the output."""
+    """Writes a torch profile of three steps to profiles/<name>.json.gz of the output."""
 
 
 class CheckpointConfig(Section):

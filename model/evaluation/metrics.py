@@ -84,6 +84,20 @@ def spaced(text: str) -> str:
     return " ".join(NOT_CHINESE.sub("", text))
 
 
+NAMES = {
+    "classification": tuple(f"{source}top{k}" for source in ("", "generation_") for k in (1, 5)),
+    "retrieval": tuple(f"{way}_r{k}" for way in ("text_to_video", "video_to_text") for k in (1, 5, 10)),
+    "matching": tuple(
+        f"{source}{way}_r{k}"
+        for source in ("", "generation_")
+        for way in ("text_to_video", "video_to_text")
+        for k in (1, 5, 10)
+    ),
+    "captioning": ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider"),
+}
+"""What `score` gives for each task."""
+
+
 def score(task: str, predictions: Sequence[Prediction], class_names: Sequence[str]) -> Scores:
     """The metrics of a task."""
     match task:

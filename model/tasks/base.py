@@ -1,6 +1,7 @@
 """What every objective provides, and how its networks are built."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,20 @@ Prediction = dict[str, Any]
 """One evaluated clip, ready for JSON: `video`, and what the task adds."""
 Logs = dict[str, Tensor]
 """Scalars of one step, by metric name, kept on the device until they are logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPass:
+    """What the decoder reads in one pass of a training step, for counting operations."""
+
+    rows: int
+    length: int
+    """Tokens per row, visual prefix and padding included."""
+    scored: int = 0
+    """Tokens of all rows that have logits."""
+    after_prefix: bool = True
+    """Whether the rows begin with the visual prefix, to which the gradient goes."""
+
 
 FRESH_HEADS = ("vision_proj.", "text_proj.", "temperature", "classifier.")
 """Parameters that a task may add to the model it starts from. Any other missing weight is an error."""
@@ -51,6 +66,15 @@ class Task(ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """The loss to minimise and its parts."""
+
+    @abstractmethod
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        """What the decoder reads to make the loss of a batch."""
+
+    def read_by_decoder(self, ids: Tensor, scored: Tensor | None = None) -> DecoderPass:
+        """A pass over texts (B, L) after the visual prefix, with logits where `scored` is 1."""
+        length = self.model.config.num_queries + ids.shape[1]
+        return DecoderPass(rows=len(ids), length=length, scored=0 if scored is None else int(scored.sum()))
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
         """Evaluation batch; holds the annotations as well."""

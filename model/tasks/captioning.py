@@ -5,7 +5,7 @@ from torch import Tensor
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForConditionalGeneration
-from model.tasks.base import Logs, Prediction, Task
+from model.tasks.base import DecoderPass, Logs, Prediction, Task
 
 MAX_WORDS = 80
 NUM_BEAMS = 5
@@ -21,6 +21,9 @@ class Captioning(Task):
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
         return {"pixel_values": self.pixel_values(examples), "input_ids": ids, "loss_mask": mask[:, 1:]}
+
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        return [self.read_by_decoder(batch["input_ids"], batch["loss_mask"])]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         return self.model(**batch), {}

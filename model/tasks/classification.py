@@ -10,7 +10,7 @@ from model.data.annotations import DataError
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
-from model.tasks.base import Logs, Prediction, Task
+from model.tasks.base import DecoderPass, Logs, Prediction, Task
 
 PROMPT = "视频标题：{} 视频类目："  # the released models were trained on this wording
 PROMPT_RESERVE = 15  # characters of a title that make room for the prompt's own words
@@ -56,6 +56,9 @@ class Classification(Task):
             "annotations": [example.annotation for example in examples],
         }
 
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        return answer_and_head_passes(self, batch)
+
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         return answer_and_head_loss(self.model, self.model.encode_video(batch["pixel_values"]).prefix, batch)
 
@@ -85,3 +88,7 @@ def answer_and_head_loss(model: MPlugVideoForClassification, prefix: Tensor, bat
     logits = model.classify(prefix, batch["title_ids"], batch["title_mask"]).float()
     head = F.cross_entropy(logits, batch["labels"])
     return generation + head, {"loss_generation": generation.detach(), "loss_head": head.detach()}
+
+
+def answer_and_head_passes(task: Task, batch: Batch) -> list[DecoderPass]:
+    return [task.read_by_decoder(batch["input_ids"], batch["loss_mask"]), task.read_by_decoder(batch["title_ids"])]

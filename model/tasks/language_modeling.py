@@ -17,7 +17,7 @@ from model.config import ConfigError
 from model.data.loader import Batch, Example
 from model.mplug_video.processing import MPlugVideoProcessor, answer_mask, clean_caption
 from model.mplug_video.tokenization import encode_sentence
-from model.tasks.base import Logs, Task
+from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.pretraining import MAX_WORDS
 
 
@@ -53,6 +53,10 @@ class LanguageModeling(Task):
             rows.append([rng.choice(sentence[1:-1] or sentence) for _ in range(hints)] + sentence)
         ids, mask = self.processor.pad(rows)
         return {"input_ids": ids, "loss_mask": answer_mask(mask, [hints] * len(rows))}
+
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        rows, length = batch["input_ids"].shape
+        return [DecoderPass(rows=rows, length=length, scored=int(batch["loss_mask"].sum()), after_prefix=False)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         ids, wanted = batch["input_ids"], batch["loss_mask"].bool()

@@ -15,8 +15,8 @@ from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
 from model.mplug_video.upstream_shapes import MATCHING_CLASSES
-from model.tasks.base import Logs, Prediction, Task
-from model.tasks.classification import answer_and_head_loss
+from model.tasks.base import DecoderPass, Logs, Prediction, Task
+from model.tasks.classification import answer_and_head_loss, answer_and_head_passes
 
 PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the released models were trained on this wording
 PROMPT_RESERVE = 20  # characters of a title that make room for the prompt's own words
@@ -44,6 +44,9 @@ class Matching(Task):
             "labels": torch.tensor([label for _, _, label in pairs]),
             **self._questions(titles, [MATCHING_CLASSES[label] for _, _, label in pairs]),
         }
+
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        return answer_and_head_passes(self, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         prefix = self.model.encode_video(batch["pixel_values"]).prefix

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForPreTraining
-from model.tasks.base import Logs, Task
+from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.gathering import gather, own_rows
 
 LABEL_SMOOTHING = 0.1  # of the contrastive loss, as released
@@ -19,6 +19,13 @@ class Pretraining(Task):
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
         return {"pixel_values": self.pixel_values(examples), "input_ids": ids, "attention_mask": mask}
+
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        passes = [self.read_by_decoder(ids, mask[:, 1:])]
+        if self.model.config.use_contrastive:
+            passes.append(DecoderPass(rows=len(ids), length=ids.shape[1], after_prefix=False))
+        return passes
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         model, ids, mask = self.model, batch["input_ids"], batch["attention_mask"]

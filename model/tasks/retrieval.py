@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from model.data.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForRetrieval
-from model.tasks.base import Logs, Prediction, Task
+from model.tasks.base import DecoderPass, Logs, Prediction, Task
 from model.tasks.gathering import gather
 
 MAX_WORDS = 80
@@ -25,6 +25,10 @@ class Retrieval(Task):
             "attention_mask": mask,
             "match_ids": torch.tensor([_match_id(example) for example in examples]),
         }
+
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        rows, length = batch["input_ids"].shape
+        return [DecoderPass(rows=rows, length=length, after_prefix=False)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         video = self.model.embed_video(batch["pixel_values"])

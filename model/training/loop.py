@@ -29,8 +29,10 @@ from model.training.checkpoint import Checkpoints, frozen_sha256, run_folder
 from model.training.clock import Clock
 from model.training.distributed import Processes, mean_over_processes, processes
 from model.training.engine import Engine, StepResult
+from model.training.flops import of_step
 from model.training.meter import Meter
 from model.training.optim import lr_at
+from model.training.profiling import profiled
 from model.training.publishing import publish
 from model.training.randomness import seed_step
 from model.training.state import Progress
@@ -106,34 +108,37 @@ class Training:
     def run(self) -> None:
         """Every step from where the run stands to its end."""
         batches = self._batches()
-        upcoming, meter = iter(batches), Meter(self.clock, self.group)
+        dtype = torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
+        upcoming, meter = iter(batches), Meter(self.clock, self.group, dtype)
         bar = progress(
             range(self.progress.step, self.total), total=self.total, initial=self.progress.step,
             desc=self.config.name, unit="step", show=self.group.is_main,
         )  # fmt: skip
         self.watchdog.enter("first_step")
-        for step in bar:
-            micro_batches = self._read(upcoming)
-            result = self._step(step, micro_batches)
-            meter.count(micro_batches, self.config.data.batch_size)
-            self.progress.step = done = step + 1
-            self._count_skip(result)
-            is_last = done == self.total
-            is_log_step = done % self.config.training.log_every == 0 or is_last
-            is_evaluation_step = self.validation and (done % self.config.evaluation.every == 0 or is_last)
-            every = self.config.checkpoint.every
-            is_checkpoint_step = is_evaluation_step or (every and done % every == 0) or is_last
+        with profiled(self.config, self.group) as step_is_done:
+            for step in bar:
+                micro_batches = self._read(upcoming)
+                result = self._step(step, micro_batches)
+                meter.count(micro_batches, self.config.data.batch_size)
+                self.progress.step = done = step + 1
+                self._count_skip(result)
+                is_last = done == self.total
+                is_log_step = done % self.config.training.log_every == 0 or is_last
+                is_evaluation_step = self.validation and (done % self.config.evaluation.every == 0 or is_last)
+                every = self.config.checkpoint.every
+                is_checkpoint_step = is_evaluation_step or (every and done % every == 0) or is_last
 
-            if is_log_step:
-                self._log(result, batches, meter)
-                bar.set_postfix(loss=f"{self.last_losses['loss']:.3f}", refresh=False)
-            if is_evaluation_step:
-                self._evaluate()
-            if is_checkpoint_step:
-                self._save()
-            if self.group.any(self.asked_to_end.is_set()):
-                self._end_early(is_saved=bool(is_checkpoint_step))
-            self.watchdog.enter("step")
+                if is_log_step:
+                    self._log(result, batches, meter, micro_batches)
+                    bar.set_postfix(loss=f"{self.last_losses['loss']:.3f}", refresh=False)
+                if is_evaluation_step:
+                    self._evaluate()
+                if is_checkpoint_step:
+                    self._save()
+                if self.group.any(self.asked_to_end.is_set()):
+                    self._end_early(is_saved=bool(is_checkpoint_step))
+                step_is_done()
+                self.watchdog.enter("step")
         self._wait_for_upload()
 
     def _read(self, upcoming: Iterator[Batch]) -> list[Batch]:
@@ -169,7 +174,7 @@ class Training:
         elif self.group.is_main:
             log.warning("weights are those of step %d again", restored["step"])
 
-    def _log(self, result: StepResult, batches: Batches, meter: Meter) -> None:
+    def _log(self, result: StepResult, batches: Batches, meter: Meter, micro_batches: list[Batch]) -> None:
         losses = self.last_losses = mean_over_processes(result.losses)
         state = self.progress
         state.read_failures += sum(self.group.gathered(batches.take_failures()))
@@ -177,7 +182,12 @@ class Training:
         metrics |= {"train/lr": lr_at(state.step - 1, self.total, self.config.optim)}
         metrics |= {"train/grad_norm": result.grad_norm, "train/skipped_steps": float(state.skips)}
         metrics |= {"data/read_failures": float(state.read_failures)}
-        self.tracking.metrics({**metrics, **meter.flush(self.total - state.step)}, state.step)
+        flops = sum(self._flops(batch) for batch in micro_batches)
+        self.tracking.metrics({**metrics, **meter.flush(self.total - state.step, flops)}, state.step)
+
+    def _flops(self, batch: Batch) -> float:
+        clips = self.config.data.batch_size // (self.group.world_size * self.config.training.gradient_accumulation)
+        return of_step(self.task.model, clips, self.task.decoder_passes(batch)).total
 
     def _evaluate(self) -> None:
         assert self.validation

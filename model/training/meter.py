@@ -9,15 +9,18 @@ import torch
 from model.data.loader import Batch
 from model.training.clock import Clock
 from model.training.distributed import Processes
+from model.training.flops import peak_flops
 
 SECTIONS = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
+COUNTED = ("tokens", "flops", "peak", "node", "reports")
 
 
 class Meter:
     """Counts between two `flush`es; the numbers of all processes become one set of metrics."""
 
-    def __init__(self, clock: Clock, group: Processes) -> None:
+    def __init__(self, clock: Clock, group: Processes, dtype: torch.dtype) -> None:
         self.clock, self.group = clock, group
+        self.peak_flops = peak_flops(group.device, dtype)
         self.steps = self.clips = self.tokens = 0
         self.network_bytes = _network_bytes()
         self.process = psutil.Process()
@@ -29,16 +32,23 @@ class Meter:
         self.clips += clips
         self.tokens += sum(_tokens(batch) for batch in micro_batches)
 
-    def flush(self, steps_left: int) -> dict[str, float]:
-        """Metrics of the interval; all processes call it together."""
+    def flush(self, steps_left: int, step_flops: float) -> dict[str, float]:
+        """Metrics of the interval, whose steps take `step_flops` on this process; all call it together."""
         seconds, passed_s = self.clock.flush()
         own = {name: seconds.get(name, 0.0) for name in SECTIONS}
-        own |= {"tokens": float(self.tokens), "node": float(os.environ.get("GROUP_RANK", 0)), **self._machine(passed_s)}
-        rows = self.group.table({**own, "reports": float(os.environ.get("LOCAL_RANK", "0") == "0")})
+        own |= {"flops": step_flops * self.steps, "peak": self.peak_flops * passed_s, "tokens": float(self.tokens)}
+        own |= {
+            "reports": float(os.environ.get("LOCAL_RANK", "0") == "0"),
+            "node": float(os.environ.get("GROUP_RANK", 0)),
+            **self._machine(passed_s),
+        }
+        rows = self.group.table(own)
         speed = {
             "perf/clips_per_s": self.clips / passed_s,
             "perf/tokens_per_s": sum(rows["tokens"]) / passed_s,
             "perf/step_s": passed_s / self.steps,
+            "perf/tflops": sum(rows["flops"]) / passed_s / 1e12,
+            "perf/mfu": sum(rows["flops"]) / sum(rows["peak"]),
             "perf/data_wait_share": _mean(rows["data"]) / passed_s,
             "perf/eta_hours": steps_left * passed_s / self.steps / 3600,
             **{f"perf/{name}_s": _mean(rows[name]) / self.steps for name in SECTIONS},
@@ -63,7 +73,7 @@ class Meter:
 def _by_node(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """system/node-<n>/… from the first process of each node; memory of processes is the node's largest."""
     found: dict[str, float] = {}
-    for name in rows.keys() - {"tokens", "node", "reports", *SECTIONS}:
+    for name in rows.keys() - {*SECTIONS, *COUNTED}:
         for node, reports, value in zip(rows["node"], rows["reports"], rows[name], strict=True):
             key = f"system/node-{node:.0f}/{name}"
             if "process" in name or "gpu" in name:

@@ -29,6 +29,9 @@ class Validation:
             )
         self.metric = settings.metric or "loss"
         self.lower_is_better = self.metric == "loss"
+        known = ("loss", *metrics.NAMES.get(config.task, ()))
+        if self.metric not in known:
+            raise ConfigError(f"evaluation.metric must be one of {', '.join(known)}, got {self.metric}.")
         self.source = ClipSource(reader=self.reader, processor=task.processor, read_video=task.reads_video)
 
     def run(self, engine: Engine) -> dict[str, float]:
@@ -41,11 +44,7 @@ class Validation:
 
     def chosen(self, scores: dict[str, float]) -> float:
         """The metric that decides which checkpoint is best."""
-        key = f"{self.config.evaluation.split}/{self.metric}"
-        if key not in scores:
-            known = ", ".join(name.partition("/")[2] for name in scores)
-            raise ConfigError(f"evaluation.metric must be one of {known}, got {self.metric}.")
-        return scores[key]
+        return scores[f"{self.config.evaluation.split}/{self.metric}"]
 
     def _losses(self, engine: Engine) -> dict[str, float]:
         """Over whole batches of the training's size, so that losses across processes see as many clips as there."""

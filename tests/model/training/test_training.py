@@ -15,6 +15,7 @@ from model.config import load
 from model.data.loader import ClipSource, training_batches
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
+from model.evaluation.metrics import NAMES
 from model.mplug_video import MPlugVideoForPreTraining
 from model.tasks import build_task
 from model.training.optim import lr_at, parameter_groups
@@ -82,9 +83,14 @@ def test_a_frozen_decoder_leaves_training_as_it_came(pretrained: str, decoder: s
 def test_a_model_travels_with_its_configuration_and_history(pretrained: str) -> None:
     facts = manifest.read(pretrained)
     assert facts["config"]["task"] == "pretraining"
-    assert {"train/loss", "train/lr", "train/grad_norm", "perf/clips_per_s", "perf/data_wait_share"} <= set(
-        history(pretrained)[-1]
+    last = history(pretrained)[-1]
+    sections = {f"perf/{name}_s" for name in ("data", "forward", "backward", "optimizer", "checkpoint")}
+    assert {"train/loss", "train/lr", "train/grad_norm", "perf/clips_per_s", "perf/tokens_per_s", *sections} <= set(
+        last
     )
+    assert {"perf/data_wait_share", "perf/eta_hours", "system/node-0/cpu_utilization_percentage"} <= set(last)
+    assert 0 < last["perf/mfu"] < 1.5  # of what a large product reaches on this processor
+    assert sum(last[section] for section in sections) <= last["perf/step_s"] * 1.01
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,7 @@ def test_each_task_is_trained_and_judged_by_the_command_line(
     evaluation = json.loads(out.read_text(encoding="utf-8"))
     assert json.loads(run.stdout) == evaluation["scores"]
     assert metric in evaluation["scores"]
+    assert set(evaluation["scores"]) == set(NAMES[task])
     assert len(evaluation["predictions"]) == len(ShardReader(f"{shards[task]}/test"))
     assert evaluation["pretrained"]
 

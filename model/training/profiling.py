@@ -1,0 +1,39 @@
+"""`--profile`: what a few steps do, as a trace for https://ui.perfetto.dev or Chrome."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from model import storage
+from model.config import RunConfig
+from model.training.distributed import Processes
+
+log = logging.getLogger("mplug")
+WAIT, WARM_UP, ACTIVE = 5, 1, 3
+"""Steps that pass, that the profiler needs itself, and that are recorded."""
+
+
+@contextmanager
+def profiled(config: RunConfig, group: Processes) -> Iterator[Callable[[], None]]:
+    """What to call after every step; does something where a profile is wanted, on the first process."""
+    if not (config.training.profile and group.is_main):
+        yield lambda: None
+        return
+    uri = storage.join(config.output, "profiles", f"{config.name}.json.gz")
+
+    def publish(profiler: profile) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json.gz"
+            profiler.export_chrome_trace(str(path))
+            storage.upload(path, uri)
+        log.info("profile of %d steps: %s", ACTIVE, uri)
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    plan = schedule(wait=WAIT, warmup=WARM_UP, active=ACTIVE, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=publish, record_shapes=True) as profiler:
+        yield profiler.step

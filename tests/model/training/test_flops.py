@@ -1,0 +1,36 @@
+"""The analytic count of operations against torch's own counter, for every task."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import load
+from model.data.loader import ClipSource
+from model.data.shards import ShardReader
+from model.tasks import build_task
+from model.training.flops import of_step, peak_flops
+
+CLIPS = 6
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen decoder", "trained decoder"])
+@pytest.mark.parametrize("task", ["pretraining", "captioning", "classification", "retrieval", "matching"])
+def test_the_count_is_that_of_torch(shards: dict[str, str], decoder: str, task: str, frozen: bool) -> None:
+    dataset = {"pretraining": "pretrain", "matching": "retrieval"}.get(task, task)
+    preset = {"matching": "tiny_retrieval"}.get(task, f"tiny_{task}")
+    settings = [f"model.decoder={decoder}", f"data.shards={shards[dataset]}", f"task={task}", "training.precision=fp32"]
+    config = load(preset, [*settings, f"model.freeze_decoder={str(frozen).lower()}"])
+    made = build_task(config)
+    made.model.train()
+    clips = ClipSource(reader=ShardReader(f"{shards[dataset]}/train"), processor=made.processor)
+    batch = made.collate([clips.example((0, position), clips.fetch(position)) for position in range(CLIPS)])
+    # on a CPU the counter does not see fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        made.network(batch)[0].backward()
+    ours = of_step(made.model, CLIPS, made.decoder_passes(batch)).total
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_peak_of_a_device_without_a_published_one_is_measured() -> None:
+    assert 1e9 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
