@@ -41,7 +41,7 @@ def describe(folder: Path, **facts: Any) -> bytes:
     return _encoded(files, facts)
 
 
-def entry(data: bytes) -> dict[str, Any]:
+def entry(data: bytes | memoryview) -> dict[str, Any]:
     """What a manifest says about a file with these bytes."""
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 

@@ -163,7 +163,7 @@ def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
 
 
 @_one_line
-def write(uri: str, data: bytes) -> None:
+def write(uri: str, data: bytes | memoryview) -> None:
     """Writes all of `data` or nothing: a reader never sees half an object."""
     if is_s3(uri):
         obstore.put(store_of(uri), key_of(uri), data)

@@ -96,6 +96,33 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs per node; 0: one process per node, on its CPU.")] = 8,
+    gpu: Annotated[str, typer.Option(help="B200, H200, H100, A100, L40S or A10G.")] = "H100",
+    price: Annotated[float, typer.Option(min=0, help="Of one GPU for an hour.")] = 0,
+    clips: Annotated[int, typer.Option(min=0, help="Clips of an epoch, where data.shards is not there yet.")] = 0,
+    measure: Annotated[
+        bool, typer.Option(help="Take a few steps on this machine, and count with what they show.")
+    ] = False,
+) -> None:
+    """Say what a run will take before it is launched: memory, checkpoints, data, time and cost.
+
+    Needs neither weights nor data. Exit code 1 says that it would not fit.
+
+    Example: `mplug plan pretrain_1.3b --nodes 4 --gpus 8 --gpu H100 --clips 10000000 --price 2.5`
+    """
+    from pipelines.planning import GPU_MEMORY, Cluster, show
+
+    if gpu not in GPU_MEMORY:
+        raise typer.BadParameter(f"must be one of {', '.join(GPU_MEMORY)}, got {gpu}.", param_hint="--gpu")
+    cluster = Cluster(nodes=nodes, gpus=gpus, gpu=gpu, price=price)
+    sys.exit(0 if show(config, overrides or [], cluster, clips=clips, measured=measure) else 1)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or URI of a trained model.")],
     shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],

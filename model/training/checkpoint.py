@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from model import manifest, storage
 from model.config import ConfigError, RunConfig
@@ -28,6 +28,7 @@ from model.data.annotations import DataError
 from model.storage import NotFoundError, StorageError
 from model.training.distributed import Processes
 from model.training.engine import Engine
+from model.training.snapshot import Snapshot
 
 log = logging.getLogger("mplug")
 HISTORY = "history.jsonl"
@@ -61,7 +62,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.config, self.engine, self.group = folder, config, engine, group
         self.base_sha256 = base_sha256
-        self.buffers: dict[str, Tensor] = {}
+        self.snapshot: Snapshot | None = None
         self.upload: threading.Thread | None = None
         # of the uploading threads alone: they must not meet the training's collectives
         self.uploaders = dist.new_group(backend="gloo")
@@ -124,16 +125,12 @@ class Checkpoints:
         return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
     def _copy(self) -> None:
-        """Copies into buffers that are kept: fresh memory costs more than the copy."""
-        tensors = self.engine.state.tensors()
         if self.engine.stage == 0 and not self.group.is_main:
-            tensors = {}  # every process holds the same
-        for name, tensor in tensors.items():
-            if name not in self.buffers:
-                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self.buffers[name].copy_(tensor, non_blocking=True)
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
+            return  # every process holds the same
+        tensors = self.engine.state.tensors()
+        if self.snapshot is None:
+            self.snapshot = Snapshot(tensors)
+        self.snapshot.copy(tensors)
 
     def _write(self, step: int, history: bytes, facts: dict[str, Any]) -> None:
         """One process's file; then the first process's manifest, which makes a checkpoint of them."""
@@ -141,7 +138,7 @@ class Checkpoints:
             written: dict[str, dict[str, Any]] | None = None
             try:
                 written = self._write_files(step, history)
-            except (StorageError, safetensors.SafetensorError, MemoryError) as error:
+            except StorageError as error:
                 log.warning("checkpoint of step %d was not written by process %d: %s", step, self.group.rank, error)
             parts: list[Any] = [None] * self.group.world_size
             dist.gather_object(written, parts if self.group.is_main else None, group=self.uploaders)
@@ -153,9 +150,9 @@ class Checkpoints:
             log.warning("checkpoint of step %d was not finished: %s", step, str(error).splitlines()[0][:200])
 
     def _write_files(self, step: int, history: bytes) -> dict[str, dict[str, Any]]:
-        files = {}
-        if self.buffers:
-            files[self._file(self.group.rank, self.group.world_size)] = safetensors.torch.save(self.buffers)
+        files: dict[str, bytes | memoryview] = {}
+        if self.snapshot:
+            files[self._file(self.group.rank, self.group.world_size)] = self.snapshot.file
         if self.group.is_main:
             files[HISTORY] = history
         for name, data in files.items():

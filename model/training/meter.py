@@ -1,6 +1,7 @@
 """How fast a run is, and what it takes of its machines: the numbers of one logging interval."""
 
 import os
+import resource
 from collections.abc import Mapping, Sequence
 
 import psutil
@@ -23,7 +24,6 @@ class Meter:
         self.peak_flops = peak_flops(group.device, dtype)
         self.steps = self.clips = self.tokens = 0
         self.network_bytes = _network_bytes()
-        self.process = psutil.Process()
         psutil.cpu_percent()  # the first call only sets the beginning
 
     def count(self, micro_batches: Sequence[Batch], clips: int) -> None:
@@ -62,11 +62,11 @@ class Meter:
         found = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_percentage": psutil.virtual_memory().percent,
-            "process_memory_gigabytes": self.process.memory_info().rss / 1e9,
+            "process_memory_peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             "network_megabytes_per_s": (self.network_bytes - sent_before) / 1e6 / passed_s,
         }
         if torch.cuda.is_available():
-            found["gpu_memory_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+            found["gpu_memory_peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
         return found
 
 

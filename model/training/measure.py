@@ -1,0 +1,74 @@
+"""A few real steps of a run on this machine, with weights of no meaning and no data: what they take, and how long.
+
+`python -m model.training.measure CONFIG [key=value …]` prints a JSON object; `mplug plan --measure` runs it.
+"""
+
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+
+from model import storage
+from model.config import RunConfig, load
+from model.data.loader import ClipSource, open_split
+from model.mplug_video.processing import MPlugVideoProcessor
+from model.storage import StorageError
+from model.tasks.base import TaskNetwork
+from model.training.clock import Clock
+from model.training.distributed import processes
+from model.training.engine import Engine
+from model.training.flops import peak_flops
+from model.training.optim import lr_at
+from model.training.outline import example_batch, outline, task_of
+from model.training.plan import Measured
+
+STEPS, CLIPS = 4, 24
+
+
+def measure(config: RunConfig) -> Measured:
+    """Steps over `data.batch_size` clips at a time, on one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in {**alone, "MASTER_PORT": free.getsockname()[1]}.items()})
+    with processes(config.watchdog) as group:
+        model = outline(config, "cpu")
+        model.train()
+        engine = Engine(TaskNetwork(task_of(config, model)), config, group)
+        clock, seconds = Clock(group.device), []
+        for step in range(STEPS):
+            start = time.perf_counter()
+            engine.step([example_batch(config, config.data.batch_size)], lr_at(step, STEPS, config.optim), clock)
+            if group.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        if group.device.type == "cuda":
+            memory = float(torch.cuda.max_memory_reserved())
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        peak = peak_flops(group.device, dtype)
+    return Measured(memory=memory, step_s=min(seconds[1:]), peak_flops=peak, clip_s=_clip_s(config))
+
+
+def _clip_s(config: RunConfig) -> float | None:
+    vision = config.model.vision
+    try:
+        reader = open_split(storage.join(config.data.shards, "train"), config.data)
+    except StorageError:
+        return None
+    processor = MPlugVideoProcessor(None, image_size=vision.image_size, num_frames=vision.num_frames)
+    clips = ClipSource(reader=reader, processor=processor, augment=config.data)
+    torch.set_num_threads(1)
+    start = time.process_time()
+    for position in range(min(CLIPS, len(reader))):
+        clips.example((0, position), clips.fetch(position))
+    return (time.process_time() - start) / min(CLIPS, len(reader))
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(load(sys.argv[1], sys.argv[2:])))))
