@@ -51,9 +51,8 @@ from pipelines.services import BUCKET, object_storage  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 SIZE, FRAMES, ROUNDS, CLIPS = 224, 8, 5, 6
-NOISE = (
-    2  # levels; gives the bit rate and the frame sizes of real clips (12 to 33 kB at 256 pixels, measured on eleven)
-)
+NOISE = 2
+"""Levels; gives the bit rate and the frame sizes of real clips (12 to 33 kB at 256 pixels, measured on eleven)."""
 CONFIG = DataConfig(workers=0, augment_ops=0)
 PROCESSOR = MPlugVideoProcessor(None, image_size=SIZE, num_frames=FRAMES)  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from killing import Outcome, Training
 from running import train
 
 
@@ -58,6 +59,15 @@ def pretrained(shards: dict[str, str], decoder: str, root: Path) -> str:
     """URI of a model that was pre-trained for two steps on two processes."""
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", "training.precision=bf16"]
     return train("tiny_pretraining", root, settings, processes=2)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shards: dict[str, str], decoder: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run of two processes that nothing happened to."""
+    settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
+    outcome = Training(tmp_path_factory.mktemp("undisturbed"), settings).run()
+    assert outcome.code == 0, outcome.said
+    return outcome
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ linearly with the depth (to the byte, where tried) and with the clips.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -115,6 +116,17 @@ def micro_batch_of(config: RunConfig, processes: int) -> tuple[int, int]:
 
 def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
     """What a forward and backward pass takes at most beside weights and gradients."""
+    # what a measurement does not depend on is made equal: one serves for all
+    common = {"zero_stage": 0, "gradient_accumulation": 1}
+    alike = config.model_copy(update={"training": config.training.model_copy(update=common)})
+    constant, per_clip = _growth(alike.model_dump_json(), on_cpu)
+    return constant + clips * per_clip
+
+
+@lru_cache
+def _growth(config_json: str, on_cpu: bool) -> tuple[float, float]:
+    """Bytes that do not depend on the clips, and bytes per clip."""
+    config = RunConfig.model_validate_json(config_json)
     text_layers = outline(config).config.get_text_config().num_hidden_layers
     # on a GPU attention is fused, as in fp32 on a CPU; bf16 on a CPU has its own way
     dtype = torch.bfloat16 if on_cpu and _width(config) == 2 else torch.float32
@@ -126,7 +138,7 @@ def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
     vision = 0.0 if config.task == "language_modeling" else (_peak(config, dtype, (2, 1), few) - one) / few
     text = (_peak(config, dtype, (1, 2), few) - one) / few
     per_clip += (config.model.vision.num_hidden_layers - 1) * vision + (text_layers - 1) * text
-    return scale * (constant + clips * per_clip)
+    return scale * constant, scale * per_clip
 
 
 def _peak(config: RunConfig, dtype: torch.dtype, layers: tuple[int, int], clips: int) -> int:

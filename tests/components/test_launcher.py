@@ -19,11 +19,6 @@ def settings(shards: dict[str, str], decoder: str) -> list[str]:
     return [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "watchdog.silence_s=8"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return Training(tmp_path_factory.mktemp("undisturbed"), settings).run()
-
-
 def static(number: int) -> dict[str, str]:
     """As training-operator sets it for one Master and one Worker: RANK and WORLD_SIZE count pods."""
     port, master = "23456", "job-master-0"

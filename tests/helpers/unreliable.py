@@ -30,7 +30,7 @@ class Proxy(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if server.mode == "slow":
-            time.sleep(1.5)
+            time.sleep(0.6)
         status, answer = (500, b"{}") if server.mode == "500" else self._forward(server.target, body)
         if server.mode == "lost answers":  # the server has done it, and nobody hears of it
             self.close_connection = True

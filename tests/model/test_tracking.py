@@ -1,6 +1,7 @@
 """Runs in a real MLflow whose server is down, slow, answers 500 or loses its answers."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from model.tracking import Run, tracked
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unreliable]:
     with mlflow_server(tmp_path_factory.mktemp("mlflow")) as proxy:
         yield proxy
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # mlflow sets it, and commands of other tests would read it
 
 
 @pytest.fixture

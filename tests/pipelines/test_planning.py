@@ -48,12 +48,13 @@ def test_a_run_is_planned_without_weights_and_data() -> None:
 
 
 def test_what_does_not_fit_is_said_with_the_mildest_remedy() -> None:
-    one = ["--gpus", "1", "--gpu", "A10G", "--clips", "100000", "data.batch_size=48"]
-    ended = command("plan", "pretrain_1.3b", *one)
+    text = "model.text={model_type: gpt2, n_embd: 128, n_layer: 4, n_head: 4, n_positions: 128, vocab_size: 448}"
+    one = ["--gpus", "1", "--gpu", "A10G", text, "data.batch_size=32768"]
+    ended = command("plan", "tiny_pretraining", *one)
     assert ended.returncode == 1
     assert "does not fit" in ended.stdout
     remedy = ended.stdout.split("with: ")[1].split()
-    again = command("plan", "pretrain_1.3b", *one, *remedy)
+    again = command("plan", "tiny_pretraining", *one, *remedy)
     assert again.returncode == 0, again.stdout
 
 

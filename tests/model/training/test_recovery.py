@@ -1,6 +1,7 @@
 """Runs that are killed, asked to end, moved to other numbers of processes, or diverge."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,6 @@ from model.training.checkpoint import saved_steps
 @pytest.fixture(scope="module")
 def settings(shards: dict[str, str], decoder: str) -> list[str]:
     return [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    outcome = Training(tmp_path_factory.mktemp("undisturbed"), settings).run()
-    assert outcome.code == 0, outcome.said
-    return outcome
 
 
 def same(outcome: Outcome, undisturbed: Outcome) -> None:
@@ -39,30 +33,35 @@ def test_a_killed_process_leaves_no_trace_in_losses_and_weights(
     assert "it is started again" in outcome.said
 
 
-def test_a_terminated_run_saves_and_goes_on_when_it_is_started_again(
-    settings: list[str], undisturbed: Outcome, tmp_path: Path
-) -> None:
-    run = Training(tmp_path, settings)
+@pytest.fixture(scope="module")
+def terminated(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Training:
+    run = Training(tmp_path_factory.mktemp("terminated"), settings)
     outcome = run.interrupted(lambda child: child.terminate())
     assert outcome.code == 143
     assert "Traceback" not in outcome.said
-    folder = next(tmp_path.glob("checkpoints/*"))
+    (folder,) = run.root.glob("checkpoints/*")
     assert f"step {saved_steps(str(folder))[0]} is saved" in outcome.said
-    same(run.run(), undisturbed)
-    again = run.run()
-    assert again.code == 0
-    assert json.loads((folder / "run.json").read_text())["model"] == again.model  # and did not train
-    assert "step/s" not in again.said
+    return run
 
 
-def test_a_run_moves_to_another_number_of_processes(settings: list[str], undisturbed: Outcome, tmp_path: Path) -> None:
-    run = Training(tmp_path, settings)
-    assert run.interrupted(lambda child: child.terminate()).code == 143
-    outcome = run.run(processes=4)
+def test_a_terminated_run_goes_on_on_another_number_of_processes(
+    terminated: Training, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    shutil.copytree(terminated.root, tmp_path, dirs_exist_ok=True)
+    outcome = Training(tmp_path, terminated.settings).run(processes=1)
     assert outcome.code == 0, outcome.said
     assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
     # each process averages over its own tokens: equal up to the spread of title lengths
     assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)
+
+
+def test_a_terminated_run_goes_on_as_if_nothing_had_happened(terminated: Training, undisturbed: Outcome) -> None:
+    same(terminated.run(), undisturbed)
+    again = terminated.run()
+    assert again.code == 0
+    (folder,) = terminated.root.glob("checkpoints/*")
+    assert json.loads((folder / "run.json").read_text())["model"] == again.model  # and did not train
+    assert "step/s" not in again.said
 
 
 def test_a_run_that_diverges_goes_back_and_ends_at_its_budget(settings: list[str], tmp_path: Path) -> None:

@@ -34,29 +34,36 @@ def plain_losses(preset: str, overrides: list[str]) -> list[float]:
     task = build_task(config)
     task.model.train()
     reader = ShardReader(f"{config.data.shards}/train")
+    accumulation = config.training.gradient_accumulation
     sampler = BatchSampler(
-        size=len(reader), seed=config.seed, batch_size=config.data.batch_size, steps=config.training.steps
-    )
+        size=len(reader), seed=config.seed, batch_size=config.data.batch_size // accumulation,
+        steps=config.training.steps * accumulation,
+    )  # fmt: skip
     clips = ClipSource(reader=reader, processor=task.processor, augment=config.data, seed=config.seed)
     optimizer = torch.optim.AdamW(
         parameter_groups(task.network, config.optim), betas=config.optim.betas, eps=config.optim.eps
     )
     losses = []
-    for step, batch in enumerate(training_batches(clips, sampler, task.collate, config.data)):
+    batches = iter(training_batches(clips, sampler, task.collate, config.data))
+    for step in range(config.training.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, config.training.steps, config.optim) * group["lr_scale"]
-        loss, _ = task.network(batch)
-        loss.backward()
+        parts = [task.network(next(batches))[0] / accumulation for _ in range(accumulation)]
+        sum(parts).backward()
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.optim.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(sum(part.item() for part in parts))
     return losses
 
 
-def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decoder: str, root: Path) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_engine_trains_as_a_plain_pytorch_loop(
+    shards: dict[str, str], decoder: str, root: Path, accumulation: int
+) -> None:
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", f"output={root}"]
-    settings += [*TINY, "training.steps=5", "name=golden", "model.use_contrastive=false"]
+    settings += [*TINY, "training.steps=5", f"name=golden{accumulation}", "model.use_contrastive=false"]
+    settings += [f"training.gradient_accumulation={accumulation}", "optim.clip_grad_norm=0.5"]
     ours = history(train("tiny_pretraining", root, settings, steps=5))
     assert [point["train/loss"] for point in ours] == pytest.approx(
         plain_losses("tiny_pretraining", settings), rel=1e-4

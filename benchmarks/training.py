@@ -1,0 +1,228 @@
+"""Training against what a user would take instead, interleaved in one run.
+
+    python benchmarks/training.py overhead    our loop over a bare DeepSpeed loop on the same batches
+    python benchmarks/training.py waiting     the share of time that steps wait for data
+    python benchmarks/training.py saving      a step's wait for a checkpoint, over a blocking save to the same S3
+    python benchmarks/training.py scaling     clips/s of two processes over one
+    python benchmarks/training.py kills       30 random kills: final weights, metric series, lost work, time to recover
+    python benchmarks/training.py             all five
+
+Needs `pip install -e '.[demo]'`. Writes benchmarks/results/training.json.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py would hide the package
+
+import torch  # noqa: E402
+
+from benchmarks.training_kills import KILLS, kills  # noqa: E402
+from model.config import RunConfig, load  # noqa: E402
+from model.config_sections import TrackingConfig, WatchdogConfig  # noqa: E402
+from model.data.annotations import COLUMNS  # noqa: E402
+from model.data.build import Settings  # noqa: E402
+from model.data.commit import build_shards  # noqa: E402
+from model.data.examine import Form  # noqa: E402
+from model.data.loader import open_split  # noqa: E402
+from model.data.synthetic import synthesize  # noqa: E402
+from model.tasks import build_task  # noqa: E402
+from model.tasks.tokenizer import publish_tokenizer  # noqa: E402
+from model.tracking import tracked  # noqa: E402
+from model.training.checkpoint import Checkpoints  # noqa: E402
+from model.training.distributed import Processes, processes  # noqa: E402
+from model.training.engine import Engine  # noqa: E402
+from model.training.loop import Training, seed_step  # noqa: E402
+from model.training.state import Progress  # noqa: E402
+from model.training.watchdog import Watchdog  # noqa: E402
+from pipelines.services import BUCKET, object_storage  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "training.json"
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+ROUNDS, STEPS = 8, 20
+
+
+def corpus(folder: Path) -> list[str]:
+    """Overrides that name the shards and the decoder of a small synthetic corpus."""
+    source = synthesize(folder / "source", seed=1, scale=0.1)
+    form = Form(num_frames=8, short_side=72)
+    shards = build_shards(Settings(raw=str(source), root=str(folder), dataset=next(iter(COLUMNS)), form=form))
+    tokenizer = publish_tokenizer(str(source), str(folder), vocab_size=448)
+    train = [MPLUG, "train", "tiny_decoder", f"data.shards={shards}", f"model.decoder={tokenizer}", f"output={folder}"]
+    made = subprocess.run([*train, "training.steps=50"], check=True, capture_output=True, text=True)
+    return [f"data.shards={shards}", f"model.decoder={made.stdout.strip()}", f"output={folder}"]
+
+
+@contextmanager
+def alone() -> Iterator[Processes]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"DS_ACCELERATOR": "cpu"}
+    with processes(WatchdogConfig()) as group:
+        yield group
+
+
+def overhead(folder: Path) -> dict[str, Any]:
+    """Both loops take the same batches from memory, in turns, with one engine."""
+    config = load("tiny_pretraining", [*corpus(folder), "data.batch_size=32", f"training.steps={STEPS}"])
+    with alone() as group, tracked(TrackingConfig(), "overhead") as run:
+        torch.set_num_threads(1)
+        task = build_task(config)
+        task.model.train()
+        engine = Engine(task.network, config, group)
+        reader = open_split(f"{config.data.shards}/train", config.data)
+        checkpoints = Checkpoints(str(folder / "run"), config.checkpoint, engine, "", group)
+        config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 0})})
+        training = Training(
+            config,
+            task,
+            engine,
+            reader,
+            checkpoints,
+            run,
+            group,
+            Watchdog(config.watchdog),
+            threading.Event(),
+            Progress(),
+        )
+        batches = list(islice(iter(training._batches()), 8))
+        stored = _Stored(batches)
+        training._batches = lambda: stored  # type: ignore[method-assign]
+        taken: dict[str, list[float]] = {"ours": [], "bare DeepSpeed": []}
+        for turn in range(ROUNDS + 1):
+            for name in taken:
+                start = time.perf_counter()
+                if name == "ours":
+                    training.progress.step = 0
+                    _steps_of(training)
+                else:
+                    _bare(engine, batches)
+                if turn:
+                    taken[name].append((time.perf_counter() - start) / STEPS)
+        ratios = [a / b for a, b in zip(taken["ours"], taken["bare DeepSpeed"], strict=True)]
+    medians = {f"{name}, ms per step": round(1000 * statistics.median(times), 2) for name, times in taken.items()}
+    return {
+        **medians,
+        "overhead": round(statistics.median(ratios) - 1, 4),
+        "each round": [round(x - 1, 4) for x in ratios],
+    }
+
+
+class _Stored:
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return cycle(self.batches)
+
+    def take_failures(self) -> int:
+        return 0
+
+
+def _steps_of(training: Training) -> None:
+    """The loop, without the checkpoint at its end, which is measured by itself."""
+    save, training._save = training._save, lambda: None  # type: ignore[method-assign]
+    training.run()
+    training._save = save  # type: ignore[method-assign]
+
+
+def _bare(engine: Engine, batches: list[Any]) -> None:
+    """What DeepSpeed's own examples do, with a loss printed every ten steps."""
+    for step, batch in enumerate(islice(cycle(batches), STEPS)):
+        seed_step(0, step, 0)
+        loss, _ = engine.engine(batch)
+        engine.engine.backward(loss)
+        engine.engine.step()
+        if (step + 1) % 10 == 0:
+            float(loss)
+
+
+def waiting(folder: Path) -> dict[str, Any]:
+    settings = [*corpus(folder), "training.steps=60", "optim.warmup_steps=0", "training.log_every=10"]
+    return {
+        f"{workers} loader processes": _history(settings, f"data.workers={workers}", f"trial={workers + 1}")
+        for workers in (0, 1, 2)
+    }
+
+
+def _history(settings: list[str], *overrides: str, count: int = 1) -> dict[str, float]:
+    command = [MPLUG, "train", "tiny_pretraining", "--processes", str(count), *settings, *overrides]
+    made = subprocess.run(command, check=True, capture_output=True, text=True)
+    points = [json.loads(line) for line in (Path(made.stdout.strip()) / "history.jsonl").read_text().splitlines()][1:]
+    names = ("perf/data_wait_share", "perf/clips_per_s", "perf/mfu")
+    return {name: round(statistics.median(point[name] for point in points), 4) for name in names}
+
+
+def saving(folder: Path) -> dict[str, Any]:
+    """A model of 86 million trained parameters: the paper's vision encoder."""
+    wide = ["model.vision.hidden_size=768", "model.vision.num_hidden_layers=6", "model.vision.num_attention_heads=8"]
+    config: RunConfig = load("tiny_pretraining", [*corpus(folder), *wide, "data.batch_size=2"])
+    with object_storage(folder / "s3"), alone() as group:
+        engine = Engine(build_task(config).network, config, group)
+        made = Checkpoints(f"s3://{BUCKET}/run", config.checkpoint, engine, "", group)
+        made.save(0, b"", {})
+        made.wait()  # the copy's memory is allocated once per run
+        waits, whole = [], []
+        for step in range(1, ROUNDS + 1):
+            start = time.perf_counter()
+            made.save(step, b"", {})
+            waits.append(time.perf_counter() - start)
+            made.wait()
+            whole.append(time.perf_counter() - start)
+        size = sum(tensor.nbytes for tensor in engine.state.tensors().values())
+    ratio = statistics.median(a / b for a, b in zip(waits, whole, strict=True))
+    return {
+        "bytes": size, "in the step, s": round(statistics.median(waits), 3),
+        "blocking, s": round(statistics.median(whole), 3), "share": round(ratio, 4),
+    }  # fmt: skip
+
+
+def scaling(folder: Path) -> dict[str, Any]:
+    """The same global batch on one process and on two, in turns."""
+    settings = [*corpus(folder), "training.steps=60", "optim.warmup_steps=0", "training.log_every=10"]
+    found: dict[str, list[float]] = {"1 process": [], "2 processes": []}
+    for turn in range(3):
+        for count, name in enumerate(found, start=1):
+            found[name].append(
+                _history(settings, f"trial={turn + 1}", f"name=w{count}", count=count)["perf/clips_per_s"]
+            )
+    ratio = statistics.median(b / a for a, b in zip(*found.values(), strict=True))
+    return {**{f"{name}, clips/s": rates for name, rates in found.items()}, "ratio": round(ratio, 3)}
+
+
+JOBS = {"overhead": overhead, "waiting": waiting, "saving": saving, "scaling": scaling}
+
+
+def main(names: list[str], count: int) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    results["machine"] = f"{cpu.partition(': ')[2]}, {os.cpu_count()} cores"
+    for name in names:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            results[name] = kills(folder, corpus(folder), count) if name == "kills" else JOBS[name](folder)
+        print(json.dumps({name: results[name]}, indent=1, ensure_ascii=False), flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", choices=[*JOBS, "kills", []], help="default: all")
+    parser.add_argument("--kills", type=int, default=KILLS, help="how many")
+    options = parser.parse_args()
+    main(options.jobs or [*JOBS, "kills"], options.kills)

@@ -1,0 +1,198 @@
+"""Random kills of everything that a run consists of or leans on, and what became of the run."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+
+from model import storage
+from pipelines.services import BUCKET, object_storage, process
+from pipelines.services import settings as service_settings
+
+KILLS, STEPS, EVERY = 30, 60, 10
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+KINDS = ("SIGKILL", "SIGKILL", "SIGTERM", "S3 down for 20 s", "MLflow down for 60 s", "cache disk full for 15 s")
+CACHE_BYTES = 64 * 2**20
+Run = subprocess.Popen[str]
+
+
+class Rig:
+    """An S3 server, an MLflow server, a small disk for the cache, and runs that lean on all three."""
+
+    def __init__(self, folder: Path, overrides: list[str]) -> None:
+        self.folder, self.overrides = folder, overrides
+        self.mlflow_port = service_settings(folder / "s3").mlflow_port
+        self.tracking = f"http://127.0.0.1:{self.mlflow_port}"
+        self.cache = folder / "cache"
+        self.cache.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={CACHE_BYTES}", "tmpfs", str(self.cache)], check=True)
+        os.environ["MPLUG_CACHE"] = str(self.cache)
+
+    def mlflow(self) -> Any:
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.mlflow_port),
+            "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
+        ]  # fmt: skip
+        return process(command, self.folder / "mlflow.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+    def start(self, trial: int) -> Run:
+        settings = [
+            *self.overrides, f"output=s3://{BUCKET}/root", f"training.steps={STEPS}", f"checkpoint.every={EVERY}",
+            "optim.warmup_steps=2", "training.log_every=1", "data.batch_size=16", f"trial={trial}", "data.workers=1",
+            "training.precision=fp32", f"tracking.uri={self.tracking}", "watchdog.silence_s=10",
+        ]  # fmt: skip
+        return subprocess.Popen(
+            [MPLUG, "train", "tiny_pretraining", "--processes", "2", *settings],
+            stdout=subprocess.PIPE, stderr=(self.folder / f"trial-{trial}.log").open("a"), text=True,
+        )  # fmt: skip
+
+    def points(self) -> list[dict[str, Any]]:
+        """What the newest process 0 has logged of its own so far, from its journal."""
+        journals = sorted((self.cache / "journal").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+        lines = [json.loads(line) for path in journals for line in path.read_text().splitlines() if line.endswith("}")]
+        return [point for point in lines if "perf/step_s" in point]
+
+
+def kills(folder: Path, overrides: list[str], count: int = KILLS) -> dict[str, Any]:
+    """Each run is hit once at a random time, and must end as one that nothing happened to."""
+    rig = Rig(folder, overrides)
+    rng = random.Random(0)
+    try:
+        with object_storage(folder / "s3"), _Server(rig) as server:
+            weights, losses = _end(rig, rig.start(1))
+            rows = []
+            for number in range(count):
+                row = _hit(rig, server, rng, KINDS[number % len(KINDS)], number + 2)
+                row["same weights"] = row.pop("weights") == weights
+                row["complete series"] = row.pop("series") == losses
+                rows.append(row)
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+    finally:
+        subprocess.run(["umount", "-l", str(rig.cache)])
+    good = sum(row["same weights"] and row["complete series"] for row in rows)
+    summary: dict[str, Any] = {"kills": count, "same weights and complete series": good}
+    for kind in dict.fromkeys(KINDS):
+        hit = [row for row in rows if row["kind"] == kind]
+        summary[kind] = {
+            "runs": len(hit),
+            "steps done again": [row["steps done again"] for row in hit],
+            "standstill, s": round(statistics.median(row["standstill, s"] for row in hit), 1),
+        }
+    return summary
+
+
+class _Server:
+    """MLflow, which can be killed and started again."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+
+    def __enter__(self) -> "_Server":
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.__exit__(None, None, None)
+
+    def up(self) -> None:
+        self.context = self.rig.mlflow()
+        self.child = self.context.__enter__()
+
+    def down(self) -> None:
+        _kill_tree(self.child.pid)
+
+
+def _hit(rig: Rig, server: _Server, rng: random.Random, kind: str, trial: int) -> dict[str, Any]:
+    shutil.rmtree(rig.cache / "journal", ignore_errors=True)
+    run = rig.start(trial)
+    moment = rng.randint(3, STEPS - 8)
+    while not any(point["step"] >= moment for point in rig.points()):
+        assert run.poll() is None, (rig.folder / f"trial-{trial}.log").read_text()
+        time.sleep(0.05)
+    hit_at, before = time.time(), max(point["step"] for point in rig.points())
+    who = _do(rig, server, rng, kind, run)
+    if run.poll() is not None or kind == "SIGTERM":
+        run.communicate()
+        run = rig.start(trial)  # as a cluster does
+    weights, series = _end(rig, run)
+    lines = rig.points()
+    times = sorted(point["time_ms"] / 1000 for point in lines)
+    gaps = [later - earlier for earlier, later in pairwise(times) if later > hit_at]
+    again = sum(point["time_ms"] / 1000 > hit_at and point["step"] <= before for point in lines)
+    return {
+        "kind": kind, "who": who, "step": before, "weights": weights, "series": series,
+        "steps done again": again, "standstill, s": round(max(gaps, default=0.0), 1),
+    }  # fmt: skip
+
+
+def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> str:
+    if kind == "SIGKILL":
+        victim = rng.choice([psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)])
+        name = " ".join(victim.cmdline())[-60:]
+        victim.kill()
+        if victim.pid == run.pid:
+            time.sleep(5)
+        return name
+    if kind == "SIGTERM":
+        run.send_signal(signal.SIGTERM)
+        return "launcher"
+    if kind.startswith("S3"):
+        _pause(["weed"], 20, lambda: None)
+    elif kind.startswith("MLflow"):
+        server.down()
+        time.sleep(60)
+        server.up()
+    else:
+        filler = rig.cache / "filler"
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(2**20))
+                    file.flush()
+            except OSError:
+                pass
+        time.sleep(15)
+        filler.unlink()
+    return ""
+
+
+def _pause(names: list[str], seconds: float, then: Callable[[], None]) -> None:
+    """Kills a server and starts it again with the command that it had."""
+    for child in psutil.Process().children(recursive=True):
+        if child.name() in names:
+            command, environment, place = child.cmdline(), child.environ(), child.cwd()
+            child.kill()
+            time.sleep(seconds)
+            subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            break
+    then()
+
+
+def _kill_tree(pid: int) -> None:
+    for child in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        child.kill()
+
+
+def _end(rig: Rig, run: Run) -> tuple[str, list[tuple[int, float]]]:
+    """Hash of the final weights, and the loss series in MLflow."""
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, (run.returncode, out)
+    weights = hashlib.sha256(storage.read(f"{out.strip()}/model.safetensors")).hexdigest()
+    run_id = json.loads(storage.read(f"{out.strip()}/manifest.json"))["run_id"]
+    client = mlflow.MlflowClient(rig.tracking)
+    found = client.get_metric_history(run_id, "train/loss")
+    assert client.get_run(run_id).info.status == "FINISHED"
+    return weights, sorted((point.step, point.value) for point in found)
