@@ -253,6 +253,7 @@ def client(uri: str) -> mlflow.MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which holds results, for scripts
     mlflow.set_tracking_uri(uri)  # artifact uploads read the global setting
     return mlflow.MlflowClient(uri)
 

@@ -60,7 +60,10 @@ def status(server: Unreliable, run: Run) -> str:
 
 @pytest.mark.parametrize("mode", ["down", "500", "slow", "lost answers"])
 @pytest.mark.parametrize("when", ["at start", "in the middle", "at the end"])
-def test_an_outage_neither_slows_a_run_nor_costs_a_point(server: Unreliable, when: str, mode: Mode) -> None:
+def test_an_outage_neither_slows_a_run_nor_costs_a_point(
+    server: Unreliable, when: str, mode: Mode, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
     server.mode = mode if when == "at start" else "up"
     with tracked(config(server), "outage") as run:
         run.params({"optim.lr": 1e-4})
@@ -73,6 +76,7 @@ def test_an_outage_neither_slows_a_run_nor_costs_a_point(server: Unreliable, whe
             back = tracking.threading.Timer(2.0, lambda: setattr(server, "mode", "up"))
             back.start()
     assert longest < 0.1
+    assert capfd.readouterr().out == ""  # which is for the model's URI alone
     for key in ("train/loss", "train/lr"):
         assert series(server, run, key) == list(range(1, 41))
     assert status(server, run) == "FINISHED"
