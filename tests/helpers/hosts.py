@@ -7,7 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-MISSING = "" if os.geteuid() == 0 and shutil.which("ip") and shutil.which("unshare") else "needs root, ip and unshare"
+
+def _missing() -> str:
+    """Why there can be no hosts here; empty where there can."""
+    name = f"mplug{os.getpid()}-try"
+    try:
+        for command in (["ip", "netns", "add", name], ["ip", "netns", "del", name], ["unshare", "--uts", "true"]):
+            subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"needs root and network namespaces: {error}"
+    return ""
+
+
+MISSING = _missing()
 
 
 @contextmanager
