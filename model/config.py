@@ -151,6 +151,17 @@ def in_steps(config: RunConfig, clips: int) -> RunConfig:
     )
 
 
+def micro_batch_of(config: RunConfig, processes: int) -> tuple[int, int]:
+    """Clips of one forward pass, and forward passes of all processes per step."""
+    share = processes * config.training.gradient_accumulation
+    if config.data.batch_size % share:
+        raise ConfigError(
+            f"data.batch_size must be a multiple of processes x training.gradient_accumulation = {share}, "
+            f"got {config.data.batch_size}."
+        )
+    return config.data.batch_size // share, share
+
+
 def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 

@@ -11,9 +11,9 @@ from model.config import ConfigError, ConversionError, TrackingError
 from model.data.annotations import DataError
 from model.storage import NotFoundError, StorageError
 
-FAILED, CONFIGURATION, DATA, ATTEMPTS, INTERRUPTED, OUTAGE, TERMINATED, LOST = 1, 2, 3, 4, 130, 134, 143, 144
-"""OUTAGE: a bucket or a server that does not answer may be back after a restart. TERMINATED: asked to end, and saved.
-LOST: a process of the run is gone or stands still. ATTEMPTS: restarting has not helped."""
+FAILED, CONFIGURATION, DATA, ATTEMPTS, INTERRUPTED, OUTAGE, LOST = 1, 2, 3, 4, 130, 134, 144
+"""OUTAGE: a bucket or a server that does not answer may be back after a restart. LOST: a process of the run is gone or
+stands still. ATTEMPTS: restarting has not helped. (143, asked to end and saved, is model.tracking's TERMINATED.)"""
 
 
 class StageError(RuntimeError):

@@ -55,7 +55,8 @@ class Run:
     def __init__(self, config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = ()) -> None:
         self.name, self.key, self.config = name, key or uuid.uuid4().hex, config
         self.journal = cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
-        self.points: list[Point] = []
+        self.lines: list[str] = []
+        """The metrics so far, as the journal has them."""
         self.client = client(config.uri) if config.uri else None
         self.run_id = ""
         self.sent: dict[str, int] = {}
@@ -104,7 +105,7 @@ class Run:
 
     def history(self) -> bytes:
         """The metrics so far, a line of JSON for each moment."""
-        return "".join(json.dumps(point) + "\n" for point in self.points).encode()
+        return "".join(self.lines).encode()
 
     def opened_id(self) -> str:
         """Id of the run in MLflow; empty where the server has not answered yet."""
@@ -127,13 +128,13 @@ class Run:
         self.deadline = 0.0
 
     def _record(self, point: Point) -> None:
-        self.points.append(point)
+        self.lines.append(json.dumps(point) + "\n")
         if self.client:
             self.outbox.append(point)
         try:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
             with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(point) + "\n")
+                file.write(self.lines[-1])
         except OSError as error:  # a full disk: the points are in memory and go with the next checkpoint
             log.warning("%s: %s; metrics are kept in memory", self.journal, error.strerror)
 

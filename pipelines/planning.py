@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from model.config import ConfigError, RunConfig, in_steps, load
+from model.config import ConfigError, RunConfig, in_steps, load, micro_batch_of
 from model.data.shards import describe
 from model.exits import StageError
 from model.storage import StorageError
 from model.training.flops import DENSE_BF16_PEAK
-from model.training.plan import Measured, Memory, Plan, micro_batch_of, plan
+from model.training.plan import Measured, Memory, Plan, plan
 
 GPU_MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9, "A10G": 24e9}
 """Bytes, as vendors state them."""
@@ -42,7 +42,7 @@ class Cluster:
 
 def show(config: str, overrides: list[str], cluster: Cluster, *, clips: int, measured: bool) -> bool:
     """Prints the plan; False where the run would not fit."""
-    run = _loaded(config, overrides)
+    run, overrides = _loaded(config, overrides)
     form, clips = _dataset(run, clips)
     run = in_steps(run, clips) if clips or run.training.steps else run
     found = plan(run, cluster.processes, on_cpu=not cluster.gpus)
@@ -60,12 +60,13 @@ def show(config: str, overrides: list[str], cluster: Cluster, *, clips: int, mea
     return False
 
 
-def _loaded(config: str, overrides: list[str]) -> RunConfig:
-    """A configuration whose weights and data need not be there yet."""
+def _loaded(config: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    """A configuration whose weights and data need not be there yet, and the overrides that make it one."""
     try:
-        return load(config, overrides)
+        return load(config, overrides), overrides
     except ConfigError:
-        return load(config, ["model.decoder=none", "data.shards=none", *overrides])
+        completed = ["model.decoder=none", "data.shards=none", *overrides]
+        return load(config, completed), completed
 
 
 def _dataset(run: RunConfig, clips: int) -> tuple[str, int]:
@@ -80,8 +81,7 @@ def _dataset(run: RunConfig, clips: int) -> tuple[str, int]:
 
 
 def _measure(config: str, overrides: list[str], micro_batch: int) -> Measured:
-    settings = ["model.decoder=none", "data.shards=none", *overrides]
-    settings += [f"data.batch_size={micro_batch}", "training.gradient_accumulation=1"]
+    settings = [*overrides, f"data.batch_size={micro_batch}", "training.gradient_accumulation=1"]
     command = [sys.executable, "-m", "model.training.measure", config, *settings]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:

@@ -56,8 +56,8 @@ def settings(folder: Path) -> Settings:
     if path.exists():
         return Settings(**json.loads(path.read_text(encoding="utf-8")))
     made = Settings(
-        weed_port=_free_ports(len(WEED_PORTS)),
-        mlflow_port=_free_ports(1),
+        weed_port=free_ports(len(WEED_PORTS)),
+        mlflow_port=free_ports(1),
         access_key=secrets.token_hex(8),
         secret_key=secrets.token_hex(20),
     )
@@ -165,7 +165,7 @@ def _wait(server: subprocess.Popen[bytes], ready: Callable[[], None], log: Path)
             time.sleep(0.3)
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """First of `count` consecutive ports that are free, with the gRPC ports that belong to them."""
     for _ in range(100):
         first = 20_000 + secrets.randbelow(20_000)

@@ -191,6 +191,13 @@ class Batches:
             yield batch
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; annotations stay."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+
+
 def open_split(uri: str, config: DataConfig) -> ShardReader:
     """A split as a run's configuration wants it read."""
     cache = open_cache(cache_folder() / "clips", int(config.cache_gb * 1e9)) if config.cache_gb else None

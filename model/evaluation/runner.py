@@ -12,7 +12,7 @@ from model.config import ConfigError, RunConfig, parse
 from model.config import load as load_config
 from model.data.annotations import DataError
 from model.data.build import read_quarantine
-from model.data.loader import Batch, ClipSource, evaluation_batches, open_split
+from model.data.loader import ClipSource, evaluation_batches, on_device, open_split
 from model.data.sampler import EverySample
 from model.data.shards import ShardReader
 from model.evaluation import metrics
@@ -105,7 +105,7 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
     predictions = [
         prediction
         for batch in progress(loader, total=order.steps, desc=f"evaluating {task.config.name}", unit="batch")
-        for prediction in task.predict(_on(device, batch))
+        for prediction in task.predict(on_device(batch, device))
     ]
     return Evaluation(
         task=name,
@@ -116,10 +116,6 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
         predictions=predictions,
         class_names=task.categories,
     )
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Task) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from model.config import RunConfig
-from model.data.loader import Batch
+from model.config import RunConfig, micro_batch_of
+from model.data.loader import Batch, on_device
 from model.tasks.base import Prediction, TaskNetwork
 from model.training.clock import Clock
 from model.training.distributed import Processes
@@ -61,7 +61,7 @@ class Engine:
         steps: list[dict[str, Tensor]] = []
         for batch in micro_batches:
             with clock.section("forward"):
-                loss, parts = self.engine(self._on_device(batch))
+                loss, parts = self.engine(on_device(batch, self.device))
             with clock.section("backward"):
                 self.engine.backward(loss)
             with clock.section("optimizer"):
@@ -81,19 +81,13 @@ class Engine:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` and its parts, of an evaluation."""
-        loss, parts = self.engine(self._on_device(batch))
+        loss, parts = self.engine(on_device(batch, self.device))
         return {"loss": loss, **parts}
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """Through the engine's forward pass, which is where ZeRO-3 gathers weights."""
-        predictions: list[Prediction] = self.engine(self._on_device(batch), predict=True)
+        predictions: list[Prediction] = self.engine(on_device(batch, self.device), predict=True)
         return predictions
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
 
     def restored(self, updates: int) -> None:
         """Goes on from what was written into `state`, of which Adam had made `updates`; all processes call it."""
@@ -111,9 +105,8 @@ class Engine:
 def render(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a run."""
     training = config.training
-    micro_batch = config.data.batch_size // (world_size * training.gradient_accumulation)
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_micro_batch_size_per_gpu": micro_batch_of(config, world_size)[0],
         "gradient_accumulation_steps": training.gradient_accumulation,
         "gradient_clipping": 0.0 if _own_clipping(config) is not None else config.optim.clip_grad_norm,
         "bf16": {"enabled": training.precision == "bf16"},

@@ -9,13 +9,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 
 import torch
 
 from model import storage
-from model.config import ConfigError, RunConfig, in_steps
+from model.config import RunConfig, in_steps, micro_batch_of
 from model.config_sections import TrackingConfig
 from model.data.loader import Batch, Batches, ClipSource, open_split, training_batches
 from model.data.sampler import BatchSampler
@@ -48,7 +48,7 @@ def train(config: RunConfig) -> None:
     with processes(config.watchdog) as group, watchdog.together(group):
         reader = open_split(storage.join(config.data.shards, "train"), config.data)
         config = in_steps(config, len(reader))
-        _refuse_uneven(config, group.world_size)
+        micro_batch_of(config, group.world_size)  # refuses what cannot be shared
         folder = run_folder(config)
         attempt = group.from_main(lambda: attempts.begin(folder, config.checkpoint))
         model = attempt.model or _train(config, reader, folder, attempt, group, watchdog)
@@ -186,7 +186,7 @@ class Training:
         self.tracking.metrics({**metrics, **meter.flush(self.total - state.step, flops)}, state.step)
 
     def _flops(self, batch: Batch) -> float:
-        clips = self.config.data.batch_size // (self.group.world_size * self.config.training.gradient_accumulation)
+        clips, _ = micro_batch_of(self.config, self.group.world_size)
         return of_step(self.task.model, clips, self.task.decoder_passes(batch)).total
 
     def _evaluate(self) -> None:
@@ -195,13 +195,13 @@ class Training:
         with self.clock.section("evaluation", computes=False):
             scores = self.validation.run(self.engine)
         self.tracking.metrics(scores, self.progress.step)
-        if self.progress.is_best(self.validation.chosen(scores), lower=self.validation.lower_is_better):
-            self.checkpoints.best_step = self.progress.step
+        self.progress.note(self.validation.chosen(scores), lower_is_better=self.validation.lower_is_better)
 
     def _save(self) -> None:
         self.watchdog.enter("checkpoint")
         with self.clock.section("checkpoint", computes=False):
-            facts = {"progress": self.progress.as_dict(), "config": self.config.model_dump(mode="json")}
+            self.checkpoints.best_step = self.progress.best_step  # also what an earlier start has found best
+            facts = {"progress": asdict(self.progress), "config": self.config.model_dump(mode="json")}
             self.checkpoints.save(self.progress.step, self.tracking.history(), facts)
 
     def _wait_for_upload(self) -> None:
@@ -221,7 +221,7 @@ class Training:
     def take_best(self) -> None:
         """With an evaluation, the best checkpoint becomes the model."""
         best = self.progress.best_step
-        if self.validation and best not in (None, self.total):
+        if self.validation and 0 <= best < self.total:
             self.checkpoints.restore_step(best)
         if self.validation:
             self.tracking.tags({"best_step": str(best), "best_value": str(self.progress.best_value)})
@@ -249,12 +249,3 @@ def termination() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _refuse_uneven(config: RunConfig, world_size: int) -> None:
-    share = world_size * config.training.gradient_accumulation
-    if config.data.batch_size % share:
-        raise ConfigError(
-            f"data.batch_size must be a multiple of processes x training.gradient_accumulation = {share}, "
-            f"got {config.data.batch_size}."
-        )

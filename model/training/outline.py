@@ -26,7 +26,7 @@ def outline(
 
     `layers` replaces the depths of the vision encoder and of the decoder, `vocabulary` the number of words.
     """
-    text = _text_config(config)
+    text = text_config(config)
     text.update({"dtype": torch.float32})
     if vocabulary:
         text.update({"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
@@ -52,7 +52,7 @@ def outline(
     return model
 
 
-def _text_config(config: RunConfig) -> PreTrainedConfig:
+def text_config(config: RunConfig) -> PreTrainedConfig:
     """The decoder's shape: that of the folder that is named, or of `model.text`."""
     settings = config.model
     for uri, key in ((settings.init_from, "text_config"), (settings.decoder, "")):
@@ -77,7 +77,7 @@ def task_of(config: RunConfig, model: PreTrainedModel) -> Task:
     return task
 
 
-def example_batch(config: RunConfig, clips: int, device: str = "cpu") -> Batch:
+def example_batch(config: RunConfig, clips: int) -> Batch:
     """A batch of the largest shapes that a task's loss may see."""
     vision, length = config.model.vision, config.data.max_length
     rows = clips * ROWS_PER_CLIP.get(config.task, 1)
@@ -92,4 +92,4 @@ def example_batch(config: RunConfig, clips: int, device: str = "cpu") -> Batch:
         "clips": torch.arange(rows) % clips,
     }  # fmt: skip
     kept = {"pixel_values", "input_ids", "loss_mask"} if config.task == "captioning" else every.keys()
-    return {name: every[name].to(device) for name in kept}
+    return {name: every[name] for name in kept}

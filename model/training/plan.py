@@ -10,9 +10,9 @@ from functools import lru_cache
 
 import torch
 
-from model.config import ConfigError, RunConfig
+from model.config import RunConfig, micro_batch_of
 from model.training.flops import of_step
-from model.training.outline import example_batch, outline, task_of
+from model.training.outline import example_batch, outline, task_of, text_config
 from model.training.peak import PeakMemory
 
 CPU_RUNTIME, GPU_RUNTIME = 0.65e9, 1.5e9
@@ -69,8 +69,6 @@ class Measured:
     memory: float
     """Bytes that the process takes at most; on a GPU, of the GPU's memory."""
     step_s: float
-    peak_flops: float
-    """Operations per second that the device can do."""
     clip_s: float | None
     """One core's time to read and decode a clip; None where there are no shards."""
 
@@ -103,17 +101,6 @@ def plan(config: RunConfig, processes: int, *, on_cpu: bool = False) -> Plan:
     )  # fmt: skip
 
 
-def micro_batch_of(config: RunConfig, processes: int) -> tuple[int, int]:
-    """Clips of one forward pass, and forward passes of all processes per step."""
-    share = processes * config.training.gradient_accumulation
-    if config.data.batch_size % share:
-        raise ConfigError(
-            f"data.batch_size must be a multiple of processes x training.gradient_accumulation = {share}, "
-            f"got {config.data.batch_size}."
-        )
-    return config.data.batch_size // share, share
-
-
 def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
     """What a forward and backward pass takes at most beside weights and gradients."""
     # what a measurement does not depend on is made equal: one serves for all
@@ -127,7 +114,7 @@ def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
 def _growth(config_json: str, on_cpu: bool) -> tuple[float, float]:
     """Bytes that do not depend on the clips, and bytes per clip."""
     config = RunConfig.model_validate_json(config_json)
-    text_layers = outline(config).config.get_text_config().num_hidden_layers
+    text_layers = text_config(config).num_hidden_layers
     # on a GPU attention is fused, as in fp32 on a CPU; bf16 on a CPU has its own way
     dtype = torch.bfloat16 if on_cpu and _width(config) == 2 else torch.float32
     scale = 0.5 if not on_cpu and _width(config) == 2 else 1.0

@@ -6,7 +6,7 @@ stage 2 in stage 0, without a conversion.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,16 +31,11 @@ class Progress:
     best_value: float | None = None
     """Of the metric that decides which checkpoint is best."""
 
-    def is_best(self, value: float, *, lower: bool) -> bool:
-        """Takes note of the present step's value, and says whether it is the best so far."""
+    def note(self, value: float, *, lower_is_better: bool) -> None:
+        """Takes the present step for the best one where its value is better than any before."""
         best = self.best_value
-        if best is not None and (value >= best if lower else value <= best):
-            return False
-        self.best_step, self.best_value = self.step, value
-        return True
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        if best is None or (value < best if lower_is_better else value > best):
+            self.best_step, self.best_value = self.step, value
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A real MLflow server behind a proxy that is down, slow or answers 500, as a test asks for."""
 
-import socket
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-from pipelines.services import process
+from pipelines.services import free_ports, process
 
 Mode = Literal["up", "down", "500", "slow", "lost answers"]
 
@@ -67,9 +66,7 @@ class Unreliable(ThreadingHTTPServer):
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[Unreliable]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.services import free_ports
+
 WATCHED = Path(__file__).parents[2] / "helpers" / "watched.py"
 LOST, DATA, FAILED, KILLED = 144, 3, 1, -signal.SIGKILL
 
 
 def run(case: str) -> tuple[list[int | None], list[str], float]:
     """Exit codes (None: it had to be killed), what was said on standard error, seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1))}
     start = time.monotonic()
     children = [
         subprocess.Popen(
