@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from model.exits import INTERRUPTED, LOST
+from model.exits import INTERRUPTED, LOST, PARENT_PID
 
 RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
 GOOD_ATTEMPT_S = 60.0
@@ -52,7 +52,7 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
 def _attempt(command: list[str]) -> tuple[int, bool]:
     """Exit code of one attempt, and whether it ended because this process was asked to."""
     asked: list[int] = []
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, env={**os.environ, PARENT_PID: str(os.getpid())})
 
     def pass_on(number: int, _frame: object) -> None:
         asked.append(number)
@@ -76,6 +76,9 @@ def _shell_code(exit_code: int) -> int:
 def main() -> None:
     """One attempt on this node."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+    if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):
+        sys.exit(LOST)  # it was gone before this process could ask to be told
+    os.environ[PARENT_PID] = str(os.getpid())
     _environment()
     sys.exit(_torchrun([*_place(), *sys.argv[1:]]))
 

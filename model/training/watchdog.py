@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from model.config import ConfigError
 from model.config_sections import WatchdogConfig
-from model.exits import LOST, LostProcessError, code_of
+from model.exits import LOST, PARENT_PID, LostProcessError, code_of
 from model.training.distributed import Processes, named
 
 log = logging.getLogger("mplug")
@@ -48,7 +48,7 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig) -> None:
         self.config = config
         self.rank, self.world_size = int(os.environ["RANK"]), 1
-        self.parent = os.getppid()
+        self.parent = int(os.environ.get(PARENT_PID, os.getppid()))  # which may have gone before this line
         self.store: TCPStore | None = None
         self.answered = 0.0
         """When the store last did."""

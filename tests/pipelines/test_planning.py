@@ -5,10 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from killing import MPLUG
 from safetensors.torch import load_file
 
-from model.config import load
+from model.config import PRESETS, load
 from model.training.checkpoint import saved_steps
 from model.training.plan import plan
 
@@ -58,9 +59,14 @@ def test_what_does_not_fit_is_said_with_the_mildest_remedy() -> None:
     assert again.returncode == 0, again.stdout
 
 
-def test_a_plan_measures_this_machine(shards: dict[str, str], decoder: str) -> None:
-    settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "data.batch_size=8"]
-    ended = command("plan", "tiny_pretraining", "--gpus", "0", "--measure", *settings)
+def test_a_plan_measures_this_machine_with_what_a_file_names(
+    shards: dict[str, str], decoder: str, tmp_path: Path
+) -> None:
+    tree = yaml.safe_load((PRESETS / "tiny_pretraining.yaml").read_text())
+    tree["data"] |= {"shards": shards["pretrain"], "batch_size": 8}
+    tree["model"]["decoder"] = decoder
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    ended = command("plan", str(tmp_path / "mine.yaml"), "--gpus", "0", "--measure")
     assert ended.returncode == 0, ended.stderr
     assert "as measured here" in ended.stdout
     assert "beside that, measured here" in ended.stdout

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from model.exits import PARENT_PID
 from pipelines.services import free_ports
 
 WATCHED = Path(__file__).parents[2] / "helpers" / "watched.py"
 LOST, DATA, FAILED, KILLED = 144, 3, 1, -signal.SIGKILL
 
 
-def run(case: str) -> tuple[list[int | None], list[str], float]:
+def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float]:
     """Exit codes (None: it had to be killed), what was said on standard error, seconds."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1))}
+    common |= variables
     start = time.monotonic()
     children = [
         subprocess.Popen(
@@ -54,6 +56,14 @@ def test_a_process_that_gives_no_sign_of_life_is_given_up(rank: int) -> None:
     assert codes == [LOST, None]
     assert seconds < 30
     assert ("no sign of life for 4 s" if rank else "process 0 does not answer for 4 s") in said[0]
+
+
+def test_processes_whose_launcher_is_gone_before_they_look_end() -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    codes, said, seconds = run("0-sleeps", **{PARENT_PID: gone.stdout.strip()})
+    assert codes == [LOST, LOST]
+    assert seconds < 30
+    assert any("the launcher of process" in text for text in said)
 
 
 @pytest.mark.parametrize(("rank", "case", "code"), [(1, "fails", DATA), (0, "breaks", FAILED)])
