@@ -17,6 +17,7 @@ import mlflow
 import psutil
 
 from model import storage
+from model.tracking import TERMINATED
 from pipelines.services import BUCKET, object_storage, process
 from pipelines.services import settings as service_settings
 
@@ -133,7 +134,8 @@ def _hit(rig: Rig, server: _Server, rng: random.Random, kind: str, trial: int, m
     who = _do(rig, server, rng, kind, run)
     if run.poll() is not None or kind == "SIGTERM":
         run.communicate()
-        run = rig.start(trial)  # as a cluster does
+        assert run.returncode in (-signal.SIGKILL, TERMINATED), run.returncode  # both are started again by a cluster
+        run = rig.start(trial)
     weights, series = _end(rig, run)
     lines = rig.points()
     again = sum(point["time_ms"] / 1000 > hit_at and point["step"] <= before for point in lines)

@@ -82,6 +82,8 @@ def _impossible(config: RunConfig) -> Iterator[str]:
             yield "model.decoder must name the folder of the tokenizer, it is empty."
         if model.freeze_decoder:
             yield "model.freeze_decoder must be false for task language_modeling: nothing else could learn."
+        if training.activation_checkpointing or training.compile:
+            yield "training.activation_checkpointing and training.compile must be left out for task language_modeling."
     elif not model.decoder and not model.init_from:
         yield f"model.decoder or model.init_from must be set for task {config.task}, both are empty."
     if not data.shards:
@@ -91,6 +93,8 @@ def _impossible(config: RunConfig) -> Iterator[str]:
             f"data.batch_size must be a multiple of training.gradient_accumulation, got {data.batch_size} and "
             f"{training.gradient_accumulation}."
         )
+    if training.compile and training.zero_stage == 3:
+        yield "training.compile must be false with training.zero_stage 3, which changes layers while they run."
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr must not exceed optim.lr, got {optim.min_lr} and {optim.lr}."
     if not training.steps and not training.epochs:

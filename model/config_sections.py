@@ -124,6 +124,9 @@ class TrainingConfig(Section):
     gradient_accumulation: int = Field(1, ge=1)
     activation_checkpointing: tuple[Literal["vision", "abstractor", "decoder"], ...] = ()
     """Parts whose activations are computed again in the backward pass: slower, less memory."""
+    compile: bool = False
+    """Compiles the layers of vision encoder and decoder (torch.compile): faster on a GPU, slow to start. Needs a C
+    compiler where it runs."""
     log_every: int = Field(10, ge=1)
     """Steps between two points of a metric."""
     skips_in_a_row: int = Field(3, ge=1)

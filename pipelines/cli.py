@@ -114,10 +114,11 @@ def plan(
 
     Example: `mplug plan pretrain_1.3b --nodes 4 --gpus 8 --gpu H100 --clips 10000000 --price 2.5`
     """
-    from pipelines.planning import GPU_MEMORY, Cluster, show
+    from model.training.flops import GPUS
+    from pipelines.planning import Cluster, show
 
-    if gpu not in GPU_MEMORY:
-        raise typer.BadParameter(f"must be one of {', '.join(GPU_MEMORY)}, got {gpu}.", param_hint="--gpu")
+    if gpu not in GPUS:
+        raise typer.BadParameter(f"must be one of {', '.join(GPUS)}, got {gpu}.", param_hint="--gpu")
     cluster = Cluster(nodes=nodes, gpus=gpus, gpu=gpu, price=price)
     sys.exit(0 if show(config, overrides or [], cluster, clips=clips, measured=measure) else 1)
 

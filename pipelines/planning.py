@@ -12,11 +12,9 @@ from model.config import ConfigError, RunConfig, in_steps, load, micro_batch_of
 from model.data.shards import describe
 from model.exits import StageError
 from model.storage import StorageError
-from model.training.flops import DENSE_BF16_PEAK
+from model.training.flops import GPUS
 from model.training.plan import Measured, Memory, Plan, plan
 
-GPU_MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9, "A10G": 24e9}
-"""Bytes, as vendors state them."""
 USABLE = 0.92
 """Of a GPU's memory; the rest is fragments."""
 MFU_RANGE = (0.25, 0.45)
@@ -51,7 +49,7 @@ def show(config: str, overrides: list[str], cluster: Cluster, *, clips: int, mea
     memory = _memory_bytes(run, cluster, found, measurement)
     console.print(_memory_table(found.memory, memory, measurement, on_cpu=not cluster.gpus))
     console.print(_facts(run, cluster, found, measurement, form))
-    limit = GPU_MEMORY[cluster.gpu] * USABLE if cluster.gpus else None
+    limit = GPUS[cluster.gpu].memory * USABLE if cluster.gpus else None
     if limit is None or memory <= limit:
         return True
     has = f"{limit / 1e9:.1f} GB that this GPU ({cluster.gpu}) has to give"
@@ -164,7 +162,7 @@ def _step_seconds(run: RunConfig, cluster: Cluster, found: Plan, measured: Measu
         return seconds, seconds
     if not cluster.gpus:
         raise ConfigError("how fast this processor is must be measured: add --measure.")
-    peak = DENSE_BF16_PEAK[cluster.gpu] * found.processes
+    peak = GPUS[cluster.gpu].bf16_peak * found.processes
     return found.step_flops / (peak * MFU_RANGE[1]), found.step_flops / (peak * MFU_RANGE[0])
 
 

@@ -6,11 +6,12 @@ keyed by (seed, epoch, position), so neither the number of processes nor of work
 
 import logging
 import random
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -163,10 +164,12 @@ class Batches:
         self.max_failures = max_failures
         self.read, self.failed, self.reported = 0, 0, 0
         # forkserver: forking a process that holds threads (DeepSpeed, S3) can deadlock, and spawning imports torch anew
-        context = get_context("forkserver")
-        context.set_forkserver_preload([__name__, stream.collate.__module__])
+        context = get_context("forkserver") if workers else None
+        if context:
+            context.set_forkserver_preload([__name__, stream.collate.__module__])
+            _start_forkserver()
         self.loader: DataLoader[Loaded] = DataLoader(
-            stream, batch_size=None, num_workers=workers, multiprocessing_context=context if workers else None
+            stream, batch_size=None, num_workers=workers, multiprocessing_context=context
         )
 
     def take_failures(self) -> int:
@@ -189,6 +192,16 @@ class Batches:
                     f"{self.failed} of {self.read}; the last is {failures[-1]}."
                 )
             yield batch
+
+
+def _start_forkserver() -> None:
+    """torchrun asks whole process groups to end: loader processes are deaf to that, and end with whom they read for."""
+    resource_tracker.ensure_running()  # started later, it would let the signal through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

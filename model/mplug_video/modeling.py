@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
@@ -107,6 +108,13 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
             self.decoder.activation_checkpointing_enable()
         else:
             self.decoder.activation_checkpointing_disable()
+
+    def compile_layers(self) -> None:
+        """Compiles the layers of vision encoder and decoder; those of a kind share what is compiled."""
+        self.vision_encoder.compile_blocks()
+        for layer in self.decoder.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.compile(dynamic=True)  # texts of any length
 
     def encode_video(self, pixel_values: Tensor) -> VideoFeatures:  # (B, C, T, H, W)
         tokens = self.vision_encoder(pixel_values.to(self.dtype))

@@ -147,7 +147,7 @@ class TimeSformer(PreTrainedModel):
         self.norm_pre = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.clip_stem else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.checkpoint_activations = False
+        self.checkpoint_activations = self.is_compiled = False
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, C, T, H, W)
@@ -162,12 +162,19 @@ class TimeSformer(PreTrainedModel):
         x = x + self.pos_embed[:, None, 1:] + self.temporal_embed[:, :, None]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)  # (B, 1, D)
         cls, x = self.norm_pre(cls), self.norm_pre(x)
+        remakes = torch.is_grad_enabled() and not self.is_compiled  # a compiler decides itself what to make again
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 cls, x = checkpoint(block, cls, x, kept, use_reentrant=False, preserve_rng_state=False)
             else:
-                cls, x = block(cls, x, remade if torch.is_grad_enabled() else kept)
+                cls, x = block(cls, x, remade if remakes else kept)
         return self.norm(torch.cat((cls, x.flatten(1, 2)), dim=1))  # (B, 1 + T·N, D)
+
+    def compile_blocks(self) -> None:
+        """Compiles the block, which all layers share."""
+        self.is_compiled = True
+        for block in self.blocks:
+            block.compile()
 
     def _embed_patches(self, pixel_values: Tensor) -> Tensor:  # (B, C, T, H, W)
         """The convolution of `patch_embed`, as a product over patches: its backward pass takes a fifth of the time."""

@@ -35,7 +35,7 @@ HISTORY = "history.jsonl"
 STEP = re.compile(r"step-(\d{8})/manifest\.json")
 MACHINE_KEYS = {
     "data": {"workers", "read_ahead", "cache_gb", "decoder", "decode_deadline_s", "max_read_failures"},
-    "training": {"zero_stage", "gradient_accumulation", "activation_checkpointing", "log_every", "profile"},
+    "training": {"zero_stage", "gradient_accumulation", "activation_checkpointing", "compile", "log_every", "profile"},
 }
 """Settings that may differ between the starts of one run: none changes what is learned from which clip when."""
 

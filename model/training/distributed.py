@@ -86,9 +86,10 @@ def named(error: BaseException) -> BaseException:
     """A LostProcessError for what torch raises where a peer or a loader process is gone; any other as it is."""
     if isinstance(error, LostProcessError):
         return error
-    text = str(error)
+    text = str(error) or type(error).__name__
     lost = isinstance(error, dist.DistError) or "gloo" in text or "DataLoader worker" in text
-    if isinstance(error, RuntimeError) and lost:
+    # the last two come from the pipe to a loader process that is just being started
+    if (isinstance(error, RuntimeError) and lost) or isinstance(error, EOFError | ConnectionError):
         return LostProcessError(f"a process of the run is gone: {text.splitlines()[0][:200]}")
     return error
 

@@ -44,6 +44,8 @@ class Engine:
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # products in bf16, not in fp32 copies
         optim = config.optim
         groups = [{**group, "lr": 0.0} for group in parameter_groups(network, optim)]  # DeepSpeed may step at once
+        if config.training.compile:
+            network.task.model.compile_layers()
         self.device, self.stage = processes.device, config.training.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=network,

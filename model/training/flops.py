@@ -15,8 +15,22 @@ from transformers import PreTrainedModel
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.tasks.base import DecoderPass
 
-DENSE_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "B200": 2250e12}
-"""Operations per second that vendors state for bf16 without sparsity, by a part of the device's name."""
+
+@dataclass(frozen=True)
+class Gpu:
+    """As vendors state it."""
+
+    memory: float
+    """Bytes."""
+    bf16_peak: float
+    """Operations per second in bf16, without sparsity."""
+
+
+GPUS = {
+    "B200": Gpu(180e9, 2250e12), "H200": Gpu(141e9, 989e12), "H100": Gpu(80e9, 989e12), "A100": Gpu(80e9, 312e12),
+    "L40S": Gpu(48e9, 362e12), "A10G": Gpu(24e9, 70e12),
+}  # fmt: skip
+"""By a part of the device's name."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second that the device can do: the vendor's figure, or what a large product reaches here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = [peak for part, peak in DENSE_BF16_PEAK.items() if part in name]
+        known = [gpu.bf16_peak for part, gpu in GPUS.items() if part in name]
         if known:
             return known[0]
     size, repeats = (8192, 10) if device.type == "cuda" else (1024, 5)

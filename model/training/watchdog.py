@@ -180,9 +180,9 @@ class Watchdog:
         self._linger()
 
     def _linger(self) -> None:
-        """The first process keeps its store until the others have read it."""
-        if self.rank == 0 and self.world_size > 1:
-            time.sleep(3 * INTERVAL_S)
+        """Leaves the others time to read the verdict, before their collectives break and the store goes."""
+        if self.world_size > 1:
+            time.sleep(3 * INTERVAL_S if self.rank == 0 else 2 * INTERVAL_S)
 
 
 def _stacks() -> str:

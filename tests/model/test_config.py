@@ -79,6 +79,7 @@ def test_a_wrong_value_is_refused_with_its_key(override: str, complaint: str) ->
         (["optim.warmup_steps=600"], "optim.warmup_steps must be below training.steps"),
         (["model.vision.image_size=65"], "model.vision.image_size must be a multiple"),
         (["model.vision.num_attention_heads=5"], "model.vision.hidden_size must be a multiple"),
+        (["training.compile=true", "training.zero_stage=3"], "training.compile must be false with"),
     ],
 )
 def test_impossible_combinations_are_refused(overrides: list[str], complaint: str) -> None:
@@ -88,6 +89,12 @@ def test_impossible_combinations_are_refused(overrides: list[str], complaint: st
 def test_a_decoder_cannot_be_trained_frozen() -> None:
     lines = problems(*COMPLETE, "model.freeze_decoder=true", preset="tiny_decoder")
     assert lines == ["model.freeze_decoder must be false for task language_modeling: nothing else could learn."]
+
+
+def test_what_the_decoder_alone_does_not_know_is_refused() -> None:
+    for setting in ("training.compile=true", "training.activation_checkpointing=[decoder]"):
+        (line,) = problems(*COMPLETE, setting, preset="tiny_decoder")
+        assert "must be left out for task language_modeling" in line
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:

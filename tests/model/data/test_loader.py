@@ -3,6 +3,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from collating import collate
@@ -138,6 +139,17 @@ def test_a_record_that_is_none_and_batches_of_one_count_as_unreadable_clips(dama
     batches = training_batches(clips, order(clips, batch_size=1, steps=len(reader)), collate, lenient)
     assert len(list(batches)) == len(reader)
     assert batches.failed == 3
+
+
+def test_loader_processes_go_on_when_a_whole_process_group_is_asked_to_end(split: str) -> None:
+    clips = source(split)
+    batches = iter(training_batches(clips, order(clips), collate, AUGMENT.model_copy(update={"workers": 1})))
+    next(batches)
+    asked = [child for child in psutil.Process().children(recursive=True) if "forkserver" in " ".join(child.cmdline())]
+    for child in asked:
+        child.terminate()
+    assert len(asked) == 2
+    assert len(list(batches)) == 11
 
 
 @pytest.mark.parametrize("workers", [0, 1])

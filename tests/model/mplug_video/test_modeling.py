@@ -1,8 +1,10 @@
 from copy import deepcopy
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from model.mplug_video import (
@@ -168,6 +170,21 @@ def test_activation_checkpointing_changes_no_gradient(model: MPlugVideoForPreTra
         gradients.append(model.vision_encoder.patch_embed.weight.grad.clone())
     for found in gradients[1:]:
         torch.testing.assert_close(found, gradients[0])
+
+
+def test_compilation_changes_no_gradient(model: MPlugVideoForPreTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the compiler's front half, which needs no C compiler and takes seconds
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    compiled = deepcopy(model)
+    compiled.compile_layers()
+    gradients = []
+    for found in (model, compiled):
+        found.train().checkpoint_activations(("vision",))
+        for length in (6, 9):
+            found(clips(), torch.full((2, length), 9), torch.ones(2, length - 1)).backward()
+        gradients.append({name: p.grad for name, p in found.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
