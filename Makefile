@@ -24,7 +24,7 @@ ui: install ## MLflow's page on what the demo made
 	$(BIN)/mplug ui demo
 
 test: install ## the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

@@ -4,8 +4,9 @@
     python benchmarks/training.py waiting     the share of time that steps wait for data
     python benchmarks/training.py saving      a step's wait for a checkpoint, over a blocking save to the same S3
     python benchmarks/training.py scaling     clips/s of two processes over one
+    python benchmarks/training.py step        a step with and without compilation and recomputation, over a plain loop
     python benchmarks/training.py kills       30 random kills: final weights, metric series, lost work, time to recover
-    python benchmarks/training.py             all five
+    python benchmarks/training.py             all six
 
 Needs `pip install -e '.[demo]'`. Writes benchmarks/results/training.json.
 """
@@ -30,6 +31,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py 
 import torch  # noqa: E402
 
 from benchmarks.training_kills import KILLS, kills  # noqa: E402
+from benchmarks.training_step import steps  # noqa: E402
 from model.config import RunConfig, load  # noqa: E402
 from model.config_sections import TrackingConfig, WatchdogConfig  # noqa: E402
 from model.data.annotations import COLUMNS  # noqa: E402
@@ -192,9 +194,9 @@ def saving(folder: Path) -> dict[str, Any]:
 
 def scaling(folder: Path) -> dict[str, Any]:
     """The same global batch on one process and on two, in turns."""
-    settings = [*corpus(folder), "training.steps=30", "optim.warmup_steps=0", "training.log_every=10"]
+    settings = [*corpus(folder), "training.steps=60", "optim.warmup_steps=0", "training.log_every=10"]
     found: dict[str, list[float]] = {"1 process": [], "2 processes": []}
-    for turn in range(2):
+    for turn in range(ROUNDS // 2):
         for count, name in enumerate(found, start=1):
             found[name].append(
                 _history(settings, f"trial={turn + 1}", f"name=w{count}", count=count)["perf/clips_per_s"]
@@ -203,7 +205,7 @@ def scaling(folder: Path) -> dict[str, Any]:
     return {**{f"{name}, clips/s": rates for name, rates in found.items()}, "ratio": round(ratio, 3)}
 
 
-JOBS = {"overhead": overhead, "waiting": waiting, "saving": saving, "scaling": scaling}
+JOBS = {"overhead": overhead, "waiting": waiting, "saving": saving, "scaling": scaling, "step": steps}
 
 
 def main(names: list[str], count: int) -> None:

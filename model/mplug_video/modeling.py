@@ -40,6 +40,15 @@ class VideoFeatures:
     prefix: Tensor  # (B, K, D)
 
 
+def compile_layers(network: nn.Module) -> None:
+    """Compiles the layers of vision encoder and decoder where they are used first; all of a kind share the result."""
+    for module in network.modules():
+        if isinstance(module, TimeSformer):
+            module.compile_blocks()
+        elif isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)  # texts of any length
+
+
 class MPlugVideoPreTrainedModel(PreTrainedModel):
     """Construction, initial values and freezing, common to all tasks."""
 
@@ -108,13 +117,6 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
             self.decoder.activation_checkpointing_enable()
         else:
             self.decoder.activation_checkpointing_disable()
-
-    def compile_layers(self) -> None:
-        """Compiles the layers of vision encoder and decoder; those of a kind share what is compiled."""
-        self.vision_encoder.compile_blocks()
-        for layer in self.decoder.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.compile(dynamic=True)  # texts of any length
 
     def encode_video(self, pixel_values: Tensor) -> VideoFeatures:  # (B, C, T, H, W)
         tokens = self.vision_encoder(pixel_values.to(self.dtype))

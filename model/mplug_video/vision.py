@@ -171,7 +171,7 @@ class TimeSformer(PreTrainedModel):
         return self.norm(torch.cat((cls, x.flatten(1, 2)), dim=1))  # (B, 1 + T·N, D)
 
     def compile_blocks(self) -> None:
-        """Compiles the block, which all layers share."""
+        """Compiles a block where it is used first; all blocks share the result."""
         self.is_compiled = True
         for block in self.blocks:
             block.compile()

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from model.config import RunConfig, micro_batch_of
 from model.data.loader import Batch, on_device
+from model.mplug_video.modeling import compile_layers
 from model.tasks.base import Prediction, TaskNetwork
 from model.training.clock import Clock
 from model.training.distributed import Processes
@@ -45,11 +46,13 @@ class Engine:
         optim = config.optim
         groups = [{**group, "lr": 0.0} for group in parameter_groups(network, optim)]  # DeepSpeed may step at once
         if config.training.compile:
-            network.task.model.compile_layers()
+            compile_layers(network)
         self.device, self.stage = processes.device, config.training.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=network,
-            optimizer=ClippingAdamW(groups, betas=optim.betas, eps=optim.eps, max_norm=_own_clipping(config)),
+            optimizer=ClippingAdamW(
+                groups, betas=optim.betas, eps=optim.eps, max_norm=_own_clipping(config), fused=True
+            ),
             config=render(config, processes.world_size),
             dist_init_required=False,
         )

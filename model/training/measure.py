@@ -14,6 +14,7 @@ import torch
 
 from model import storage
 from model.config import RunConfig, load
+from model.data.annotations import DataError
 from model.data.loader import ClipSource, open_split
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.storage import StorageError
@@ -52,7 +53,7 @@ def _clip_s(config: RunConfig) -> float | None:
     vision = config.model.vision
     try:
         reader = open_split(storage.join(config.data.shards, "train"), config.data)
-    except StorageError:
+    except (StorageError, DataError):  # not written yet
         return None
     processor = MPlugVideoProcessor(None, image_size=vision.image_size, num_frames=vision.num_frames)
     clips = ClipSource(reader=reader, processor=processor, augment=config.data)
