@@ -44,7 +44,7 @@ from model.tasks import build_task  # noqa: E402
 from model.tasks.tokenizer import publish_tokenizer  # noqa: E402
 from model.tracking import tracked  # noqa: E402
 from model.training.checkpoint import Checkpoints  # noqa: E402
-from model.training.distributed import Processes, processes  # noqa: E402
+from model.training.distributed import ALONE, Processes, processes  # noqa: E402
 from model.training.engine import Engine  # noqa: E402
 from model.training.loop import Training, seed_step  # noqa: E402
 from model.training.state import Progress  # noqa: E402
@@ -69,8 +69,7 @@ def corpus(folder: Path) -> list[str]:
 
 @contextmanager
 def alone() -> Iterator[Processes]:
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {"DS_ACCELERATOR": "cpu"}
+    os.environ |= {**ALONE, "DS_ACCELERATOR": "cpu"}
     with processes(WatchdogConfig()) as group:
         yield group
 

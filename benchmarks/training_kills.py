@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +156,7 @@ def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> s
         run.send_signal(signal.SIGTERM)
         return "launcher"
     if kind.startswith("S3"):
-        _pause(["weed"], 20, lambda: None)
+        _pause(["weed"], 20)
     elif kind.startswith("MLflow"):
         server.down()
         time.sleep(60)
@@ -176,7 +175,7 @@ def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> s
     return ""
 
 
-def _pause(names: list[str], seconds: float, then: Callable[[], None]) -> None:
+def _pause(names: list[str], seconds: float) -> None:
     """Kills a server and starts it again with the command that it had."""
     for child in psutil.Process().children(recursive=True):
         if child.name() in names:
@@ -185,7 +184,6 @@ def _pause(names: list[str], seconds: float, then: Callable[[], None]) -> None:
             time.sleep(seconds)
             subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             break
-    then()
 
 
 def _kill_tree(pid: int) -> None:

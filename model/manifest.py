@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,17 @@ def fetch(uri: str) -> Path:
     if target.exists():
         return target
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    for name in manifest["files"]:
-        if not (partial / name).resolve().is_relative_to(partial.resolve()):
-            raise StorageError(f"{uri}: file name {name!r} in {FILE} leaves the folder.")
-        storage.download(storage.join(uri, name), partial / name)
-    (partial / FILE).write_text(json.dumps(manifest), encoding="utf-8")
-    _verify(partial, manifest)
     try:
-        partial.rename(target)
-    except OSError:  # another process was first; its copy was verified too
-        shutil.rmtree(partial)
+        for name in manifest["files"]:
+            if not (partial / name).resolve().is_relative_to(partial.resolve()):
+                raise StorageError(f"{uri}: file name {name!r} in {FILE} leaves the folder.")
+            storage.download(storage.join(uri, name), partial / name)
+        (partial / FILE).write_text(json.dumps(manifest), encoding="utf-8")
+        _verify(partial, manifest)
+        with suppress(OSError):  # another process was first; its copy was verified too
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -169,8 +169,12 @@ def write(uri: str, data: bytes | memoryview) -> None:
         obstore.put(store_of(uri), key_of(uri), data)
         return
     partial = _partial(Path(uri))
-    partial.write_bytes(data)
-    partial.replace(uri)
+    try:
+        partial.write_bytes(data)
+        partial.replace(uri)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @_one_line

@@ -123,6 +123,11 @@ class Run:
         if self.outbox:
             log.warning("MLflow did not take the last %d entries; metrics are in %s", len(self.outbox), self.journal)
 
+    @property
+    def is_told(self) -> bool:
+        """Whether MLflow has everything; also where there is none."""
+        return not self.outbox
+
     def hurry(self) -> None:
         """Ends the patience of `finish`."""
         self.deadline = 0.0

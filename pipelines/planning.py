@@ -150,9 +150,18 @@ def _facts(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | N
     table.add_row(
         "decode cores", f"{rate * low:,.1f} to {rate * high:,.1f}, data.workers has {run.data.workers} per process"
     )
+    if run.data.workers:
+        table.add_row("/dev/shm per node", f"{_shared_bytes(run, cluster, found) / 1e9:,.1f} GB for batches read ahead")
     small, large = CLIP_BYTES[form]
     table.add_row("from storage", f"{rate * small / 1e6:,.1f} to {rate * large / 1e6:,.1f} MB per second")
     return table
+
+
+def _shared_bytes(run: RunConfig, cluster: Cluster, found: Plan) -> float:
+    """Every loader process has two batches ready, in fp32."""
+    vision = run.model.vision
+    clip = 4 * 3 * vision.num_frames * vision.image_size**2
+    return 2 * run.data.workers * found.micro_batch * clip * max(cluster.gpus, 1)
 
 
 def _step_seconds(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | None) -> tuple[float, float]:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes beside each other would wait for cores
+
 import pytest
 from killing import Outcome, Training
 from running import train

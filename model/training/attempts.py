@@ -30,6 +30,8 @@ class Attempt:
     """Step of the newest checkpoint when it started."""
     model: str = ""
     """URI of the published model; empty while the run is not finished."""
+    is_told: bool = False
+    """Whether MLflow has everything of the finished run."""
 
 
 def begin(folder: str, config: CheckpointConfig) -> Attempt:
@@ -52,9 +54,9 @@ def begin(folder: str, config: CheckpointConfig) -> Attempt:
     return attempt
 
 
-def finish(folder: str, attempt: Attempt, model: str) -> None:
-    """Notes that the run is finished: started again, it says its model and does nothing."""
-    _write(storage.join(folder, FILE), replace(attempt, model=model))
+def finish(folder: str, attempt: Attempt) -> None:
+    """Notes that the run is finished: started again, it says its model and does not train."""
+    _write(storage.join(folder, FILE), attempt)
 
 
 def _write(where: str, attempt: Attempt) -> None:

@@ -68,13 +68,17 @@ class Checkpoints:
         self.uploaders = dist.new_group(backend="gloo")
         self.best_step = -1
         """Kept, whatever comes after it."""
+        self.lost_step = -1
+        """The checkpoint that was begun last, until it is whole; only the first process knows."""
+        self.read_history = b""
 
-    def save(self, step: int, history: bytes, facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, history: bytes, facts: Mapping[str, Any], best_step: int = -1) -> None:
         """Copies this process's state and returns; a thread writes it. Waits for the one before, if it is not done.
 
         A checkpoint that cannot be written is logged: the run goes on, and the next one is another try.
         """
         self.wait()
+        self.best_step, self.lost_step = best_step, step
         self._copy()
         everything = {**facts, "step": step, "updates": self.engine.state.updates, "base_sha256": self.base_sha256}
         everything |= {"world_size": self.group.world_size, "zero_stage": self.engine.stage}
@@ -87,14 +91,17 @@ class Checkpoints:
             self.upload.join()
             self.upload = None
 
-    def history(self, step: int) -> list[dict[str, Any]]:
-        """Metrics up to a checkpoint, as the run wrote them."""
-        lines = storage.read(storage.join(self._uri(step), HISTORY)).splitlines()
-        return [json.loads(line) for line in lines]
+    def history(self) -> list[dict[str, Any]]:
+        """Metrics up to the checkpoint that was loaded, as the run wrote them; the first process has them."""
+        return [json.loads(line) for line in self.read_history.splitlines()]
 
     def restore_step(self, step: int) -> None:
         """Loads one checkpoint that this run has written."""
-        self.engine.restored(self._load(self._uri(step))["updates"])
+        try:
+            facts = self._load(self._uri(step))
+        except DamagedError as error:
+            raise DataError(f"the best checkpoint is damaged: {error}. Start again with another `trial`.") from error
+        self.engine.restored(facts["updates"])
 
     def restore(self) -> dict[str, Any] | None:
         """Loads the newest checkpoint that is whole; its manifest, or None where there is none."""
@@ -145,6 +152,7 @@ class Checkpoints:
             if self.group.is_main and None not in parts:
                 files = {name: entry for part in parts for name, entry in part.items()}
                 manifest.commit(self._uri(step), files, **facts)
+                self.lost_step = -1
                 self._remove_old(step)
         except (StorageError, RuntimeError) as error:  # of a process that is gone, the main thread learns by itself
             log.warning("checkpoint of step %d was not finished: %s", step, str(error).splitlines()[0][:200])
@@ -182,6 +190,8 @@ class Checkpoints:
                 f"the frozen weights must be those that {uri} was trained on, sha256 {facts['base_sha256'][:12]}…, got "
                 f"{self.base_sha256[:12]}…. Give model.decoder back its weights, or start anew with another `trial`."
             )
+        if self.group.is_main:
+            self.read_history = _verified(uri, HISTORY, files)
         names = [name for name in files if name.startswith("state-")]
         if (world_size, stage) == (self.group.world_size, self.engine.stage) and stage > 0:
             names = [self._file(self.group.rank, world_size)]

@@ -18,6 +18,10 @@ from model.exits import LostProcessError
 T = TypeVar("T")
 
 
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What torchrun would set for one process."""
+
+
 @dataclass(frozen=True)
 class Processes:
     rank: int
@@ -74,10 +78,8 @@ def processes(deadlines: WatchdogConfig) -> Iterator[Processes]:
         setattr(c10d, name, longest)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=longest)
-        try:
-            yield Processes(rank, world_size, device, dist.new_group(backend="gloo"))
-        finally:
-            dist.destroy_process_group()
+        yield Processes(rank, world_size, device, dist.new_group(backend="gloo"))
+        dist.destroy_process_group()  # after an error it would wait for peers that are gone
     except RuntimeError as error:
         raise named(error) from error.__cause__
 

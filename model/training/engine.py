@@ -132,4 +132,3 @@ def _own_clipping(config: RunConfig) -> float | None:
 def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

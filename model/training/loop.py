@@ -4,17 +4,19 @@ One loop for every task, on one process and on many, started once or for the ten
 is the outline; the mechanics are one call away.
 """
 
+import json
 import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
 import torch
+from transformers.utils import logging as transformers_logging
 
-from model import storage
+from model import manifest, storage
 from model.config import RunConfig, in_steps, micro_batch_of
 from model.config_sections import TrackingConfig
 from model.data.loader import Batch, Batches, ClipSource, open_split, training_batches
@@ -25,7 +27,8 @@ from model.progress import progress
 from model.tasks import Task, build_task
 from model.tracking import TERMINATED, Run, flat, tracked
 from model.training import attempts
-from model.training.checkpoint import Checkpoints, frozen_sha256, run_folder
+from model.training.attempts import Attempt
+from model.training.checkpoint import HISTORY, Checkpoints, frozen_sha256, run_folder
 from model.training.clock import Clock
 from model.training.distributed import Processes, mean_over_processes, processes
 from model.training.engine import Engine, StepResult
@@ -51,16 +54,21 @@ def train(config: RunConfig) -> None:
         micro_batch_of(config, group.world_size)  # refuses what cannot be shared
         folder = run_folder(config)
         attempt = group.from_main(lambda: attempts.begin(folder, config.checkpoint))
-        model = attempt.model or _train(config, reader, folder, attempt, group, watchdog)
+        if attempt.model:
+            is_told = attempt.is_told or group.from_main(lambda: _tell(config, attempt))
+            attempt = replace(attempt, is_told=is_told)
+        else:
+            attempt = _train(config, reader, folder, attempt, group, watchdog)
         if group.is_main:
-            attempts.finish(folder, attempt, model)
-            print(model)
+            attempts.finish(folder, attempt)
+            print(attempt.model)
 
 
 def _train(
-    config: RunConfig, reader: ShardReader, folder: str, attempt: attempts.Attempt, group: Processes, watchdog: Watchdog
-) -> str:
+    config: RunConfig, reader: ShardReader, folder: str, attempt: Attempt, group: Processes, watchdog: Watchdog
+) -> Attempt:
     torch.manual_seed(config.seed)  # the same fresh weights on every process
+    transformers_logging.disable_progress_bar()  # every process would draw one
     task = build_task(config)
     task.model.train()
     base_sha256 = group.from_main(lambda: frozen_sha256(task.network))
@@ -68,7 +76,7 @@ def _train(
     checkpoints = Checkpoints(folder, config.checkpoint, engine, base_sha256, group)
     restored = checkpoints.restore()
     state = Progress(**restored["progress"]) if restored else Progress()
-    history = checkpoints.history(state.step) if restored and group.is_main else []
+    history = checkpoints.history() if restored and group.is_main else []
     # one process speaks to MLflow; the others keep a journal of their own
     tracking = config.tracking if group.is_main else TrackingConfig()
     with tracked(tracking, config.name, attempt.key, history) as run, termination() as asked:
@@ -80,7 +88,16 @@ def _train(
         training.take_best()
         with engine.whole_weights():
             model = publish(task, config, run) if group.is_main else ""
-    return group.from_main(lambda: model)
+    return group.from_main(lambda: replace(attempt, model=model, is_told=run.is_told))
+
+
+def _tell(config: RunConfig, attempt: Attempt) -> bool:
+    """Sends MLflow what it has not got of a finished run, because it was down; whether it has all of it then."""
+    history = map(json.loads, storage.read(storage.join(attempt.model, HISTORY)).splitlines())
+    with tracked(config.tracking, config.name, attempt.key, history) as run:
+        run.params(flat(config.model_dump()))
+        run.tags({"model_uri": attempt.model, "manifest_sha256": manifest.sha256_of(attempt.model)})
+    return run.is_told
 
 
 @dataclass
@@ -198,24 +215,29 @@ class Training:
         self.progress.note(self.validation.chosen(scores), lower_is_better=self.validation.lower_is_better)
 
     def _save(self) -> None:
-        self.watchdog.enter("checkpoint")
+        self._wait_for_upload()
         with self.clock.section("checkpoint", computes=False):
-            self.checkpoints.best_step = self.progress.best_step  # also what an earlier start has found best
             facts = {"progress": asdict(self.progress), "config": self.config.model_dump(mode="json")}
-            self.checkpoints.save(self.progress.step, self.tracking.history(), facts)
+            self.checkpoints.save(self.progress.step, self.tracking.history(), facts, self.progress.best_step)
 
-    def _wait_for_upload(self) -> None:
+    def _wait_for_upload(self) -> bool:
+        """Whether the last checkpoint is whole."""
         self.watchdog.enter("checkpoint")
         with self.clock.section("checkpoint", computes=False):
             self.checkpoints.wait()
+            lost = self.group.from_main(lambda: self.checkpoints.lost_step)
+        if lost >= 0 and lost == self.progress.best_step:
+            self.progress.forget_best()
+        return lost < 0
 
     def _end_early(self, *, is_saved: bool) -> None:
         """Every process ends at the same step, whichever was asked to."""
         if not is_saved:
             self._save()
-        self._wait_for_upload()
+        is_saved = self._wait_for_upload()
         if self.group.is_main:
-            log.warning("asked to end: step %d is saved, the next start goes on from it", self.progress.step)
+            then = "the next start goes on from it" if is_saved else "the next start goes on from the one before"
+            log.warning("asked to end: step %d is %s, %s", self.progress.step, "saved" if is_saved else "lost", then)
         raise SystemExit(TERMINATED)
 
     def take_best(self) -> None:

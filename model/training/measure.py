@@ -20,7 +20,7 @@ from model.mplug_video.processing import MPlugVideoProcessor
 from model.storage import StorageError
 from model.tasks.base import TaskNetwork
 from model.training.clock import Clock
-from model.training.distributed import processes
+from model.training.distributed import ALONE, processes
 from model.training.engine import Engine
 from model.training.optim import lr_at
 from model.training.outline import example_batch, outline, task_of
@@ -31,7 +31,7 @@ STEPS, CLIPS = 4, 24
 
 def measure(config: RunConfig) -> Measured:
     """Steps over `data.batch_size` clips at a time, on one process."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= ALONE
     with processes(config.watchdog) as group:
         model = outline(config, "cpu")
         model.train()

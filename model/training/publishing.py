@@ -3,8 +3,11 @@
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from model import manifest, storage
 from model.config import RunConfig
+from model.storage import StorageError
 from model.tasks import Task
 from model.tracking import Run
 from model.training.checkpoint import HISTORY
@@ -14,9 +17,12 @@ def publish(task: Task, config: RunConfig, run: Run) -> str:
     """Writes the model as transformers loads it, its configuration and its history; returns its URI."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        task.model.save_pretrained(folder)
-        (task.processor if task.reads_video else task.processor.tokenizer).save_pretrained(folder)
-        (folder / HISTORY).write_bytes(run.history())
+        try:
+            task.model.save_pretrained(folder)
+            (task.processor if task.reads_video else task.processor.tokenizer).save_pretrained(folder)
+            (folder / HISTORY).write_bytes(run.history())
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"the model cannot be written to {folder.parent}, make room there: {error}") from error
         base = storage.join(config.output, "models", config.name)
         uri = manifest.publish(folder, base, config=config.model_dump(mode="json"), run_id=run.opened_id())
     run.tags({"model_uri": uri, "manifest_sha256": manifest.sha256_of(uri)})

@@ -5,6 +5,7 @@ describes what it holds as fragments of parameters, so that a checkpoint of eigh
 stage 2 in stage 0, without a conversion.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,15 @@ class Progress:
 
     def note(self, value: float, *, lower_is_better: bool) -> None:
         """Takes the present step for the best one where its value is better than any before."""
+        if not math.isfinite(value):
+            return
         best = self.best_value
         if best is None or (value < best if lower_is_better else value > best):
             self.best_step, self.best_value = self.step, value
+
+    def forget_best(self) -> None:
+        """Its checkpoint could not be written."""
+        self.best_step, self.best_value = -1, None
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,8 @@ class TrainedState:
         """Adam's state of a master tensor, which torch makes at the first update only."""
         state: dict[str, Tensor] = self.optimizer.state[master]
         if not state:
-            state.update({moment: torch.zeros_like(master) for moment in MOMENTS}, step=torch.tensor(0.0))
+            state |= {moment: torch.zeros_like(master) for moment in MOMENTS}
+            state["step"] = torch.zeros((), device=master.device)  # where the fused update reads it
         return state
 
 

@@ -23,13 +23,12 @@ from typing import Literal
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from model.config import ConfigError
 from model.config_sections import WatchdogConfig
 from model.exits import LOST, PARENT_PID, LostProcessError, code_of
 from model.training.distributed import Processes, named
 
 log = logging.getLogger("mplug")
-INTERVAL_S, LAST_WORDS_S = 1.0, 10.0
+INTERVAL_S, LAST_WORDS_S, EXIT_WITHIN_S = 1.0, 10.0, 30.0
 VERDICT = "verdict"
 Section = Literal["setup", "first_step", "step", "checkpoint", "evaluation"]
 
@@ -75,6 +74,8 @@ class Watchdog:
         except BaseException as error:
             found = named(error)
             self._conclude(found)
+            # CUDA and NCCL may wait for ever for a peer that is gone, until the interpreter ends
+            threading.Thread(target=_exit_later, args=(code_of(found),), daemon=True).start()
             raise found from (error if found is not error else error.__cause__)
 
     def _open_store(self, group: Processes) -> None:
@@ -106,13 +107,15 @@ class Watchdog:
     def _pulse(self) -> None:
         """Tells the store that this process lives, and reads there whether the run is to end."""
         assert self.store
-        count = 0
+        count, main_sign = 0, b""
         while not self.stopped.wait(INTERVAL_S):
             count += 1
             try:
                 self.store.set(f"alive/{self.rank}", str(count))
                 verdict = self._verdict() or (self._missing() if self.rank == 0 else None)
-                self.answered = time.monotonic()
+                sign = self.store.get("alive/0")  # the store answers also where the first process hangs
+                if sign != main_sign:
+                    main_sign, self.answered = sign, time.monotonic()
             except RuntimeError:  # the first process is gone; `_watch` gives it its time
                 continue
             if verdict and not self.stopped.is_set():
@@ -162,7 +165,7 @@ class Watchdog:
     def _conclude(self, error: BaseException) -> None:
         """Tells the others why this process ends; one that only lost another ends as that one says."""
         self.stopped.set()
-        if isinstance(error, SystemExit | ConfigError):  # every process ends so by itself
+        if isinstance(error, SystemExit):  # every process ends so by itself
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever asks now asks for what is happening
         if isinstance(error, LostProcessError):
@@ -183,6 +186,11 @@ class Watchdog:
         """Leaves the others time to read the verdict, before their collectives break and the store goes."""
         if self.world_size > 1:
             time.sleep(3 * INTERVAL_S if self.rank == 0 else 2 * INTERVAL_S)
+
+
+def _exit_later(code: int) -> None:
+    time.sleep(EXIT_WITHIN_S)
+    os._exit(code)
 
 
 def _stacks() -> str:

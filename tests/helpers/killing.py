@@ -42,10 +42,11 @@ class Training:
 
     root: Path
     settings: list[str]
+    preset: str = "tiny_pretraining"
 
     def command(self, *overrides: str) -> list[str]:
         arguments = [*TINY, f"training.steps={STEPS}", "checkpoint.every=4", f"output={self.root}", *self.settings]
-        return [MPLUG, "train", "tiny_pretraining", *arguments, *overrides]
+        return [MPLUG, "train", self.preset, *arguments, *overrides]
 
     def start(self, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
         command = self.command("--processes", str(processes), *overrides)

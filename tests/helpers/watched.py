@@ -1,5 +1,6 @@
 """One process of two under the watchdog: `watched.py CASE` with the variables that torchrun sets."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ def act(case: str, group: Processes) -> None:
                 time.sleep(100)
             case "stops":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            case "hangs":
+                ctypes.PyDLL(None).sleep(100)  # the interpreter's lock is never given back
             case "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "fails":
@@ -36,7 +39,7 @@ def main() -> None:
         watchdog = Watchdog(LIMITS)
         watchdog.last_words = lambda: print("last words", file=sys.stderr, flush=True)
         with processes(LIMITS) as group, watchdog.together(group):
-            watchdog.enter("checkpoint" if sys.argv[1].endswith("stops") else "step")
+            watchdog.enter("checkpoint" if sys.argv[1].endswith(("stops", "hangs")) else "step")
             act(sys.argv[1], group)
 
 

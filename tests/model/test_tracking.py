@@ -11,6 +11,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from killing import Training
 from unreliable import Mode, Unreliable, mlflow_server
 
 from model import tracking
@@ -103,6 +104,29 @@ def test_a_server_that_does_not_come_back_costs_its_patience_only(
     with tracked(config(server), "lost", key="lost", history=points(run)) as again:  # the same command once more
         pass
     assert series(server, again) == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_sends_the_rest_when_it_is_started_again(
+    server: Unreliable, shards: dict[str, str], decoder: str, tmp_path: Path
+) -> None:
+    settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "training.steps=2"]
+    settings += [f"tracking.uri={server.uri}", "tracking.experiment=late", "tracking.patience_s=1"]
+    run = Training(tmp_path, settings)
+    server.mode = "down"
+    first = run.run(processes=1)
+    assert first.code == 0
+    assert "MLflow did not take" in first.said
+    server.mode = "up"
+    again = run.run(processes=1)
+    assert (again.code, again.model) == (0, first.model)
+    assert "step/s" not in again.said
+    client = mlflow.MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("late")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["model_uri"] == first.model
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2]
 
 
 def test_a_restarted_run_goes_on_in_the_same_series(server: Unreliable) -> None:

@@ -13,15 +13,15 @@ from model.config_sections import CheckpointConfig, WatchdogConfig
 from model.data.annotations import DataError
 from model.tasks import build_task
 from model.training.checkpoint import Checkpoints, frozen_sha256, run_folder, saved_steps
-from model.training.distributed import Processes, processes
+from model.training.distributed import ALONE, Processes, processes
 from model.training.engine import Engine
+from model.training.state import Progress
 
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Processes]:
     with pytest.MonkeyPatch.context() as patch:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in {**alone, "DS_ACCELERATOR": "cpu"}.items():
+        for name, value in {**ALONE, "DS_ACCELERATOR": "cpu"}.items():
             patch.setenv(name, value)
         with processes(WatchdogConfig()) as group:
             yield group
@@ -57,10 +57,10 @@ def value(engine: Engine) -> float:
     return found.pop()
 
 
-def save(engine: Engine, made: Checkpoints, *steps: int) -> None:
+def save(engine: Engine, made: Checkpoints, *steps: int, best: int = -1) -> None:
     for step in steps:
         fill(engine, step)
-        made.save(step, f'{{"step": {step}}}\n'.encode(), {"progress": {"step": step}})
+        made.save(step, f'{{"step": {step}}}\n'.encode(), {"progress": {"step": step}}, best)
         made.wait()
 
 
@@ -76,22 +76,39 @@ def test_a_checkpoint_brings_everything_back(engine: Engine, group: Processes, p
     assert made.restore() is None
     save(engine, made, 4)
     fill(engine, 0)
-    restored = checkpoints(engine, group, place).restore()
+    again = checkpoints(engine, group, place)
+    restored = again.restore()
     assert restored
     assert restored["progress"] == {"step": 4}
     assert value(engine) == 4
-    assert made.history(4) == [{"step": 4}]
+    assert again.history() == [{"step": 4}]
 
 
 def test_the_newest_and_the_best_are_kept(engine: Engine, group: Processes, place: str) -> None:
     made = checkpoints(engine, group, place)
-    made.best_step = 2
     storage.write(f"{place}/step-00000003/state-00000-of-00001.safetensors", b"half-written by a killed process")
-    save(engine, made, 1, 2, 4, 6, 8)
+    save(engine, made, 1, 2, 4, 6, 8, best=2)
     assert saved_steps(place) == [8, 6, 2]
     assert {entry.path.partition("/")[0] for entry in storage.walk(place)} == {
         "step-00000002", "step-00000006", "step-00000008",
     }  # fmt: skip
+
+
+def test_a_checkpoint_that_cannot_be_written_is_known_as_lost(
+    engine: Engine, group: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    made = checkpoints(engine, group, str(tmp_path / "run"))
+    save(engine, made, 4)
+    assert "checkpoint of step 4 was not written by process 0" in caplog.text
+    assert made.lost_step == 4
+    progress = Progress(step=4)
+    for value in (float("nan"), 1.0, 2.0):
+        progress.note(value, lower_is_better=True)
+    assert (progress.best_step, progress.best_value) == (4, 1.0)
+    progress.forget_best()
+    progress.note(3.0, lower_is_better=True)
+    assert progress.best_value == 3.0
 
 
 def test_a_running_save_holds_a_copy(engine: Engine, group: Processes, place: str) -> None:
@@ -108,6 +125,8 @@ DAMAGES = {
     "a flipped byte": lambda folder: flip(folder / "state-00000-of-00001.safetensors"),
     "a short file": lambda folder: (folder / "state-00000-of-00001.safetensors").write_bytes(b"short"),
     "a missing file": lambda folder: (folder / "state-00000-of-00001.safetensors").unlink(),
+    "another history": lambda folder: (folder / "history.jsonl").write_text('{"step": 5}'),
+    "no history": lambda folder: (folder / "history.jsonl").unlink(),
     "half a manifest": lambda folder: (folder / "manifest.json").write_text('{"files": {'),
     "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),

@@ -2,34 +2,33 @@
 
 import gzip
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from killing import MPLUG, Outcome
+from killing import Outcome, Training
 from running import TINY
 
 from model.config import ConfigError, load
 from model.evaluation.runner import evaluate
 from model.tasks import build_task
+from model.training.checkpoint import saved_steps
 from model.training.distributed import Processes
 from model.training.validation import Validation
 
 
-def run(root: Path, shards: dict[str, str], pretrained: str, *overrides: str, processes: int = 2) -> Outcome:
-    settings = [f"model.init_from={pretrained}", f"data.shards={shards['classification']}", f"output={root}"]
-    settings += [*TINY, "training.steps=12", "evaluation.every=4", "evaluation.metric=generation_top5", *overrides]
-    command = [MPLUG, "train", "tiny_classification", "--processes", str(processes), "--profile", *settings]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return Outcome(ended.returncode, ended.stdout.strip(), ended.stderr)
-
-
 @pytest.fixture(scope="module")
 def outcome(shards: dict[str, str], pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run that is at its best at its first evaluation, and is interrupted after it."""
+    settings = [f"model.init_from={pretrained}", f"data.shards={shards['classification']}", "evaluation.every=4"]
     # ZeRO-3 is the stage in which no process has all weights to evaluate with
-    found = run(tmp_path_factory.mktemp("validated"), shards, pretrained, "training.zero_stage=3")
+    settings += ["training.zero_stage=3", "checkpoint.keep=1", "optim.lr=0.3"]
+    settings += ["evaluation.metric=generation_top5"]  # which a learning rate so large does not raise
+    root = tmp_path_factory.mktemp("validated")
+    run = Training(root, settings, "tiny_classification")
+    assert run.interrupted(lambda child: child.terminate()).code == 143
+    found = run.run("--profile")
     assert found.code == 0, found.said
     return found
 
@@ -38,6 +37,9 @@ def test_the_best_checkpoint_becomes_the_model(outcome: Outcome, shards: dict[st
     scores = {point["step"]: point for point in outcome.history if "val/loss" in point}
     assert sorted(scores) == [4, 8, 12]
     best = max(sorted(scores), key=lambda step: scores[step]["val/generation_top5"])
+    assert best == 4
+    (folder,) = Path(outcome.model).parents[2].glob("checkpoints/*")
+    assert saved_steps(str(folder)) == [12, 4]
     again = evaluate(outcome.model, shards=shards["classification"], split="val", batch_size=4).scores
     assert again == pytest.approx({name: scores[best][f"val/{name}"] for name in again})
 

@@ -30,7 +30,7 @@ def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float
     ]  # fmt: skip
     codes: list[int | None] = []
     said = []
-    stopped = int(case[0]) if case.endswith("stops") else None
+    stopped = int(case[0]) if case.endswith(("stops", "hangs")) else None
     for rank in sorted(range(2), key=lambda rank: rank == stopped):
         if rank == stopped:  # as torchrun does with one that does not answer
             children[rank].kill()
@@ -50,9 +50,9 @@ def test_a_process_over_its_time_ends_all_with_their_stacks(rank: int) -> None:
     assert all("MainThread:" in text and "last words" in text for text in said)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_gives_no_sign_of_life_is_given_up(rank: int) -> None:
-    codes, said, seconds = run(f"{rank}-stops")
+@pytest.mark.parametrize(("rank", "case"), [(0, "stops"), (1, "stops"), (0, "hangs")])
+def test_a_process_that_gives_no_sign_of_life_is_given_up(rank: int, case: str) -> None:
+    codes, said, seconds = run(f"{rank}-{case}")
     assert codes == [LOST, None]
     assert seconds < 30
     assert ("no sign of life for 4 s" if rank else "process 0 does not answer for 4 s") in said[0]
