@@ -196,8 +196,10 @@ def _end(rig: Rig, run: Run) -> tuple[str, list[tuple[int, float]]]:
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, (run.returncode, out)
     weights = hashlib.sha256(storage.read(f"{out.strip()}/model.safetensors")).hexdigest()
-    run_id = json.loads(storage.read(f"{out.strip()}/manifest.json"))["run_id"]
     client = mlflow.MlflowClient(rig.tracking)
-    found = client.get_metric_history(run_id, "train/loss")
-    assert client.get_run(run_id).info.status == "FINISHED"
+    experiment = client.get_experiment_by_name("mplug-video")
+    assert experiment is not None
+    (shown,) = client.search_runs([experiment.experiment_id], f"tags.model_uri = '{out.strip()}'")
+    found = client.get_metric_history(shown.info.run_id, "train/loss")
+    assert shown.info.status == "FINISHED"
     return weights, sorted((point.step, point.value) for point in found)
