@@ -166,7 +166,7 @@ class Batches:
         # forkserver: forking a process that holds threads (DeepSpeed, S3) can deadlock, and spawning imports torch anew
         context = get_context("forkserver") if workers else None
         if context:
-            context.set_forkserver_preload([__name__, stream.collate.__module__])
+            context.set_forkserver_preload(["model.data.own_group", __name__, stream.collate.__module__])
             _start_forkserver()
         self.loader: DataLoader[Loaded] = DataLoader(
             stream, batch_size=None, num_workers=workers, multiprocessing_context=context
@@ -195,7 +195,7 @@ class Batches:
 
 
 def _start_forkserver() -> None:
-    """torchrun asks whole process groups to end: loader processes are deaf to that, and end with whom they read for."""
+    """Nobody can ask it to end before it has left the process group (model.data.own_group)."""
     resource_tracker.ensure_running()  # started later, it would let the signal through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
