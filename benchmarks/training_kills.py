@@ -58,7 +58,7 @@ class Rig:
         )  # fmt: skip
 
     def points(self) -> list[dict[str, Any]]:
-        """What the newest process 0 has logged of its own so far, from its journal."""
+        """What the processes of a run have logged so far, from their journals."""
         journals = sorted((self.cache / "journal").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
         lines = [json.loads(line) for path in journals for line in path.read_text().splitlines() if line.endswith("}")]
         return [point for point in lines if "perf/step_s" in point]
@@ -136,11 +136,11 @@ def _hit(rig: Rig, server: _Server, rng: random.Random, kind: str, trial: int, m
         assert run.returncode in (-signal.SIGKILL, TERMINATED), run.returncode  # both are started again by a cluster
         run = rig.start(trial)
     weights, series = _end(rig, run)
-    lines = rig.points()
-    again = sum(point["time_ms"] / 1000 > hit_at and point["step"] <= before for point in lines)
+    # every process keeps a journal
+    again = {point["step"] for point in rig.points() if point["time_ms"] / 1000 > hit_at and point["step"] <= before}
     return {
         "kind": kind, "who": who, "step": before, "weights": weights, "series": series,
-        "at, s": round(moment_s, 1), "steps done again": again, "took, s": rig.last_step_at() - start,
+        "at, s": round(moment_s, 1), "steps done again": len(again), "took, s": rig.last_step_at() - start,
     }  # fmt: skip
 
 
