@@ -28,7 +28,8 @@ def same(outcome: Outcome, undisturbed: Outcome) -> None:
 def test_a_killed_process_leaves_no_trace_in_losses_and_weights(
     settings: list[str], undisturbed: Outcome, tmp_path: Path
 ) -> None:
-    outcome = Training(tmp_path, settings).interrupted(lambda child: workers(child)[1].kill())
+    # its loader process would hold this command's output open, if it lived on
+    outcome = Training(tmp_path, settings).interrupted(lambda child: workers(child)[1].kill(), "data.workers=1")
     same(outcome, undisturbed)
     assert "it is started again" in outcome.said
 
