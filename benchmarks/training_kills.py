@@ -89,6 +89,7 @@ def kills(folder: Path, overrides: list[str], count: int = KILLS) -> dict[str, A
                 rows.append(row)
                 print(json.dumps(row, ensure_ascii=False), flush=True)
     finally:
+        _kill_tree_below(os.getpid())  # servers that were started again
         subprocess.run(["umount", "-l", str(rig.cache)])
     good = sum(row["same weights"] and row["complete series"] for row in rows)
     summary: dict[str, Any] = {"kills": count, "same weights and complete series": good}
@@ -178,16 +179,22 @@ def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> s
 def _pause(names: list[str], seconds: float) -> None:
     """Kills a server and starts it again with the command that it had."""
     for child in psutil.Process().children(recursive=True):
-        if child.name() in names:
+        if child.status() != psutil.STATUS_ZOMBIE and child.name() in names:
             command, environment, place = child.cmdline(), child.environ(), child.cwd()
             child.kill()
+            child.wait()
             time.sleep(seconds)
             subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             break
 
 
 def _kill_tree(pid: int) -> None:
-    for child in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+    _kill_tree_below(pid)
+    psutil.Process(pid).kill()
+
+
+def _kill_tree_below(pid: int) -> None:
+    for child in psutil.Process(pid).children(recursive=True):
         child.kill()
 
 
