@@ -157,7 +157,7 @@ def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> s
         run.send_signal(signal.SIGTERM)
         return "launcher"
     if kind.startswith("S3"):
-        _pause(["weed"], 20)
+        _pause("weed", 20)
     elif kind.startswith("MLflow"):
         server.down()
         time.sleep(60)
@@ -176,10 +176,10 @@ def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> s
     return ""
 
 
-def _pause(names: list[str], seconds: float) -> None:
+def _pause(name: str, seconds: float) -> None:
     """Kills a server and starts it again with the command that it had."""
     for child in psutil.Process().children(recursive=True):
-        if child.status() != psutil.STATUS_ZOMBIE and child.name() in names:
+        if child.status() != psutil.STATUS_ZOMBIE and child.name() == name:
             command, environment, place = child.cmdline(), child.environ(), child.cwd()
             child.kill()
             child.wait()

@@ -8,7 +8,6 @@ store on the first one.
 Each attempt is a process of its own (`python -m components.launcher`), so that nothing of a failed one is left.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -17,7 +16,8 @@ import subprocess
 import sys
 import time
 
-from model.exits import INTERRUPTED, LOST, PARENT_PID
+from model.exits import INTERRUPTED, LOST
+from model.parent import PARENT_PID, signal_at_its_end
 
 RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
 GOOD_ATTEMPT_S = 60.0
@@ -27,7 +27,6 @@ ATTEMPTS_IN_A_ROW = 10
 FIRST_NODE_WITHIN_S = 1800.0
 SHUTDOWN_S = 60
 """What processes have to save when they are asked to end."""
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def launch(config: str, overrides: list[str], processes: int | None = None) -> int:
@@ -75,7 +74,7 @@ def _shell_code(exit_code: int) -> int:
 
 def main() -> None:
     """One attempt on this node."""
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+    signal_at_its_end(signal.SIGTERM)
     if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):
         sys.exit(LOST)  # it was gone before this process could ask to be told
     os.environ[PARENT_PID] = str(os.getpid())

@@ -14,8 +14,6 @@ from model.storage import NotFoundError, StorageError
 FAILED, CONFIGURATION, DATA, ATTEMPTS, INTERRUPTED, OUTAGE, LOST = 1, 2, 3, 4, 130, 134, 144
 """OUTAGE: a bucket or a server that does not answer may be back after a restart. LOST: a process of the run is gone or
 stands still. ATTEMPTS: restarting has not helped. (143, asked to end and saved, is model.tracking's TERMINATED.)"""
-PARENT_PID = "MPLUG_PARENT_PID"
-"""Variable in which a process of the launcher tells those that it starts whose end is theirs."""
 
 
 class StageError(RuntimeError):

@@ -3,13 +3,12 @@
 torchrun asks the whole group of a training process to end; loader processes end with the one that they read for.
 """
 
-import ctypes
 import os
 import signal
 
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+from model.parent import signal_at_its_end
 
 os.setpgid(0, 0)
 # loader processes hold the pipe by which the server would see the end, and look only for the server themselves
-ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+signal_at_its_end(signal.SIGKILL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

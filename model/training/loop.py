@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 from transformers.utils import logging as transformers_logging
 
-from model import manifest, storage
+from model import storage
 from model.config import RunConfig, in_steps, micro_batch_of
 from model.config_sections import TrackingConfig
 from model.data.loader import Batch, Batches, ClipSource, open_split, training_batches
@@ -36,7 +36,7 @@ from model.training.flops import of_step
 from model.training.meter import Meter
 from model.training.optim import lr_at
 from model.training.profiling import profiled
-from model.training.publishing import publish
+from model.training.publishing import publish, tag
 from model.training.randomness import seed_step
 from model.training.state import Progress
 from model.training.validation import Validation
@@ -96,7 +96,7 @@ def _tell(config: RunConfig, attempt: Attempt) -> bool:
     history = map(json.loads, storage.read(storage.join(attempt.model, HISTORY)).splitlines())
     with tracked(config.tracking, config.name, attempt.key, history) as run:
         run.params(flat(config.model_dump()))
-        run.tags({"model_uri": attempt.model, "manifest_sha256": manifest.sha256_of(attempt.model)})
+        tag(run, attempt.model)
     return run.is_told
 
 

@@ -25,5 +25,10 @@ def publish(task: Task, config: RunConfig, run: Run) -> str:
             raise StorageError(f"the model cannot be written to {folder.parent}, make room there: {error}") from error
         base = storage.join(config.output, "models", config.name)
         uri = manifest.publish(folder, base, config=config.model_dump(mode="json"), run_id=run.opened_id())
-    run.tags({"model_uri": uri, "manifest_sha256": manifest.sha256_of(uri)})
+    tag(run, uri)
     return uri
+
+
+def tag(run: Run, uri: str) -> None:
+    """The run in MLflow names its model."""
+    run.tags({"model_uri": uri, "manifest_sha256": manifest.sha256_of(uri)})

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from model.config_sections import WatchdogConfig
-from model.exits import LOST, PARENT_PID, LostProcessError, code_of
+from model.exits import LOST, LostProcessError, code_of
+from model.parent import PARENT_PID
 from model.training.distributed import Processes, named
 
 log = logging.getLogger("mplug")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from model.exits import PARENT_PID
+from model.parent import PARENT_PID
 from pipelines.services import free_ports
 
 WATCHED = Path(__file__).parents[2] / "helpers" / "watched.py"
