@@ -132,8 +132,9 @@ def _hit(rig: Rig, server: _Server, rng: random.Random, kind: str, trial: int, m
     assert run.poll() is None, (rig.folder / f"trial-{trial}.log").read_text()
     before, hit_at = max((point["step"] for point in rig.points()), default=0), time.time()
     who = _do(rig, server, rng, kind, run)
-    if run.poll() is not None or kind == "SIGTERM":
-        run.communicate()
+    if kind == "SIGTERM":
+        run.wait()
+    if run.poll():  # else it goes on, or was done before its disk was back
         assert run.returncode in (-signal.SIGKILL, TERMINATED), run.returncode  # both are started again by a cluster
         run = rig.start(trial)
     weights, series = _end(rig, run)
