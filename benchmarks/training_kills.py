@@ -63,10 +63,6 @@ class Rig:
         lines = [json.loads(line) for path in journals for line in path.read_text().splitlines() if line.endswith("}")]
         return [point for point in lines if "perf/step_s" in point]
 
-    def last_step_at(self) -> float:
-        """Unix time."""
-        return max(point["time_ms"] for point in self.points()) / 1000
-
 
 def kills(folder: Path, overrides: list[str], count: int = KILLS) -> dict[str, Any]:
     """Each run is hit once at a random time, from its first second on, and must end as one that nothing happened to."""
@@ -77,8 +73,8 @@ def kills(folder: Path, overrides: list[str], count: int = KILLS) -> dict[str, A
             _end(rig, rig.start(1))  # brings the shards into the cache
             shutil.rmtree(rig.cache / "journal")
             start = time.time()
-            weights, losses = _end(rig, rig.start(2))
-            duration_s = rig.last_step_at() - start
+            weights, losses, last_step_at = _end(rig, rig.start(2))
+            duration_s = last_step_at - start
             rows = []
             for number in range(count):
                 moment_s = rng.uniform(1, 0.9 * duration_s)
@@ -137,12 +133,12 @@ def _hit(rig: Rig, server: _Server, rng: random.Random, kind: str, trial: int, m
     if run.poll():  # else it goes on, or was done before its disk was back
         assert run.returncode in (-signal.SIGKILL, TERMINATED), run.returncode  # both are started again by a cluster
         run = rig.start(trial)
-    weights, series = _end(rig, run)
+    weights, series, last_step_at = _end(rig, run)
     # every process keeps a journal
     again = {point["step"] for point in rig.points() if point["time_ms"] / 1000 > hit_at and point["step"] <= before}
     return {
         "kind": kind, "who": who, "step": before, "weights": weights, "series": series,
-        "at, s": round(moment_s, 1), "steps done again": len(again), "took, s": rig.last_step_at() - start,
+        "at, s": round(moment_s, 1), "steps done again": len(again), "took, s": last_step_at - start,
     }  # fmt: skip
 
 
@@ -199,8 +195,8 @@ def _kill_tree_below(pid: int) -> None:
         child.kill()
 
 
-def _end(rig: Rig, run: Run) -> tuple[str, list[tuple[int, float]]]:
-    """Hash of the final weights, and the loss series in MLflow."""
+def _end(rig: Rig, run: Run) -> tuple[str, list[tuple[int, float]], float]:
+    """Hash of the final weights, the loss series in MLflow, and the Unix time of its last step."""
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, (run.returncode, out)
     weights = hashlib.sha256(storage.read(f"{out.strip()}/model.safetensors")).hexdigest()
@@ -210,4 +206,5 @@ def _end(rig: Rig, run: Run) -> tuple[str, list[tuple[int, float]]]:
     (shown,) = client.search_runs([experiment.experiment_id], f"tags.model_uri = '{out.strip()}'")
     found = client.get_metric_history(shown.info.run_id, "train/loss")
     assert shown.info.status == "FINISHED"
-    return weights, sorted((point.step, point.value) for point in found)
+    last_step_at = max(point.timestamp for point in found) / 1000
+    return weights, sorted((point.step, point.value) for point in found), last_step_at
