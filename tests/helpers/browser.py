@@ -33,6 +33,11 @@ class Page:
     def wait_for(self, text: str) -> None:
         WebDriverWait(self.driver, WAIT_S).until(lambda driver: text in driver.find_element(By.TAG_NAME, "body").text)
 
+    def search(self, placeholder: str, text: str) -> None:
+        field = (By.CSS_SELECTOR, f'input[placeholder="{placeholder}"]')
+        WebDriverWait(self.driver, WAIT_S).until(lambda driver: driver.find_elements(*field))
+        self.driver.find_element(*field).send_keys(text)
+
     def picture(self, path: Path, *, height: int) -> None:
         self.driver.set_window_size(1280, height)
         self.driver.save_screenshot(str(path))

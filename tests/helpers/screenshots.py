@@ -48,8 +48,9 @@ def _mlflow(page: browser.Page, address: str, out: Path) -> str:
     page.open(
         f"{address}/#/experiments/{experiment.experiment_id}/runs/{found['tiny-pretraining-random']}/model-metrics"
     )
+    page.search("Search metric charts", "train/")  # charts out of view are not drawn, and perf/ comes first
     page.wait_for("train/loss")
-    page.picture(out / "mlflow-run.png", height=900)
+    page.picture(out / "mlflow-run.png", height=1000)
     pair = [found[f"tiny-captioning-{init}"] for init in ("pretrained", "random")]
     query = urllib.parse.urlencode({"runs": json.dumps(pair), "experiments": json.dumps([experiment.experiment_id])})
     page.open(f"{address}/#/compare-runs?{query}")
