@@ -1,6 +1,7 @@
 """Small real things that tests share: a corpus, its shards, a tokenizer, an S3 server. Nothing here is a mock."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes be
 import pytest
 from killing import Outcome, Training
 from running import train
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
