@@ -35,8 +35,7 @@ class Page:
 
     def search(self, placeholder: str, text: str) -> None:
         field = (By.CSS_SELECTOR, f'input[placeholder="{placeholder}"]')
-        WebDriverWait(self.driver, WAIT_S).until(lambda driver: driver.find_elements(*field))
-        self.driver.find_element(*field).send_keys(text)
+        WebDriverWait(self.driver, WAIT_S).until(lambda driver: driver.find_element(*field)).send_keys(text)
 
     def picture(self, path: Path, *, height: int) -> None:
         self.driver.set_window_size(1280, height)
