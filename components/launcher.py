@@ -1,162 +1,303 @@
-"""Starts the processes of a training run on this machine, alone or as one node of several. No kfp here.
+"""Starts a job on a cluster, or takes up the one that is there, and follows it to its end. No kfp here.
 
-On one machine torchrun stands alone. In a pod of a PyTorchJob the operator's variables say who the others are:
-PET_NNODES and, with a Master, PET_MASTER_ADDR, PET_MASTER_PORT and PET_NODE_RANK; in an elastic job PET_RDZV_ENDPOINT.
-(RANK and WORLD_SIZE there count nodes, or nothing useful; torchrun sets them anew.) All nodes meet at torchrun's c10d
-store on the first one.
-
-Each attempt is a process of its own (`python -m components.launcher`), so that nothing of a failed one is left.
+A step of a pipeline that is started again finds its job by the name: one that runs is followed, one that has failed is
+replaced. The operator restarts pods without end, and its deadline does not fire on a job that stands still; both are
+bounded here.
 """
 
+import calendar
+import copy
+import hashlib
+import json
 import logging
-import os
 import signal
-import socket
-import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from model.exits import INTERRUPTED, LOST
-from model.parent import PARENT_PID, signal_at_its_end
+from components.cluster import KINDS, Cluster, ClusterError, Manifest
+from model.config import ConfigError
+from model.exits import AttemptsError, OutageError, StageError
+from model.tracking import TERMINATED
 
-RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
-GOOD_ATTEMPT_S = 60.0
-"""An attempt that has lasted so long counts as one that worked for a while."""
-ATTEMPTS_IN_A_ROW = 10
-"""Attempts that end at once before this gives up. The run itself counts those that bring no new checkpoint."""
-FIRST_NODE_WITHIN_S = 1800.0
-SHUTDOWN_S = 60
-"""What processes have to save when they are asked to end."""
+log = logging.getLogger("mplug")
+DIGEST = "mplug-video/digest"
+"""Annotation of a job: of all that was asked for. The same name with another digest is another job."""
+LOOK_EVERY_S = 20
+GONE_WITHIN_S = 300.0
+LAST_LINES_S = 5.0
 
 
-def launch(config: str, overrides: list[str], processes: int | None = None) -> int:
-    """Trains on `processes` processes of this machine; returns 0 or the exit code.
+class JobFailedError(StageError):
+    """A job has ended without success."""
 
-    What ends with a code that is worth a restart (128 and above) is started again and goes on from its last checkpoint.
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a job is followed before it is given up, and removed."""
+
+    deadline_s: float = 0
+    """From its start; 0: none."""
+    restarts: int = 20
+    """Of any one of its pods."""
+
+
+def run(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
+    """Returns when the job has succeeded. Raises what else became of it; a job that is given up is removed.
+
+    Where this process is asked to end (SIGTERM, Ctrl-C), the job is removed too: it saves what it has.
     """
-    count = ["--nproc-per-node", str(processes)] if processes else []
-    command = [sys.executable, "-m", "components.launcher", *count, "-m", "model.training", config, *overrides]
-    failed = 0
-    while True:
-        start = time.monotonic()
-        code, asked_to_end = _attempt(command)
-        failed = 0 if time.monotonic() - start > GOOD_ATTEMPT_S else failed + 1
-        if code < 128 or code == INTERRUPTED or asked_to_end or failed == ATTEMPTS_IN_A_ROW:
-            return code
-        wait_s = min(RESTART_AFTER_S * 2 ** max(failed - 1, 0), LONGEST_WAIT_S)
-        print(f"training ended with code {code}, it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
-        time.sleep(wait_s)
+    kind, name = manifests[-1]["kind"], manifests[-1]["metadata"]["name"]
+    with _asked_to_end():
+        try:
+            ensure(cluster, manifests)
+            attend(cluster, kind, name, limits)
+        except (_AskedToEndError, _GivenUpError, KeyboardInterrupt) as error:
+            cluster.delete(kind, name)
+            log.warning("%s is removed", name)
+            if isinstance(error, _AskedToEndError):
+                raise SystemExit(TERMINATED) from None
+            raise
 
 
-def _attempt(command: list[str]) -> tuple[int, bool]:
-    """Exit code of one attempt, and whether it ended because this process was asked to."""
-    asked: list[int] = []
-    child = subprocess.Popen(command, env={**os.environ, PARENT_PID: str(os.getpid())})
-
-    def pass_on(number: int, _frame: object) -> None:
-        asked.append(number)
-        child.send_signal(number)
-
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        return _shell_code(child.wait()), bool(asked)
-    except KeyboardInterrupt:  # the terminal has told the child as well
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def kind_of(cluster: Cluster, name: str) -> str:
+    """Which kind of job has this name. Raises ConfigError where none has."""
+    for kind in KINDS:
+        try:
+            if KINDS[kind].succeeded and cluster.get(kind, name):
+                return kind
+        except ClusterError as error:  # of a kind that the cluster lets nobody read, or does not know
+            log.debug("%s: %s", kind, error)
+    raise ConfigError(
+        f"namespace {cluster.namespace} has no job named {name}. `kubectl get pytorchjobs,jobs` lists them."
+    )
 
 
-def _shell_code(exit_code: int) -> int:
-    """128 + its number for a process that a signal has ended."""
-    return exit_code if exit_code >= 0 else 128 - exit_code
+def ensure(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
+    """Creates the job, or adopts the one of its name that has not failed."""
+    digest = hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()[:16]
+    owner = cluster.owner()
+    for manifest in manifests:
+        manifest = copy.deepcopy(manifest)
+        manifest["metadata"]["annotations"] = {DIGEST: digest}
+        manifest["metadata"]["ownerReferences"] = owner
+        job = _ensure_one(cluster, manifest, digest)
+    return job
 
 
-def main() -> None:
-    """One attempt on this node."""
-    signal_at_its_end(signal.SIGTERM)
-    if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):
-        sys.exit(LOST)  # it was gone before this process could ask to be told
-    os.environ[PARENT_PID] = str(os.getpid())
-    _environment()
-    sys.exit(_torchrun([*_place(), *sys.argv[1:]]))
-
-
-def _environment() -> None:
-    import torch
-
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # where DeepSpeed has to guess its device, it says so on standard output, which is the model's URI alone
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # restarted workers must not meet the addresses of the last attempt (torch 2.13 shares one store between attempts)
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.pop("PET_STANDALONE", None)  # the operator sets it empty, which torchrun cannot read
-    wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
-    if not wanted.isdigit():  # torchrun's "auto" is a process per core where there is no GPU
-        os.environ["PET_NPROC_PER_NODE"] = str(max(torch.cuda.device_count(), 1))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failed process has said why
-
-
-def _place() -> list[str]:
-    """torchrun's arguments that say where the other nodes are; waits until the first one can be reached."""
-    # torchrun's own restarts would repeat what cannot get better, and count differently on every node
-    common = ["--max-restarts=0", f"--shutdown-timeout={SHUTDOWN_S}"]
-    if "PET_NNODES" not in os.environ:
-        return ["--standalone", *common]
-    static = f"{os.environ.get('PET_MASTER_ADDR')}:{os.environ.get('PET_MASTER_PORT')}"
-    endpoint = os.environ.get("PET_RDZV_ENDPOINT", static)
-    host, _, port = endpoint.partition(":")
-    is_first = os.environ.pop("PET_NODE_RANK", "") == "0" or host.partition(".")[0] == socket.gethostname()
-    if not is_first:
-        _wait_for(host, int(port))
-    conf = ",".join(filter(None, [os.environ.get("PET_RDZV_CONF", ""), f"is_host={int(is_first)}"]))
-    name = os.environ.get("PET_RDZV_ID", "mplug")
-    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={name}", f"--rdzv-conf={conf}", *common]
-
-
-def _wait_for(host: str, port: int) -> None:
-    """The name of a pod resolves before anything listens there."""
-    end, said = time.monotonic() + FIRST_NODE_WITHIN_S, 0.0
+def _ensure_one(cluster: Cluster, manifest: Manifest, digest: str) -> Manifest:
+    kind, name = manifest["kind"], manifest["metadata"]["name"]
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > end:
-                print(f"error: {host}:{port} does not answer for {FIRST_NODE_WITHIN_S:g} s: {error}", file=sys.stderr)
-                sys.exit(LOST)
-            if time.monotonic() - said > 30:
-                print(f"waiting for the first node, {host}:{port}: {error}", file=sys.stderr, flush=True)
-                said = time.monotonic()
-            time.sleep(0.5)
+            job = cluster.create(manifest)
+        except ClusterError as error:
+            if error.status != 409:
+                raise
+        else:
+            log.info("%s %s is created", kind, name)
+            return job
+        found = cluster.get(kind, name)
+        if found is None:  # it has gone in between
+            continue
+        if found["metadata"].get("deletionTimestamp"):
+            _wait_until_gone(cluster, kind, name)
+        elif condition := _condition(found, "Failed"):
+            log.warning("%s %s has failed before and is replaced: %s", kind, name, condition.get("message"))
+            cluster.delete(kind, name)
+            _wait_until_gone(cluster, kind, name)
+        elif found["metadata"].get("annotations", {}).get(DIGEST) != digest:
+            raise ConfigError(
+                f"a {kind} named {name} is there already, with other settings. `mplug job cancel {name}` removes it; "
+                "or take another --name."
+            )
+        else:
+            log.info("%s %s is there and is followed", kind, name)
+            return found
 
 
-def _torchrun(arguments: list[str]) -> int:
-    """Exit code of this node's processes."""
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import parse_args, run
+def _wait_until_gone(cluster: Cluster, kind: str, name: str) -> None:
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while cluster.get(kind, name):
+        if time.monotonic() > deadline:
+            raise OutageError(f"{kind} {name} is being removed for {GONE_WITHIN_S:g} s; `kubectl get pods` says why.")
+        time.sleep(0.5)
 
+
+def attend(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
+    """Returns when the job has succeeded; shows its log, and what happens to it in between."""
+    ended = threading.Event()
+    reader = threading.Thread(target=show_log, args=(cluster, kind, name, ended), daemon=True)
+    reader.start()
     try:
-        run(parse_args(arguments))  # type: ignore[no-untyped-call]
-    except ChildFailedError as error:
-        # what is permanent is the cause; processes that only lost another say less
-        ends = [
-            (_shell_code(failure.exitcode) >= 128, failure.timestamp, rank) for rank, failure in error.failures.items()
-        ]
-        rank = min(ends)[-1]
-        code = _shell_code(error.failures[rank].exitcode)
-        print(f"training process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
-        return code
-    except SignalException as error:
-        return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
-    except (RendezvousError, DistError) as error:
-        print(f"the nodes of the run lost each other: {error or type(error).__name__}", file=sys.stderr, flush=True)
-        return LOST
-    return 0
+        _follow(cluster, kind, name, limits)
+    finally:
+        ended.set()
+        reader.join(LAST_LINES_S)
 
 
-if __name__ == "__main__":
-    main()
+def _follow(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
+    seen = _Seen()
+    while True:
+        job = cluster.get(kind, name)
+        if job is None:
+            raise JobFailedError(f"{kind} {name} is gone: somebody has removed it.")
+        if _is_done(cluster, kind, job, seen):
+            return
+        _look(cluster, kind, job, seen, limits)
+        for changed in cluster.changes(kind, name, job["metadata"]["resourceVersion"], _patience(job, limits)):
+            if changed is None or _is_done(cluster, kind, changed, seen):
+                break
+
+
+@dataclass
+class _Seen:
+    """What was said already, and which pods there were."""
+
+    conditions: set[str] = field(default_factory=set)
+    warnings: set[str] = field(default_factory=set)
+    pods: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def restarts(self) -> int:
+        return max((len(uids) - 1 for uids in self.pods.values()), default=0)
+
+
+class _AskedToEndError(BaseException):
+    pass
+
+
+class _GivenUpError(JobFailedError, AttemptsError):
+    pass
+
+
+def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: _Seen) -> bool:
+    """Whether the job has succeeded. Raises JobFailedError where it has failed."""
+    for condition in (job.get("status") or {}).get("conditions") or []:
+        if condition["status"] == "True" and condition["type"] not in seen.conditions:
+            seen.conditions.add(condition["type"])
+            log.info("%s: %s", job["metadata"]["name"], condition["type"])
+    if condition := _condition(job, "Failed"):
+        name = job["metadata"]["name"]
+        ends = "; ".join(_ends(cluster.pods(kind, name)))
+        raise JobFailedError(f"{kind} {name} has failed: {condition.get('message') or condition.get('reason')} {ends}")
+    return bool(_condition(job, KINDS[kind].succeeded))
+
+
+def _condition(job: Manifest, name: str) -> dict[str, Any] | None:
+    conditions = (job.get("status") or {}).get("conditions") or []
+    return next((item for item in conditions if item["type"] == name and item["status"] == "True"), None)
+
+
+def _look(cluster: Cluster, kind: str, job: Manifest, seen: _Seen, limits: Limits) -> None:
+    """At what the job's conditions do not say: pods that cannot be made or placed, restarts, time."""
+    name = job["metadata"]["name"]
+    pods = cluster.pods(kind, name)
+    for pod in pods:
+        uids = seen.pods.setdefault(pod["metadata"]["name"], set())
+        if uids and pod["metadata"]["uid"] not in uids:
+            log.warning("pod %s was started again", pod["metadata"]["name"])
+        uids.add(pod["metadata"]["uid"])
+    for complaint in {*cluster.warnings(name), *(line for pod in pods for line in _waits(pod))} - seen.warnings:
+        seen.warnings.add(complaint)
+        log.warning("%s: %s", name, complaint)
+    if seen.restarts > limits.restarts:
+        raise _GivenUpError(
+            f"{kind} {name} is given up: a pod was started again {seen.restarts} times, at most {limits.restarts} are "
+            f"allowed. {'; '.join(_ends(pods))}"
+        )
+    if limits.deadline_s and _age_s(job) > limits.deadline_s:
+        raise _GivenUpError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
+
+
+def _patience(job: Manifest, limits: Limits) -> int:
+    """Seconds to the next look."""
+    left = limits.deadline_s - _age_s(job) if limits.deadline_s else LOOK_EVERY_S
+    return max(1, int(min(LOOK_EVERY_S, left)))
+
+
+def _age_s(job: Manifest) -> float:
+    """Since it was started; time that it waits in a queue does not count."""
+    if job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"):
+        return 0.0
+    started = (job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]
+    return time.time() - calendar.timegm(time.strptime(started, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def _waits(pod: Manifest) -> Iterator[str]:
+    """Why a pod does not run, in the scheduler's or the kubelet's words."""
+    status, name = pod.get("status") or {}, pod["metadata"]["name"]
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            yield f"pod {name} cannot be placed: {condition.get('message', '')}"
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = container["state"].get("waiting") or {}
+        if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
+            yield f"pod {name} does not start: {waiting['reason']}: {waiting.get('message', '')}"
+
+
+def _ends(pods: list[Manifest]) -> list[str]:
+    """How the containers of pods have ended that did not end well."""
+    return [
+        f"pod {pod['metadata']['name']} ended with exit code {ended['exitCode']} ({ended.get('reason', '')})"
+        for pod in pods
+        for container in (pod.get("status") or {}).get("containerStatuses") or []
+        if (ended := container["state"].get("terminated")) and ended["exitCode"]
+    ]
+
+
+def show_log(cluster: Cluster, kind: str, name: str, ended: threading.Event) -> None:
+    """Prints the log of the job's first pod, and of each that takes its place, through broken connections."""
+    shown = _Shown()
+    while True:
+        is_last = ended.is_set()
+        try:
+            for pod in cluster.pods(kind, name, first=True):
+                if (pod.get("status") or {}).get("phase") in ("Running", "Succeeded", "Failed"):
+                    shown.print_new(
+                        pod["metadata"]["uid"], cluster.log_lines(pod["metadata"]["name"], follow=not is_last)
+                    )
+        except Exception as error:  # whatever it is, the job itself is not to end of it
+            log.debug("the log of %s: %s", name, error)
+        if is_last:
+            return
+        ended.wait(1)
+
+
+@dataclass
+class _Shown:
+    """Up to where a pod's log was printed: one that is read again begins at its start."""
+
+    uid: str = ""
+    until: str = ""
+
+    def print_new(self, uid: str, lines: Iterator[tuple[str, str]]) -> None:
+        if uid != self.uid:
+            self.uid, self.until = uid, ""
+        known = self.until
+        for when, line in lines:
+            if when > known:
+                print(line, flush=True)
+                self.until = when
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[None]:
+    """SIGTERM ends what runs inside as an exception, once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("asked to end", file=sys.stderr, flush=True)
+        raise _AskedToEndError
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

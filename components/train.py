@@ -12,7 +12,7 @@ def train(
 
     `init` is "pretrained" to start from `pretrained`, or anything else to start from fresh visual weights.
     """
-    from components.launcher import launch
+    from components.torchrun import launch
     from model import manifest, storage
 
     name = f"{config}-{init}".replace("_", "-")

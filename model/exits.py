@@ -20,6 +20,10 @@ class StageError(RuntimeError):
     """Something that this program started has failed; its own log says why."""
 
 
+class OutageError(RuntimeError):
+    """Something outside does not answer, and may be back after a restart."""
+
+
 class AttemptsError(RuntimeError):
     """A run was started too often without getting any further."""
 
@@ -35,6 +39,7 @@ CODES: dict[type[BaseException], int] = {
     AttemptsError: ATTEMPTS,
     StageError: FAILED,
     NotFoundError: DATA,
+    OutageError: OUTAGE,
     StorageError: OUTAGE,
     TrackingError: OUTAGE,
     LostProcessError: LOST,

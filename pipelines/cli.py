@@ -9,6 +9,7 @@ import typer
 
 from model.exits import exit_codes
 from pipelines.data_cli import TrackingUri, data
+from pipelines.job_cli import job
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 pipeline = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Run or compile the pipeline.")
 app.add_typer(data, name="data")
 app.add_typer(pipeline, name="pipeline")
+app.add_typer(job, name="job")
 
 Config = Annotated[str, typer.Argument(help="Preset (`mplug presets` lists them) or a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as dotted.key=value.")]
@@ -87,7 +89,7 @@ def train(
 
     Example: `mplug train tiny_pretraining --processes 2 data.shards=work/shards/pretrain@… model.decoder=work/models/…`
     """
-    from components.launcher import launch
+    from components.torchrun import launch
     from model.config import load
 
     settings = [*(overrides or []), *(["training.profile=true"] if profile else [])]

@@ -229,6 +229,26 @@ def tokenizer(
     print(publish_tokenizer(raw, root, vocab_size))
 
 
+@data.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="A file here, or its s3:// URI.")],
+    dest: Annotated[str, typer.Argument(help="The s3:// URI to write, or the file here.")],
+) -> None:
+    """Copy one file into storage, or out of it.
+
+    Example: `mplug data copy s3://mplug/work/backups/mlflow-20261126T021700Z.dump mlflow.dump`
+    """
+    from model.storage import download, is_s3, upload
+
+    if is_s3(source) == is_s3(dest):
+        raise ConfigError(f"one of the two must be an s3:// URI and the other a file, got {source} and {dest}.")
+    if is_s3(source):
+        download(source, Path(dest))
+    else:
+        upload(Path(source), dest)
+    print(dest)
+
+
 def parse_partition(text: str) -> tuple[int, int]:
     """ "2/8" -> (1, 8)"""
     part, separator, count = text.partition("/")

@@ -32,6 +32,7 @@ from model.training.checkpoint import HISTORY, Checkpoints, frozen_sha256, run_f
 from model.training.clock import Clock
 from model.training.distributed import Processes, mean_over_processes, processes
 from model.training.engine import Engine, StepResult
+from model.training.exporter import Exporter
 from model.training.flops import of_step
 from model.training.meter import Meter
 from model.training.optim import lr_at
@@ -47,7 +48,7 @@ log = logging.getLogger("mplug")
 
 def train(config: RunConfig) -> None:
     """Trains one run, or goes on with it, and publishes its model; prints the model's URI."""
-    watchdog = Watchdog(config.watchdog)
+    watchdog, exporter = Watchdog(config.watchdog), Exporter(config.name)
     with processes(config.watchdog) as group, watchdog.together(group):
         reader = open_split(storage.join(config.data.shards, "train"), config.data)
         config = in_steps(config, len(reader))
@@ -58,15 +59,16 @@ def train(config: RunConfig) -> None:
             is_told = attempt.is_told or group.from_main(lambda: _tell(config, attempt))
             attempt = replace(attempt, is_told=is_told)
         else:
-            attempt = _train(config, reader, folder, attempt, group, watchdog)
+            attempt = _train(config, reader, folder, attempt, group, watchdog, exporter)
         if group.is_main:
             attempts.finish(folder, attempt)
             print(attempt.model)
 
 
 def _train(
-    config: RunConfig, reader: ShardReader, folder: str, attempt: Attempt, group: Processes, watchdog: Watchdog
-) -> Attempt:
+    config: RunConfig, reader: ShardReader, folder: str, attempt: Attempt, group: Processes, watchdog: Watchdog,
+    exporter: Exporter,
+) -> Attempt:  # fmt: skip
     torch.manual_seed(config.seed)  # the same fresh weights on every process
     transformers_logging.disable_progress_bar()  # every process would draw one
     task = build_task(config)
@@ -83,7 +85,7 @@ def _train(
         watchdog.last_words = lambda: run.finish("FAILED")
         run.params(flat(config.model_dump()))
         run.tags({"attempt": str(attempt.number), "base_sha256": base_sha256, "data": config.data.shards})
-        training = Training(config, task, engine, reader, checkpoints, run, group, watchdog, asked, state)
+        training = Training(config, task, engine, reader, checkpoints, run, group, watchdog, exporter, asked, state)
         training.run()
         training.take_best()
         with engine.whole_weights():
@@ -112,6 +114,7 @@ class Training:
     tracking: Run
     group: Processes
     watchdog: Watchdog
+    exporter: Exporter
     asked_to_end: threading.Event
     progress: Progress
     clock: Clock = field(init=False)
@@ -200,7 +203,9 @@ class Training:
         metrics |= {"train/grad_norm": result.grad_norm, "train/skipped_steps": float(state.skips)}
         metrics |= {"data/read_failures": float(state.read_failures)}
         flops = sum(self._flops(batch) for batch in micro_batches)
-        self.tracking.metrics({**metrics, **meter.flush(self.total - state.step, flops)}, state.step)
+        metrics |= meter.flush(self.total - state.step, flops)
+        self.tracking.metrics(metrics, state.step)
+        self.exporter.show(metrics, state.step)
 
     def _flops(self, batch: Batch) -> float:
         clips, _ = micro_batch_of(self.config, self.group.world_size)
@@ -212,6 +217,7 @@ class Training:
         with self.clock.section("evaluation", computes=False):
             scores = self.validation.run(self.engine)
         self.tracking.metrics(scores, self.progress.step)
+        self.exporter.show(scores, self.progress.step)
         self.progress.note(self.validation.chosen(scores), lower_is_better=self.validation.lower_is_better)
 
     def _save(self) -> None:

@@ -1,95 +1,332 @@
-"""Two hosts with the environment that a PyTorchJob's pods get, as network namespaces of this machine."""
+"""The launcher against an API server that fails in every way that it knows."""
 
+import copy
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hosts import MISSING, hosts, start
-from killing import STEPS, Outcome, Training, workers
+import yaml
+from fake_kube import FakeKube, fake_kube
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+from components.cluster import Cluster, ClusterError
+from components.launcher import DIGEST, JobFailedError, Limits, attend, ensure, run
+from components.manifests import Launch, render
+from model.config import ConfigError
+from model.exits import AttemptsError, OutageError, code_of
 
-
-@pytest.fixture(scope="module")
-def settings(shards: dict[str, str], decoder: str) -> list[str]:
-    return [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "watchdog.silence_s=8"]
-
-
-def static(number: int) -> dict[str, str]:
-    """As training-operator sets it for one Master and one Worker: RANK and WORLD_SIZE count pods."""
-    port, master = "23456", "job-master-0"
-    return {
-        "PYTHONUNBUFFERED": "1", "MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(number),
-        "PET_MASTER_ADDR": master, "PET_MASTER_PORT": port, "PET_NNODES": "2", "PET_NODE_RANK": str(number),
-        "PET_NPROC_PER_NODE": "auto",
-    }  # fmt: skip
-
-
-def elastic() -> dict[str, str]:
-    """As training-operator sets it for one or two elastic Workers."""
-    return {
-        "PYTHONUNBUFFERED": "1", "PET_RDZV_ENDPOINT": "job-worker-0:23456", "PET_RDZV_BACKEND": "c10d",
-        "PET_NNODES": "1:2", "PET_NPROC_PER_NODE": "1", "PET_MAX_RESTARTS": "3", "PET_STANDALONE": "",
-        "PET_RDZV_CONF": "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3",
-    }  # fmt: skip
+ROOT = Path(__file__).parent.parent.parent
+SHAPE = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
+SHAPE["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
+LAUNCH = Launch(command=("train", "tiny_pretraining", "data.shards=s", "model.decoder=d"), name="job", nodes=2)
+MASTER = {"training.kubeflow.org/job-name": "job", "training.kubeflow.org/replica-type": "master"}
+LIMITS = Limits(deadline_s=60, restarts=2)
 
 
 @pytest.fixture
-def running() -> Iterator[list["subprocess.Popen[str]"]]:
-    """Children that are gone after the test, whatever became of it."""
-    children: list[subprocess.Popen[str]] = []
-    yield children
-    for child in children:
-        kill(child)
+def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr("components.cluster.FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr("components.launcher.LOOK_EVERY_S", 1)
+    with fake_kube(tmp_path / "kubeconfig") as server:
+        yield server
 
 
-def kill(child: "subprocess.Popen[str]") -> None:
-    """A host that is lost: everything on it at once."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    for worker in workers(child) if child.poll() is None else []:
-        worker.kill()
+@pytest.fixture
+def cluster(kube: FakeKube) -> Cluster:
+    return Cluster(patience_s=3)
 
 
-def test_two_hosts_train_as_one_and_survive_a_killed_process(
-    settings: list[str], undisturbed: Outcome, tmp_path: Path, running: list["subprocess.Popen[str]"]
+@pytest.fixture
+def job() -> list[dict[str, Any]]:
+    return render(LAUNCH, SHAPE, "mplug")
+
+
+def started(act: Callable[[], None]) -> threading.Thread:
+    """What happens in the cluster meanwhile."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+def succeed(kube: FakeKube, name: str = "job") -> None:
+    kube.wait_for("pytorchjobs")
+    kube.conclude("pytorchjobs", name, "Running")
+    time.sleep(0.3)
+    kube.conclude("pytorchjobs", name, "Succeeded")
+
+
+def test_a_job_is_created_followed_and_its_log_shown(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Training(tmp_path, settings)
-    names = ["job-master-0", "job-worker-0"]
-    with hosts(*names) as spaces:
-        for number in (1, 0):  # the worker is there first, and has to wait
-            running.append(start(spaces[number], names[number], run.command(), static(number)))
-            time.sleep(4)
-        worker, master = running
-        run.wait_for(4, master)
-        workers(worker)[0].kill()
-        ended = [run.end(child) for child in running]
-    assert [outcome.code for outcome in ended] == [0, 0], [outcome.said for outcome in ended]
-    assert "waiting for the first node, job-master-0:23456" in ended[0].said
-    outcome = max(ended, key=lambda outcome: outcome.model)  # printed where process 0 is
-    assert outcome.losses == undisturbed.losses
-    assert outcome.weights == undisturbed.weights
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        kube.pod("job-master-0", MASTER)
+        kube.log("job-master-0", "step 1", "step 2")
+        time.sleep(1.5)
+        kube.log("job-master-0", "step 3")
+        kube.conclude("pytorchjobs", "job", "Succeeded")
+        kube.pod("job-master-0", MASTER, phase="Succeeded")
+
+    started(act)
+    run(cluster, job, LIMITS)
+    assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 2", "step 3"]
+    made = kube.objects["mplug", "pytorchjobs", "job"]
+    assert made["spec"] == job[-1]["spec"]
 
 
-def test_an_elastic_run_goes_on_when_a_host_is_lost(
-    settings: list[str], undisturbed: Outcome, tmp_path: Path, running: list["subprocess.Popen[str]"]
+def test_the_name_is_the_same_for_the_same_job_only() -> None:
+    def name(**changes: Any) -> str:
+        return render(Launch(**{"command": LAUNCH.command, **changes}), SHAPE, "mplug")[-1]["metadata"]["name"]
+
+    assert name() == name()
+    assert len({name(), name(nodes=2), name(image="registry.example/training:2"), name(processes=3)}) == 4
+    assert name().startswith("train-tiny-pretraining-")
+
+
+def test_a_step_that_is_started_again_adopts_the_running_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
-    run = Training(tmp_path, settings)
-    names = ["job-worker-0", "job-worker-1"]
-    with hosts(*names) as spaces:
-        for space, name in zip(spaces, names, strict=True):
-            running.append(start(space, name, run.command(), elastic()))
-        run.wait_for(4, running[0])
-        for worker in workers(running[1]):
-            worker.kill()
-        kill(running[1])
-        outcome = run.end(running[0])
-    assert outcome.code == 0, outcome.said
-    assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
-    assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    kube.conclude("pytorchjobs", "job", "Running")
+    started(lambda: succeed(kube))
+    run(cluster, job, LIMITS)
+    assert kube.objects["mplug", "pytorchjobs", "job"]["metadata"]["uid"] == uid
+    run(cluster, job, LIMITS)  # and one that has succeeded is a success at once
+
+
+def test_a_step_that_is_started_again_replaces_a_failed_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    kube.conclude("pytorchjobs", "job", "Failed", "a pod failed")
+    assert ensure(cluster, job)["metadata"]["uid"] != uid
+
+
+def test_a_job_of_the_same_name_with_other_settings_is_left_alone(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    ensure(cluster, job)
+    other = copy.deepcopy(job)
+    other[-1]["spec"]["nprocPerNode"] = "4"
+    with pytest.raises(ConfigError, match="with other settings"):
+        ensure(cluster, other)
+
+
+def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        ended = {"name": "pytorch", "state": {"terminated": {"exitCode": 2, "reason": "Error"}}}
+        kube.pod("job-master-0", MASTER, phase="Failed", containerStatuses=[ended])
+        kube.conclude("pytorchjobs", "job", "Failed", "job failed because 1 Master replica(s) failed.")
+
+    started(act)
+    with pytest.raises(JobFailedError, match=r"1 Master replica.*job-master-0 ended with exit code 2"):
+        run(cluster, job, LIMITS)
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_it_follows_through_an_api_server_that_fails(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], code: int
+) -> None:
+    answers = iter([code, code, None] * 4)
+    kube.faults.append(lambda _method, _path: next(answers, None))
+    started(lambda: succeed(kube))
+    run(cluster, job, LIMITS)
+    assert len([path for _, path in kube.requests if path.endswith("pytorchjobs")]) > 3
+
+
+def test_it_follows_through_lost_watches_and_forgotten_versions(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    kube.break_watches = 2
+
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        kube.forget()
+        time.sleep(0.5)
+        succeed(kube)
+
+    started(act)
+    run(cluster, job, LIMITS)
+    assert kube.break_watches == 0
+
+
+def test_a_slow_answer_to_a_create_is_no_second_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    """The server has made the job, and the client has not heard of it."""
+    answered = iter([True])
+
+    def lose_answer(method: str, path: str) -> int | None:
+        if method == "POST" and next(answered, False):
+            manifest = copy.deepcopy(job[-1])
+            manifest["metadata"]["annotations"] = {DIGEST: expected}
+            kube.put("pytorchjobs", manifest)
+            return 504
+        return None
+
+    expected = ensure(cluster, job)["metadata"]["annotations"][DIGEST]
+    kube.remove("pytorchjobs", "job")
+    kube.faults.append(lose_answer)
+    assert ensure(cluster, job)["metadata"]["name"] == "job"
+
+
+def test_an_outage_that_lasts_is_worth_a_restart(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    cluster.patience_s = 0.2
+    kube.faults.append(lambda _method, _path: 503)
+    with pytest.raises(OutageError) as caught:
+        run(cluster, job, LIMITS)
+    assert code_of(caught.value) >= 128
+
+
+def test_what_is_forbidden_is_said_at_once_in_a_line(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    kube.faults.append(lambda method, _path: 403 if method == "POST" else None)
+    with pytest.raises(ClusterError, match="Kubernetes: 403 Forbidden") as caught:
+        run(cluster, job, LIMITS)
+    assert "\n" not in str(caught.value)
+    assert len(kube.requests) == 1
+
+
+def test_a_job_that_stands_still_is_removed_at_its_deadline(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(AttemptsError, match="has not finished within 1 s") as caught:
+        run(cluster, job, Limits(deadline_s=1))
+    assert code_of(caught.value) == 4
+    assert not kube.objects
+
+
+def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    job[-1]["spec"]["runPolicy"]["suspend"] = True
+
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        time.sleep(2.5)
+        kube.conclude("pytorchjobs", "job", "Succeeded")
+
+    started(act)
+    run(cluster, job, Limits(deadline_s=1))
+
+
+def test_a_job_whose_pods_are_restarted_too_often_is_removed(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        while ("mplug", "pytorchjobs", "job") in kube.objects:
+            kube.pod("job-master-0", MASTER)
+            time.sleep(1.2)
+            kube.remove("pods", "job-master-0")
+
+    started(act)
+    with pytest.raises(AttemptsError, match="started again 3 times, at most 2"):
+        run(cluster, job, LIMITS)
+    assert ("mplug", "pytorchjobs", "job") not in kube.objects
+
+
+def test_a_job_that_somebody_removes_is_no_success(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    started(lambda: (kube.wait_for("pytorchjobs"), time.sleep(0.3), kube.remove("pytorchjobs", "job")))
+    with pytest.raises(JobFailedError, match="is gone"):
+        run(cluster, job, LIMITS)
+
+
+def test_why_pods_wait_is_said(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        unplaced = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: Insufficient nvidia.com/gpu"}
+        kube.pod("job-master-0", MASTER, phase="Pending", conditions=[unplaced])
+        kube.put("events", {
+            "metadata": {"name": "e"}, "involvedObject": {"name": "job"}, "type": "Warning",
+            "reason": "FailedCreatePod", "message": "violates PodSecurity: init-pytorch must not run as root",
+        })  # fmt: skip
+        time.sleep(2.5)
+        succeed(kube)
+
+    started(act)
+    run(cluster, job, LIMITS)
+    assert "Insufficient nvidia.com/gpu" in caplog.text
+    assert "FailedCreatePod: violates PodSecurity" in caplog.text
+
+
+def test_a_log_goes_on_after_a_broken_connection_and_a_new_pod(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = iter([None, 500, 500])
+    kube.faults.append(lambda _method, path: next(broken, None) if path.endswith("/log") else None)
+
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        kube.pod("job-master-0", MASTER)
+        kube.log("job-master-0", "step 1")
+        time.sleep(1)
+        kube.logs["job-master-0"] = []
+        kube.remove("pods", "job-master-0")
+        kube.pod("job-master-0", MASTER)
+        kube.log("job-master-0", "step 1 again")
+        time.sleep(4)
+        succeed(kube)
+
+    started(act)
+    run(cluster, job, LIMITS)
+    assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 1 again"]
+
+
+def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    ensure(cluster, job)
+    with pytest.raises(AttemptsError):
+        attend(cluster, "PyTorchJob", "job", Limits(deadline_s=1))
+    assert kube.objects
+
+
+SCRIPT = """
+import sys
+from components.cluster import Cluster
+from components.launcher import Limits, run
+from tests_shape import job
+run(Cluster(), job(), Limits())
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_step_that_is_asked_to_end_removes_its_job(kube: FakeKube, tmp_path: Path, asked: signal.Signals) -> None:
+    launch = f"Launch(command={LAUNCH.command!r}, name='job')"
+    (tmp_path / "tests_shape.py").write_text(
+        f"from components.manifests import Launch, render\ndef job(): return render({launch}, {SHAPE!r}, 'mplug')\n"
+    )
+    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT], env=path, stderr=subprocess.PIPE, text=True)
+    kube.wait_for("pytorchjobs", seconds=60)
+    time.sleep(1)
+    child.send_signal(asked)
+    _, said = child.communicate(timeout=60)
+    assert not kube.objects, said
+    assert child.returncode == (143 if asked == signal.SIGTERM else -signal.SIGINT), said
+
+
+def test_the_workflow_of_a_step_owns_its_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = kube.put("workflows", {"metadata": {"name": "run-1"}})
+    reference = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run-1", "controller": True}
+    step = kube.pod("step", {})
+    step["metadata"]["ownerReferences"] = [{**reference, "uid": workflow["metadata"]["uid"]}]
+    (tmp_path / "namespace").write_text("mplug")
+    monkeypatch.setattr("components.cluster.OWN_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    (owner,) = ensure(cluster, job)["metadata"]["ownerReferences"]
+    assert owner == {
+        **reference, "uid": workflow["metadata"]["uid"], "controller": False, "blockOwnerDeletion": False
+    }  # fmt: skip
+    kube.remove("workflows", "run-1")
+    assert ("mplug", "pytorchjobs", "job") not in kube.objects

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from components.launcher import launch
+from components.torchrun import launch
 from model import manifest
 from model.config import load
 

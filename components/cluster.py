@@ -1,0 +1,252 @@
+"""One namespace of a Kubernetes cluster, seen through an API that may fail: the only file that imports its client.
+
+A call that fails for a reason that may pass (no connection, 429, 5xx) is made again, for `patience_s`; then it is an
+OutageError. What is refused is a ClusterError in one line.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import urllib3
+from kubernetes import client, config, watch
+from kubernetes.client import ApiException
+
+from model.exits import OutageError, StageError
+
+log = logging.getLogger("mplug")
+T = TypeVar("T")
+Manifest = dict[str, Any]
+OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+TIMEOUT_S = (5, 30)
+"""To connect, and to wait for the next bytes."""
+LOG_SILENCE_S = 300
+"""After which a log is asked for again."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+
+
+class ClusterError(StageError):
+    """The API server has refused something."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How jobs of one kind are found, and how they say that they have ended."""
+
+    group: str
+    version: str
+    plural: str
+    succeeded: str
+    """Condition of a job that has; `Failed` is the other one for all of them."""
+    pods: str
+    """Label selector of its pods, for a name."""
+    first: str
+    """What its first pod has beyond that."""
+
+
+KINDS = {
+    "PyTorchJob": Kind(
+        "kubeflow.org", "v1", "pytorchjobs", "Succeeded",
+        "training.kubeflow.org/job-name={}", "training.kubeflow.org/replica-type=master",
+    ),
+    "Job": Kind("batch", "v1", "jobs", "Complete", "job-name={}", "job-name"),
+    "TrainJob": Kind(
+        "trainer.kubeflow.org", "v1alpha1", "trainjobs", "Complete",
+        "jobset.sigs.k8s.io/jobset-name={}", "batch.kubernetes.io/job-completion-index=0",
+    ),
+    "TrainingRuntime": Kind("trainer.kubeflow.org", "v1alpha1", "trainingruntimes", "", "", ""),
+}  # fmt: skip
+
+
+class Cluster:
+    """The cluster of the pod that this runs in, or of the current kubeconfig."""
+
+    def __init__(self, namespace: str = "", patience_s: float = 600.0) -> None:
+        self.patience_s = patience_s
+        try:
+            config.load_incluster_config()
+            known = OWN_NAMESPACE.read_text(encoding="utf-8")
+        except config.ConfigException:
+            try:
+                where = os.environ.get("KUBECONFIG")  # which the client reads when it is imported
+                config.load_kube_config(where)
+                known = config.list_kube_config_contexts(where)[1]["context"].get("namespace", "")
+            except config.ConfigException as error:
+                raise ClusterError(f"no cluster is configured: {error} Set KUBECONFIG.", 0) from error
+        self.namespace = namespace or known or "default"
+        api = client.ApiClient()
+        api.configuration.retries = False  # urllib3's would hide from us how long it takes
+        self.api = client.ApiClient(api.configuration)
+        self.custom, self.core = client.CustomObjectsApi(self.api), client.CoreV1Api(self.api)
+
+    def call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """`function` of one of the APIs, through outages."""
+        options.setdefault("_request_timeout", TIMEOUT_S)
+        deadline, wait_s = time.monotonic() + self.patience_s, FIRST_WAIT_S
+        while True:
+            try:
+                return function(*arguments, **options)
+            except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+                if not may_pass(error):
+                    raise _refused(error) from error
+                if time.monotonic() > deadline:
+                    raise OutageError(
+                        f"the API server does not answer for {self.patience_s:g} s: {said(error)}"
+                    ) from error
+                log.warning("the API server does not answer, tried again in %g s: %s", wait_s, said(error))
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+    def _json(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Manifest:
+        """The answer as it came: the client's classes refuse what a newer server leaves out."""
+        found: Manifest = json.loads(self.call(function, *arguments, _preload_content=False, **options).data)
+        return found
+
+    def create(self, manifest: Manifest) -> Manifest:
+        kind = KINDS[manifest["kind"]]
+        made: Manifest = self.call(
+            self.custom.create_namespaced_custom_object, kind.group, kind.version, self.namespace, kind.plural, manifest
+        )
+        return made
+
+    def get(self, kind: str, name: str) -> Manifest | None:
+        """The object, or nothing where there is none."""
+        of = KINDS[kind]
+        try:
+            found: Manifest = self.call(
+                self.custom.get_namespaced_custom_object, of.group, of.version, self.namespace, of.plural, name
+            )
+        except ClusterError as error:
+            if error.status == 404:
+                return None
+            raise
+        return found
+
+    def delete(self, kind: str, name: str) -> bool:
+        """Whether there was one to delete; its pods go with it."""
+        of = KINDS[kind]
+        try:
+            self.call(
+                self.custom.delete_namespaced_custom_object, of.group, of.version, self.namespace, of.plural, name,
+                propagation_policy="Background",
+            )  # fmt: skip
+        except ClusterError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    def changes(self, kind: str, name: str, version: str, seconds: int) -> Iterator[Manifest | None]:
+        """The object each time it changes, for so many seconds; nothing where it was deleted.
+
+        Ends early where the connection does, or where the server has forgotten `version`: look again then.
+        """
+        of, watcher = KINDS[kind], watch.Watch()
+        try:
+            for event in watcher.stream(
+                self.custom.list_namespaced_custom_object, of.group, of.version, self.namespace, of.plural,
+                field_selector=f"metadata.name={name}", resource_version=version, timeout_seconds=seconds,
+                _request_timeout=(TIMEOUT_S[0], seconds + TIMEOUT_S[1]),
+            ):  # fmt: skip
+                if event["type"] == "ERROR":
+                    return
+                yield None if event["type"] == "DELETED" else event["object"]
+        except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+            if not may_pass(error):
+                raise _refused(error) from error
+            log.debug("the watch of %s ended: %s", name, said(error))
+            time.sleep(FIRST_WAIT_S)
+        finally:
+            watcher.stop()
+
+    def pods(self, kind: str, name: str, *, first: bool = False) -> list[Manifest]:
+        """The pods of a job, or its first one."""
+        selector = KINDS[kind].pods.format(name) + (f",{KINDS[kind].first}" if first else "")
+        pods: list[Manifest] = self._json(self.core.list_namespaced_pod, self.namespace, label_selector=selector)[
+            "items"
+        ]
+        return pods
+
+    def warnings(self, name: str) -> list[str]:
+        """What the cluster complains about with an object of this name, oldest first."""
+        selector = f"involvedObject.name={name},type=Warning"
+        found = self._json(self.core.list_namespaced_event, self.namespace, field_selector=selector)
+        return [f"{event.get('reason')}: {event.get('message')}" for event in found["items"]]
+
+    def log_lines(self, pod: str, *, follow: bool, container: str = "") -> Iterator[tuple[str, str]]:
+        """Lines of a pod's log, each with its time."""
+        options = {"container": container} if container else {}
+        stream = self.core.read_namespaced_pod_log(
+            pod, self.namespace, follow=follow, timestamps=True, _preload_content=False,
+            _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S), **options,
+        )  # fmt: skip
+        rest = b""
+        for chunk in stream.stream():
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield _timed(line)
+        if rest:
+            yield _timed(rest)
+
+    def shape(self, name: str) -> Manifest:
+        """A PodTemplate of the namespace."""
+        try:
+            return self._json(self.core.read_namespaced_pod_template, name, self.namespace)
+        except ClusterError as error:
+            if error.status != 404:
+                raise
+            raise ClusterError(
+                f"namespace {self.namespace} has no PodTemplate {name}: `kubectl apply -k` an overlay of k8s/ first.",
+                404,
+            ) from error
+
+    def owner(self) -> list[Manifest]:
+        """A reference to the workflow that owns this pod, so that what is made here goes when that goes.
+
+        Empty outside a pipeline's step, and where the step runs in another namespace.
+        """
+        pod = os.environ.get("KFP_POD_NAME", "")
+        if not pod or not OWN_NAMESPACE.exists() or OWN_NAMESPACE.read_text(encoding="utf-8") != self.namespace:
+            return []
+        references = self._json(self.core.read_namespaced_pod, pod, self.namespace)["metadata"].get(
+            "ownerReferences", []
+        )
+        return [{**reference, "controller": False, "blockOwnerDeletion": False} for reference in references[:1]]
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may go well later. 410: the server has forgotten a version; the next look has a new one."""
+    if isinstance(error, ApiException):
+        return error.status in (0, 408, 410, 429, None) or error.status >= 500
+    return True
+
+
+def said(error: BaseException) -> str:
+    """One line of what the API server has said."""
+    if not isinstance(error, ApiException):
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    try:
+        body: Mapping[str, Any] = json.loads(error.body or "{}")
+    except ValueError:
+        body = {}
+    return (
+        f"{error.status} {body.get('reason') or error.reason}: {' '.join(str(body.get('message', '')).split())[:500]}"
+    )
+
+
+def _refused(error: BaseException) -> ClusterError:
+    return ClusterError(f"Kubernetes: {said(error)}", getattr(error, "status", 0) or 0)
+
+
+def _timed(line: bytes) -> tuple[str, str]:
+    when, _, text = line.decode(errors="replace").partition(" ")
+    return when, text

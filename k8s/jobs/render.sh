@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Writes the jobs of this folder (or of $1) anew, from the shape of overlays/production: k8s/jobs/render.sh
+# Yours: the same lines with --overlay of your own, or with no --overlay where the cluster can be asked.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-k8s/jobs}
+mplug=${MPLUG:-mplug}
+
+job() { # NAME, then options and command of `mplug job render`
+  name=$1
+  shift
+  { echo "# Written by k8s/jobs/render.sh. Its image and the \$(…) are what overlays/production says: see k8s/README.md"
+    "$mplug" job render --overlay k8s/overlays/production --name "$name" "$@"; } > "$out/$name.yaml"
+}
+
+job pretrain-1-3b --nodes 8 train pretrain_1.3b 'data.shards=$(PRETRAIN_SHARDS)' \
+  'model.decoder=$(GPT3_1_3B)' 'model.vision_weights=$(CLIP_B16)'
+job pretrain-2-7b --nodes 8 train pretrain_2.7b 'data.shards=$(PRETRAIN_SHARDS)' \
+  'model.decoder=$(GPT3_2_7B)' 'model.vision_weights=$(CLIP_B16)'
+for task in classification retrieval captioning; do
+  job "$task" train "$task" 'model.init_from=$(PRETRAINED)' "data.shards=\$(${task^^}_SHARDS)"
+done
+job evaluate evaluate '$(FINETUNED)' '$(CLASSIFICATION_SHARDS)' --out '$(MPLUG_ROOT)/evaluations/classification.json'

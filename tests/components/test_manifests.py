@@ -1,0 +1,109 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.manifests import LONGEST_NAME, Launch, render
+from model.config import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+CPU = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
+CPU["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
+GPU = copy.deepcopy(CPU)
+GPU["template"]["spec"]["containers"][0]["resources"] = {
+    "requests": {"cpu": "96", "memory": "500Gi"}, "limits": {"memory": "500Gi", "nvidia.com/gpu": "8"}
+}  # fmt: skip
+TRAIN = ("train", "tiny_pretraining", "data.shards=s", "model.decoder=d")
+
+
+def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    if manifest["kind"] == "Job":
+        return manifest["spec"]["template"]
+    return manifest["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
+
+
+def test_a_training_job_has_a_master_and_its_workers() -> None:
+    (job,) = render(Launch(command=TRAIN, nodes=8), GPU, "mplug")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert (replicas["Master"]["replicas"], replicas["Worker"]["replicas"]) == (1, 7)
+    assert job["spec"]["nprocPerNode"] == "8"
+    assert replicas["Master"]["template"] == replicas["Worker"]["template"]
+    assert set(render(Launch(command=TRAIN), GPU, "mplug")[0]["spec"]["pytorchReplicaSpecs"]) == {"Master"}
+
+
+def test_a_training_pod_runs_the_laptops_command_with_the_clusters_addresses() -> None:
+    (job,) = render(Launch(command=(*TRAIN, "output=s3://mine/work")), CPU, "mplug")
+    container = pod_of(job)["spec"]["containers"][0]
+    assert container["command"] == ["mplug"]
+    assert container["args"] == [*TRAIN, "output=s3://mine/work", "tracking.uri=$(MLFLOW_TRACKING_URI)"]
+    assert job["spec"]["nprocPerNode"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("launch", "cpu", "memory", "gpus"),
+    [
+        (Launch(command=TRAIN), "96", "500Gi", "8"),
+        (Launch(command=TRAIN, processes=2), "24", "125Gi", "2"),
+        (Launch(command=("evaluate", "m", "s")), "12", "63Gi", "1"),
+        (Launch(command=("data", "shard", "raw", "root")), "12", "63Gi", None),
+    ],
+)
+def test_a_job_takes_the_share_of_a_node_that_its_gpus_are(
+    launch: Launch, cpu: str, memory: str, gpus: str | None
+) -> None:
+    resources = pod_of(render(launch, GPU, "mplug")[0])["spec"]["containers"][0]["resources"]
+    assert resources["requests"] == {"cpu": cpu, "memory": memory}
+    assert resources["limits"].get("nvidia.com/gpu") == gpus
+
+
+def test_more_gpus_than_a_node_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at most the shape's GPUs, 8 per node, got 16"):
+        render(Launch(command=TRAIN, processes=16), GPU, "mplug")
+
+
+def test_a_job_of_one_pod_has_no_probe_on_metrics_that_it_does_not_serve() -> None:
+    container = pod_of(render(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[0])["spec"]["containers"][0]
+    assert "livenessProbe" not in container
+    assert pod_of(render(Launch(command=TRAIN), CPU, "mplug")[0])["spec"]["containers"][0]["livenessProbe"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("train",), "must be given a preset"),
+        (("train", "tiny_pretrainin", "data.shards=s"), "did you mean tiny_pretraining"),
+        ((*TRAIN, "optim.lrr=1"), "optim.lrr is not a known key"),
+        ((*TRAIN, "data.batch_size=7"), "multiple of processes"),
+    ],
+)
+def test_what_the_pod_would_refuse_is_refused_before(command: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        render(Launch(command=command, nodes=2), CPU, "mplug")
+
+
+@pytest.mark.parametrize("name", ["Job", "1job", "job_1", "job-", "j" * (LONGEST_NAME + 1)])
+def test_a_name_that_kubernetes_would_refuse_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="the name of a job must be"):
+        render(Launch(command=TRAIN, name=name), CPU, "mplug")
+
+
+def test_queues_come_from_the_shape() -> None:
+    shape = copy.deepcopy(CPU)
+    shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
+    shape["metadata"]["annotations"] = {"scheduling.volcano.sh/queue-name": "mplug"}
+    (job,) = render(Launch(command=TRAIN), shape, "mplug")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
+    assert job["spec"]["runPolicy"]["schedulingPolicy"] == {"queue": "mplug"}
+
+
+def test_trainer_2_gets_a_runtime_and_a_job_that_uses_it() -> None:
+    runtime, job = render(Launch(command=TRAIN, nodes=4, deadline_s=3600), GPU, "mplug", "trainjob")
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert job["spec"]["trainer"] == {"numNodes": 4, "numProcPerNode": 8}
+    assert job["spec"]["activeDeadlineSeconds"] == 3600
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert [container["name"] for container in pod["containers"]] == ["node"]
+    assert pod["restartPolicy"] == "Never"

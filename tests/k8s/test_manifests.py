@@ -1,0 +1,183 @@
+"""All that `kubectl apply` is given: built, checked against schemas and rules, and what the network lets through."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+K8S = ROOT / "k8s"
+Document = dict[str, Any]
+pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl here, which builds the overlays")
+
+
+def load_validate() -> Any:
+    spec = importlib.util.spec_from_file_location("validate", K8S / "validate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+validate = load_validate()
+
+
+@pytest.fixture(scope="module")
+def builds() -> dict[str, list[Document]]:
+    return dict(validate.builds())
+
+
+def test_all_that_is_applied_is_valid() -> None:
+    ended = subprocess.run([sys.executable, K8S / "validate.py"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert len(ended.stdout.splitlines()) > 15
+
+
+def test_a_wrong_manifest_is_named_with_its_place(builds: dict[str, list[Document]]) -> None:
+    deployment = next(item for item in builds["overlays/local"] if item["kind"] == "Deployment")
+    deployment["spec"]["template"]["spec"]["containers"][0]["imagePullPolicie"] = "Always"
+    problems = validate.check(deployment)
+    assert len(problems) == len(validate.VERSIONS)
+    assert all("Deployment mlflow" in problem and "imagePullPolicie" in problem for problem in problems)
+
+
+def test_the_jobs_are_what_their_script_writes(tmp_path: Path) -> None:
+    mplug = str(Path(sys.executable).with_name("mplug"))
+    subprocess.run([K8S / "jobs/render.sh", tmp_path], check=True, env={"PATH": "/usr/bin:/bin", "MPLUG": mplug})
+    written = {path.name: path.read_text() for path in tmp_path.glob("*.yaml")}
+    assert written == {path.name: path.read_text() for path in (K8S / "jobs").glob("*.yaml")}
+
+
+def test_every_variable_of_a_job_is_in_the_configuration(builds: dict[str, list[Document]]) -> None:
+    known = next(item["data"] for item in builds["overlays/production"] if item["kind"] == "ConfigMap")
+    for path in (K8S / "jobs").glob("*.yaml"):
+        text = "".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("#"))
+        assert set(re.findall(r"\$\((\w+)\)", text)) <= set(known), path
+
+
+def test_nothing_applied_holds_a_secret(builds: dict[str, list[Document]]) -> None:
+    assert not [item for documents in builds.values() for item in documents if item["kind"] == "Secret"]
+
+
+def test_the_namespace_enforces_the_restricted_standard(builds: dict[str, list[Document]]) -> None:
+    for name, documents in builds.items():
+        for item in documents:
+            if item["kind"] == "Namespace":
+                assert item["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted", name
+
+
+# ---- the network
+
+
+TRAINING, MLFLOW = {"app.kubernetes.io/name": "training"}, {"app.kubernetes.io/name": "mlflow"}
+POSTGRES, S3 = {"app.kubernetes.io/name": "postgres"}, {"app.kubernetes.io/name": "seaweedfs"}
+BACKUP, STEP = {"app.kubernetes.io/name": "mlflow-backup"}, {"workflows.argoproj.io/workflow": "run"}
+OTHER = {"app": "other"}
+
+
+def selects(selector: Document, labels: dict[str, str]) -> bool:
+    expressions = selector.get("matchExpressions", [])
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        item["key"] in labels and (item["operator"] == "Exists" or labels[item["key"]] in item["values"])
+        for item in expressions
+    )
+
+
+def allows(policies: list[Document], own: dict[str, str], peer: dict[str, str], port: int, way: str) -> bool:
+    """Whether a pod may talk to (egress), or be talked to by (ingress), another of the same namespace."""
+    chosen = [item["spec"] for item in policies if selects(item["spec"]["podSelector"], own)]
+    for rule in (rule for spec in chosen for rule in spec.get(way, [])):
+        ports = [item["port"] for item in rule.get("ports", [])]
+        peers = rule.get("to" if way == "egress" else "from", [])
+        if (not ports or port in ports) and any(
+            "podSelector" in item and "namespaceSelector" not in item and selects(item["podSelector"], peer)
+            for item in peers
+        ):
+            return True
+    return not any(way.capitalize() in spec["policyTypes"] for spec in chosen)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port", "expected"),
+    [
+        (TRAINING, TRAINING, 23456, True), (TRAINING, TRAINING, 41234, True),  # torchrun's store, on a random port
+        (TRAINING, S3, 8333, True), (TRAINING, MLFLOW, 5000, True), (STEP, S3, 8333, True), (STEP, MLFLOW, 5000, True),
+        (MLFLOW, POSTGRES, 5432, True), (MLFLOW, S3, 8333, True), (BACKUP, POSTGRES, 5432, True),
+        (BACKUP, S3, 8333, True),
+        (TRAINING, POSTGRES, 5432, False), (STEP, POSTGRES, 5432, False), (OTHER, MLFLOW, 5000, False),
+        (OTHER, S3, 8333, False), (OTHER, TRAINING, 23456, False), (MLFLOW, TRAINING, 23456, False),
+        (TRAINING, S3, 9333, False), (POSTGRES, S3, 8333, False), (S3, MLFLOW, 5000, False),
+        (STEP, TRAINING, 23456, False),
+    ],
+)  # fmt: skip
+def test_the_network_lets_through_what_the_data_flow_needs_and_nothing_else(
+    builds: dict[str, list[Document]], source: dict[str, str], target: dict[str, str], port: int, expected: bool
+) -> None:
+    policies = [item for item in builds["overlays/local"] if item["kind"] == "NetworkPolicy"]
+    out = allows(policies, source, target, port, "egress")
+    into = allows(policies, target, source, port, "ingress")
+    assert (out and into) == expected, f"out {out}, in {into}"
+
+
+def test_no_pod_reaches_a_nodes_metadata_service(builds: dict[str, list[Document]]) -> None:
+    for documents in builds.values():
+        for item in documents:
+            if item["kind"] == "NetworkPolicy":
+                for rule in item["spec"].get("egress", []):
+                    for peer in rule.get("to", []):
+                        if "ipBlock" in peer:
+                            assert "169.254.0.0/16" in peer["ipBlock"]["except"]
+
+
+# ---- rights
+
+
+def test_the_launcher_may_do_what_it_does_and_nothing_more(builds: dict[str, list[Document]]) -> None:
+    roles = {item["metadata"]["name"]: item["rules"] for item in builds["overlays/local"] if item["kind"] == "Role"}
+    may = {
+        (group, resource): set(rule["verbs"])
+        for rule in roles["launcher"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    assert may == {
+        ("kubeflow.org", "pytorchjobs"): {"get", "list", "watch", "create", "delete"},
+        ("", "podtemplates"): {"get"},
+        ("", "pods"): {"get", "list", "watch"},
+        ("", "pods/log"): {"get"},
+        ("", "events"): {"list"},
+    }
+    bound = {
+        subject["name"]: item["roleRef"]["name"]
+        for item in builds["overlays/local"]
+        if item["kind"] == "RoleBinding"
+        for subject in item["subjects"]
+    }
+    assert set(bound) == {"launcher"}
+    assert not [item for documents in builds.values() for item in documents if item["kind"].startswith("ClusterRole")]
+
+
+# ---- monitoring
+
+
+def expressions() -> list[str]:
+    (rules,) = yaml.safe_load_all((K8S / "components/monitoring/alerts.yaml").read_text())
+    alerts = [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+    dashboard = json.loads((K8S / "components/monitoring/training.json").read_text())
+    return alerts + [
+        target["expr"].replace('"$run"', '".*"') for panel in dashboard["panels"] for target in panel["targets"]
+    ]
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_an_expression_parses(expression: str) -> None:
+    promql_parser.parse(expression)

@@ -1,0 +1,45 @@
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from model.training.exporter import PORT, Exporter
+from pipelines.services import free_ports
+
+MONITORING = Path(__file__).parents[3] / "k8s" / "components" / "monitoring"
+
+
+def scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_a_run_serves_what_alerts_and_dashboard_ask_for(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names are those of a real run's history."""
+    point = json.loads((Path(decoder) / "history.jsonl").read_text().splitlines()[-1])
+    step = point.pop("step")
+    del point["time_ms"]
+    port = free_ports(1)
+    monkeypatch.setenv(PORT, str(port))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    Exporter("pretrain").show(point, step)
+    served = scrape(port)
+    assert f'mplug_step{{run="pretrain"}} {float(step)}' in served
+    asked = {
+        name
+        for file in ("alerts.yaml", "training.json")
+        for name in re.findall(r"\bmplug_\w+", (MONITORING / file).read_text())
+    }
+    assert len(asked) > 8
+    assert {name for name in asked if f"\n{name}{{" not in served} == set()
+
+
+def test_a_port_that_is_taken_costs_a_run_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(PORT, str(free_ports(1)))
+    Exporter("first")
+    Exporter("second").show({"train/loss": 1.0}, 1)
+    assert "metrics are not served" in caplog.text
