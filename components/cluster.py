@@ -85,6 +85,8 @@ class Cluster:
         self.namespace = namespace or known or "default"
         api = client.ApiClient()
         api.configuration.retries = False  # urllib3's would hide from us how long it takes
+        if not api.configuration.verify_ssl:  # as the kubeconfig says: no warning at every call
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         self.api = client.ApiClient(api.configuration)
         self.custom, self.core = client.CustomObjectsApi(self.api), client.CoreV1Api(self.api)
 

@@ -1,20 +1,23 @@
-"""Copies a published dataset into object storage."""
+"""Copies a published dataset, or a share of it, into object storage."""
 
 from components.image import component
 
 
 @component()
 def download(
-    source: str, source_version: str, root: str, dataset: str, tracking: dict[str, str], code_version: str
-) -> str:
-    """Returns the URI of the raw data, <root>/raw/<dataset>."""
+    source: str, source_version: str, root: str, dataset: str, partition: str, tracking: dict[str, str],
+    code_version: str,
+) -> str:  # fmt: skip
+    """Returns the URI of the raw data, <root>/raw/<dataset>. `partition` i/n fetches the i-th of n shares."""
+    from model.data.download import Options
     from model.data.download import download as run
     from model.data.http import shown
+    from model.data.partition import parse_partition
     from model.tracking import stage
 
-    with stage(
-        "download", tracking, {"source": shown(source), "source_version": source_version, "code_version": code_version}
-    ) as tracked:
-        uri, facts = run(source, root, dataset)
-        tracked.metrics(facts)
+    facts = {"source": shown(source), "source_version": source_version, "partition": partition}
+    with stage("download", tracking, {**facts, "code_version": code_version}) as tracked:
+        index, count = parse_partition(partition)
+        uri, done = run(source, root, dataset, Options(index=index, count=count))
+        tracked.metrics(done)
     return uri

@@ -8,7 +8,7 @@ from components.image import component
 @component()
 def evaluate(
     trained: str,
-    dataset: str,
+    config: str,
     shards: dict[str, str],
     tracking: dict[str, str],
     code_version: str,
@@ -18,9 +18,10 @@ def evaluate(
     import json
     from pathlib import Path
 
+    from model.config import dataset_of
     from model.evaluation import runner
 
-    evaluation = runner.evaluate(trained, shards=shards[dataset], tracking=tracking)
+    evaluation = runner.evaluate(trained, shards=shards[dataset_of(config)], tracking=tracking)
     for name, value in evaluation.scores.items():
         metrics.log_metric(name, value)
     # an artifact without a file does not count as made, and the local cache would judge the model again

@@ -1,11 +1,10 @@
-"""The image of every step, written once: $MPLUG_IMAGE when a pipeline is compiled."""
+"""The image of a step where none is chosen: a run of a pipeline names it by the parameter `image`."""
 
-import os
 from functools import partial
 
 from kfp import dsl
 
-IMAGE = os.environ.get("MPLUG_IMAGE", "mplug-video-python:dev")
+IMAGE = "registry.example/mplug-video/training:0.1.0"
 
 # install_kfp_package=False: the image has kfp; without it every step would start with pip and need a network
 component = partial(dsl.component, base_image=IMAGE, install_kfp_package=False)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.cluster import KINDS, Cluster, ClusterError, Manifest
+from components.manifests import SHAPE, Launch, render
 from model.config import ConfigError
 from model.exits import AttemptsError, OutageError, StageError
 from model.tracking import TERMINATED
@@ -44,6 +45,21 @@ class Limits:
     """From its start; 0: none."""
     restarts: int = 20
     """Of any one of its pods."""
+
+
+def train_on_cluster(
+    config: str, settings: list[str], nodes: int, processes: int, image: str, namespace: str, deadline_hours: float
+) -> None:
+    """A training run as a job of the cluster that this runs in; returns when it has succeeded.
+
+    `settings` hold the pipeline's run in MLflow, so that a step that is started again has the same job, and the same
+    step of another run another one.
+    """
+    cluster, deadline_s = Cluster(namespace), int(deadline_hours * 3600)
+    launch = Launch(
+        command=("train", config, *settings), nodes=nodes, processes=processes, image=image, deadline_s=deadline_s
+    )
+    run(cluster, render(launch, cluster.shape(SHAPE), cluster.namespace), Limits(deadline_s=deadline_s))
 
 
 def run(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:

@@ -5,26 +5,31 @@ from components.image import component
 
 @component()
 def shard(
-    raw: str,
-    root: str,
-    datasets: list[str],
-    num_frames: int,
-    short_side: int,
-    tracking: dict[str, str],
-    code_version: str,
-) -> dict[str, str]:
-    """Returns the URI of each dataset's shards by name."""
-    from model.data.build import Settings
+    raw: str, root: str, datasets: list[str], num_frames: int, short_side: int, partition: str,
+    tracking: dict[str, str], code_version: str,
+) -> dict[str, str]:  # fmt: skip
+    """Returns the URI of each dataset's shards by name. `partition` i/n only makes the i-th of n parts, and no URI.
+
+    `datasets` may hold presets: their datasets are meant.
+    """
+    from model.config import dataset_of
+    from model.data.build import Settings, build_parts, plan
     from model.data.commit import build_shards
     from model.data.examine import Form
+    from model.data.partition import parse_partition
     from model.data.statistics import statistics
     from model.evaluation.dataset_report import publish
     from model.tracking import stage
 
-    facts = {"num_frames": num_frames, "short_side": short_side, "code_version": code_version}
+    facts = {"num_frames": num_frames, "short_side": short_side, "partition": partition, "code_version": code_version}
     with stage("shard", tracking, facts) as tracked:
-        form = Form(num_frames=num_frames, short_side=short_side)
-        uris = {name: build_shards(Settings(raw=raw, root=root, dataset=name, form=form)) for name in datasets}
+        form, (index, count) = Form(num_frames=num_frames, short_side=short_side), parse_partition(partition)
+        wanted = {name: Settings(raw=raw, root=root, dataset=name, form=form) for name in map(dataset_of, datasets)}
+        if count > 1:
+            for settings in wanted.values():
+                build_parts(plan(settings), index=index, count=count)
+            return {}
+        uris = {name: build_shards(settings) for name, settings in wanted.items()}
         for uri in uris.values():
             publish(statistics(uri), tracked)
         tracked.tags({f"data_digest.{name}": uri.rpartition("@")[2] for name, uri in uris.items()})

@@ -1,30 +1,38 @@
-"""Trains one run: the same command line as `mplug train`, on as many processes as the step is given."""
+"""Trains one run: the same command line as `mplug train`, in this step or as a job of several nodes."""
 
 from components.image import component
 
 
 @component()
 def train(
-    config: str, dataset: str, shards: dict[str, str], root: str, decoder: str, pretrained: str, init: str,
-    processes: int, overrides: list[str], tracking: dict[str, str], code_version: str,
+    config: str, shards: dict[str, str], root: str, decoder: str, pretrained: str, init: str,
+    nodes: int, processes: int, image: str, namespace: str, deadline_hours: float, overrides: list[str],
+    tracking: dict[str, str], code_version: str,
 ) -> str:  # fmt: skip
     """Returns the URI of the trained model, <root>/models/<name>-<init>/<version>.
 
-    `init` is "pretrained" to start from `pretrained`, or anything else to start from fresh visual weights.
+    `init` is "pretrained" to start from `pretrained`, or anything else to start from fresh visual weights. With 0
+    `nodes` it trains in this step, on so many `processes`; else as a PyTorchJob with so many per node, 0: one per GPU.
     """
+    from components.launcher import train_on_cluster
     from components.torchrun import launch
     from model import manifest, storage
+    from model.config import dataset_of
+    from model.exits import exit_codes
 
     name = f"{config}-{init}".replace("_", "-")
     settings = {
         "name": name,
         "output": root,
-        "data.shards": shards[dataset],
+        "data.shards": shards[dataset_of(config)],
         "model.decoder": decoder,
         "model.init_from": pretrained if init == "pretrained" else "",
         **{f"tracking.{key}": value for key, value in tracking.items()},
     }
-    code = launch(config, [f"{key}={value}" for key, value in settings.items()] + overrides, processes)
-    if code:
-        raise SystemExit(code)
+    arguments = [f"{key}={value}" for key, value in settings.items()] + overrides
+    with exit_codes():
+        if nodes:
+            train_on_cluster(config, arguments, nodes, processes, image, namespace, deadline_hours)
+        elif code := launch(config, arguments, processes):
+            raise SystemExit(code)
     return manifest.latest(storage.join(root, "models", name))

@@ -31,6 +31,10 @@ from model.config_sections import (
 
 PRESETS = Path(__file__).parent / "configs"
 TaskName = Literal["language_modeling", "pretraining", "classification", "retrieval", "matching", "captioning"]
+DATASETS: dict[TaskName, str] = {
+    "language_modeling": "pretrain", "pretraining": "pretrain", "classification": "classification",
+    "retrieval": "retrieval", "matching": "retrieval", "captioning": "captioning",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -164,6 +168,13 @@ def micro_batch_of(config: RunConfig, processes: int) -> tuple[int, int]:
             f"got {config.data.batch_size}."
         )
     return config.data.batch_size // share, share
+
+
+def dataset_of(name: str) -> str:
+    """The dataset that a preset reads, by its task; the name of a dataset is its own."""
+    if name in DATASETS.values():
+        return name
+    return DATASETS[load(name, ["data.shards=set-later", "model.decoder=set-later"]).task]
 
 
 def presets() -> list[str]:

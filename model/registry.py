@@ -18,6 +18,7 @@ from model.tracking import client, experiment_id
 P = ParamSpec("P")
 R = TypeVar("R")
 PIPELINE_TAG = "mplug.pipeline"
+CHAMPION = "champion"
 
 
 def _one_line(function: Callable[P, R]) -> Callable[P, R]:
@@ -86,6 +87,22 @@ def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
     version = server.create_model_version(name, source=model, run_id=facts["run_id"] or None, tags=all_tags).version
     server.set_registered_model_alias(name, "candidate", version)
     return str(version)
+
+
+@_one_line
+def promote(uri: str, name: str, version: str) -> None:
+    """Makes a version the one in use."""
+    client(uri).set_registered_model_alias(name, CHAMPION, version)
+
+
+@_one_line
+def champion_scores(uri: str, name: str) -> dict[str, float]:
+    """Test metrics of the version in use; empty where there is none."""
+    found = [model for model in client(uri).search_registered_models(f"name = '{name}'") if CHAMPION in model.aliases]
+    if not found:
+        return {}
+    tags = client(uri).get_model_version_by_alias(name, CHAMPION).tags
+    return {key.removeprefix("test."): float(value) for key, value in tags.items() if key.startswith("test.")}
 
 
 @_one_line

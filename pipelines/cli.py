@@ -10,13 +10,13 @@ import typer
 from model.exits import exit_codes
 from pipelines.data_cli import TrackingUri, data
 from pipelines.job_cli import job
+from pipelines.pipeline_cli import pipeline
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP, pretty_exceptions_enable=False,
     help="mPLUG-Video: video-language pre-training on Youku-mPLUG, from clips to registered models.",
 )  # fmt: skip
-pipeline = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Run or compile the pipeline.")
 app.add_typer(data, name="data")
 app.add_typer(pipeline, name="pipeline")
 app.add_typer(job, name="job")
@@ -152,42 +152,6 @@ def evaluate(
     if out:
         runner.save(evaluation, out)
     print(json.dumps(evaluation.scores, indent=1))
-
-
-@pipeline.command("run")
-def run_pipeline(
-    source: Annotated[str, typer.Argument(help="Folder or URI of the dataset as published.")],
-    root: Annotated[str, typer.Argument(help="Folder or s3:// URI under which everything is written.")],
-    overrides: Overrides = None,
-    tracking_uri: TrackingUri = "",
-    folder: Annotated[Path, typer.Option(help="Where kfp keeps step outputs and its cache.")] = Path("kfp"),
-    run_name: Annotated[str, typer.Option(help="Names the MLflow run.")] = "mplug-video",
-    processes: Annotated[int, typer.Option(min=1, help="Processes of the pre-training.")] = 2,
-) -> None:
-    """Run the whole pipeline on this machine; finished stages are not run again.
-
-    Example: `mplug pipeline run corpus s3://mplug/work --tracking-uri http://127.0.0.1:5000`
-    """
-    from pipelines.local import run
-
-    arguments = {"source": source, "root": root, "tracking_uri": tracking_uri, "run_name": run_name}
-    run(folder, {**arguments, "processes": processes, "overrides": overrides or []})
-
-
-@pipeline.command("compile")
-def compile_pipeline(
-    out: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("mplug-video.yaml"),
-) -> None:
-    """Compile the pipeline for a cluster. $MPLUG_IMAGE names the image of every step.
-
-    Example: `MPLUG_IMAGE=registry.example/mplug-python@sha256:… mplug pipeline compile mplug-video.yaml`
-    """
-    from kfp import compiler
-
-    from pipelines.mplug_video import mplug_video
-
-    compiler.Compiler().compile(mplug_video, str(out))
-    print(out)
 
 
 @app.command()

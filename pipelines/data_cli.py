@@ -58,6 +58,7 @@ def download(
     from model.data.download import Options
     from model.data.download import download as run
     from model.data.fetch import Policy
+    from model.data.partition import parse_partition
 
     index, count = parse_partition(partition)
     options = Options(
@@ -99,6 +100,7 @@ def verify(
     from model import storage
     from model.data import download, shards
     from model.data.annotations import DataError
+    from model.data.partition import parse_partition
     from model.data.records import DATASET
 
     index, count = parse_partition(partition)
@@ -138,6 +140,7 @@ def shard(
     from model.data.build import Settings, build_parts, plan
     from model.data.commit import build_shards
     from model.data.examine import Form
+    from model.data.partition import parse_partition
 
     settings = Settings(
         raw=raw, root=root, dataset=dataset, form=Form(kind=form, num_frames=num_frames, short_side=short_side),
@@ -247,11 +250,3 @@ def copy(
     else:
         upload(Path(source), dest)
     print(dest)
-
-
-def parse_partition(text: str) -> tuple[int, int]:
-    """ "2/8" -> (1, 8)"""
-    part, separator, count = text.partition("/")
-    if not (separator and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
-        raise ConfigError(f"--partition must be i/n with i from 1 to n, got {text}.")
-    return int(part) - 1, int(count)

@@ -33,7 +33,7 @@ console = Console(highlight=False)
 
 def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
     """Runs the demo in `folder`; returns 0, or 1 where a required result was missed."""
-    refuse(ROOT, "", overrides)
+    refuse({"root": ROOT, "overrides": overrides})
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
     started = time.monotonic()
@@ -76,8 +76,8 @@ def _corpus(folder: Path, scale: float) -> Path:
 def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[str]) -> None:
     log = folder / "pipeline.log"
     command = [
-        _mplug(), "pipeline", "run", str(source), ROOT, *overrides, "--tracking-uri", made.tracking_uri,
-        "--folder", str(folder / "kfp"), "--run-name", RUN_NAME,
+        _mplug(), "pipeline", "run", "--folder", str(folder / "kfp"), "mplug-video", f"source={source}", f"root={ROOT}",
+        f"tracking_uri={made.tracking_uri}", f"run_name={RUN_NAME}", f"overrides={json.dumps(overrides)}",
     ]  # fmt: skip
     console.print(f"[bold]running the pipeline[/], log in {log}")
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Runs the pipeline with kfp's local runner: the cluster's definition, one subprocess per step, on this machine."""
+"""Runs a pipeline with kfp's local runner: the cluster's definition, one subprocess per step, on this machine."""
 
 import hashlib
 import warnings
@@ -12,20 +12,29 @@ import pipelines
 from model import storage
 from model.config import ConfigError, load
 from model.exits import StageError
+from pipelines.catalog import documents, pipeline, with_defaults
 
-STAGE_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
+DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
 FIXED = {"name", "task", "output", "data.shards", "model.decoder", "model.init_from"}
+HERE = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0}
+"""Defaults of a pipeline's parameters on one machine."""
 
 
-def run(folder: Path, arguments: Mapping[str, Any]) -> None:
-    """Runs all stages; those that finished before with the same inputs and code come from the cache."""
-    refuse(arguments["root"], arguments["tracking_uri"], arguments["overrides"])
+def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
+    """Runs pipeline `name`; stages that finished before with the same inputs and code come from the cache."""
+    known = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    values = {**{key: value for key, value in HERE.items() if key in known}, "code_version": code_version(), **given}
+    if "source" in values and "source_version" not in values:
+        values["source_version"] = source_version(values["source"])
+    refuse(with_defaults(name, values))
     from kfp import local  # a second of imports: only where a pipeline runs
 
-    from pipelines.mplug_video import mplug_video
+    from pipelines import placement
 
+    placement.retries = 0  # before the pipeline's own file is read
     folder.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", category=UserWarning, module="kfp")
+    for category in (UserWarning, RuntimeWarning):  # what has no effect here, and the name of the image
+        warnings.filterwarnings("ignore", category=category, module="kfp")
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(folder / "outputs"),
@@ -33,23 +42,23 @@ def run(folder: Path, arguments: Mapping[str, Any]) -> None:
         cache_root=str(folder / "cache"),
     )
     try:
-        mplug_video(
-            **arguments, code_version=code_version(), source_version=source_version(arguments["source"])
-        )  # fmt: skip
+        pipeline(name)(**values)
     except RuntimeError as error:
         raise StageError(" ".join(str(error).split())) from error
 
 
-def refuse(root: str, tracking_uri: str, overrides: list[str]) -> None:
+def refuse(values: Mapping[str, Any]) -> None:
     """Refuses before anything starts what some stage would refuse later. Raises ConfigError."""
-    if tracking_uri and not storage.is_s3(root):
+    root, overrides = values.get("root", ""), values.get("overrides", [])
+    if values.get("tracking_uri") and not storage.is_s3(root):
         raise ConfigError(f"root must be an s3:// URI where MLflow is used: its registry takes no folders, got {root}.")
-    fixed = [key for key in (item.partition("=")[0] for item in overrides) if key in FIXED]
+    fixed = [key for key in (str(item).partition("=")[0] for item in overrides) if key in FIXED]
     if fixed:
         raise ConfigError(
             "\n".join(f"{key} is set by the pipeline for each stage, it cannot be overridden." for key in fixed)
         )
-    for preset in STAGE_PRESETS:
+    own = [values["config"]] if "config" in values else DEMO_PRESETS
+    for preset in values.get("configs") or own:
         load(preset, ["data.shards=set-later", "model.decoder=set-later", *overrides])
 
 

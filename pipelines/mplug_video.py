@@ -1,7 +1,8 @@
 """The whole platform as one pipeline: download -> shards -> pre-training -> three benchmarks -> registry and report.
 
-The same definition runs in kfp's local runner (`mplug pipeline run`) and compiles for a cluster
-(`mplug pipeline compile`). Stages pass URIs; data and weights stay in object storage.
+The same definition runs in kfp's local runner (`mplug pipeline run`) and on a cluster (`mplug pipeline submit`).
+Stages pass URIs; data and weights stay in object storage. At a scale that two cores can bear; the real sizes are in
+pretrain.py, finetune.py and benchmark.py.
 """
 
 from kfp import dsl
@@ -9,26 +10,31 @@ from kfp import dsl
 from components.download import download
 from components.evaluate import evaluate
 from components.finish_run import finish_run
+from components.image import IMAGE
 from components.register import register
 from components.report import report
 from components.shard import shard
 from components.start_run import start_run
 from components.train import train
 from components.train_tokenizer import train_tokenizer
+from pipelines.placement import give, place
 
 DATASETS = ["pretrain", "classification", "retrieval", "captioning"]
 BENCHMARKS = [
-    {"config": f"tiny_{task}", "dataset": task, "init": init}
+    {"config": f"tiny_{task}", "init": init}
     for init in ("pretrained", "random")
     for task in ("classification", "retrieval", "captioning")
 ]
 """Each benchmark is fine-tuned twice: from the pre-trained model, and from fresh weights to show what that is worth."""
+SMALL = {"cpu": "2", "memory": "6Gi", "shm": "1Gi"}
+IN_THE_STEP = {"nodes": 0, "namespace": "", "deadline_hours": 0.0}
+"""Trains where the step runs, without a job of its own."""
 
 
 @dsl.pipeline(name="mplug-video-benchmarks")
 def benchmarks(
     shards: dict[str, str], decoder: str, pretrained: str, root: str, overrides: list[str],
-    tracking: dict[str, str], code_version: str,
+    tracking: dict[str, str], code_version: str, image: str,
 ) -> None:  # fmt: skip
     """Fine-tunes and judges every benchmark, registers the candidates and writes the report.
 
@@ -39,47 +45,57 @@ def benchmarks(
     # one process each, two at a time: on two cores this is faster than two processes one after the other
     with dsl.ParallelFor(BENCHMARKS, parallelism=2) as benchmark:
         tuned = train(
-            config=benchmark.config, dataset=benchmark.dataset, shards=shards, root=root, decoder=decoder,
-            pretrained=pretrained, init=benchmark.init, processes=1, overrides=overrides, **common,
+            config=benchmark.config, shards=shards, root=root, decoder=decoder,
+            pretrained=pretrained, init=benchmark.init, processes=1, overrides=overrides, image=image, **IN_THE_STEP,
+            **common,
         )  # fmt: skip
-        judged = evaluate(trained=tuned.output, dataset=benchmark.dataset, shards=shards, **common)
+        give(place(tuned, image), **SMALL)
+        judged = evaluate(trained=tuned.output, config=benchmark.config, shards=shards, **common)
+        give(place(judged, image), **SMALL)
 
     # one Collected per consumer: the compiler rewrites it in place
-    register(evaluations=dsl.Collected(judged.outputs["Output"]), **common)
-    report(evaluations=dsl.Collected(judged.outputs["Output"]), shards=shards, root=root, **common)
+    found = dsl.Collected(judged.outputs["Output"])
+    place(register(evaluations=found, promote=False, **common), image)
+    found = dsl.Collected(judged.outputs["Output"])
+    give(place(report(evaluations=found, shards=shards, root=root, **common), image), **SMALL)
 
 
 @dsl.pipeline(name="mplug-video-stages")
 def stages(
     source: str, source_version: str, root: str, dataset: str, tracking_uri: str, experiment: str, run_name: str,
     code_version: str, processes: int, overrides: list[str], num_frames: int, short_side: int, vocab_size: int,
+    image: str,
 ) -> None:  # fmt: skip
     """All stages of a run, each under the pipeline's MLflow run."""
     opened = start_run(
         tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, source=source, root=root
     )  # fmt: skip
+    place(opened, image)
     opened.set_caching_options(False)  # a repeated pipeline opens its run again; the id stays, and with it the cache
     tracking = opened.output
     common = {"tracking": tracking, "code_version": code_version}
 
     raw = download(
-        source=source, source_version=source_version, root=root, dataset=dataset, **common
-    ).output  # fmt: skip
+        source=source, source_version=source_version, root=root, dataset=dataset, partition="1/1", **common
+    )  # fmt: skip
     shards = shard(
-        raw=raw, root=root, datasets=DATASETS, num_frames=num_frames, short_side=short_side, **common
-    ).output  # fmt: skip
-    tokenizer = train_tokenizer(raw=raw, root=root, vocab_size=vocab_size, **common).output
+        raw=raw.output, root=root, datasets=DATASETS, num_frames=num_frames, short_side=short_side, partition="1/1",
+        **common,
+    )  # fmt: skip
+    tokenizer = train_tokenizer(raw=raw.output, root=root, vocab_size=vocab_size, **common)
 
-    training = {"shards": shards, "root": root, "overrides": overrides, **common}
+    training = {"shards": shards.output, "root": root, "overrides": overrides, "image": image, **common}
     decoder = train(
-        config="tiny_decoder", dataset="pretrain", decoder=tokenizer, pretrained="", init="titles",
-        processes=1, **training,
-    ).output  # fmt: skip
+        config="tiny_decoder", decoder=tokenizer.output, pretrained="", init="titles",
+        processes=1, **IN_THE_STEP, **training,
+    )  # fmt: skip
     pretrained = train(
-        config="tiny_pretraining", dataset="pretrain", decoder=decoder, pretrained="", init="random",
-        processes=processes, **training,
-    ).output  # fmt: skip
-    benchmarks(decoder=decoder, pretrained=pretrained, **training)
+        config="tiny_pretraining", decoder=decoder.output, pretrained="", init="random",
+        processes=processes, **IN_THE_STEP, **training,
+    )  # fmt: skip
+    for task in (raw, shards, tokenizer, decoder, pretrained):
+        give(place(task, image), **SMALL)
+    benchmarks(decoder=decoder.output, pretrained=pretrained.output, **training)
 
 
 @dsl.pipeline(name="mplug-video", description="Pre-trains mPLUG-Video, fine-tunes and judges it on three benchmarks.")
@@ -97,6 +113,7 @@ def mplug_video(
     num_frames: int = 16,
     short_side: int = 72,
     vocab_size: int = 448,
+    image: str = IMAGE,
 ) -> None:
     """The stages, and a last word to MLflow however they end.
 
@@ -114,12 +131,14 @@ def mplug_video(
         num_frames: Frames stored per clip.
         short_side: Height or width of stored frames, whichever is shorter, in pixels.
         vocab_size: Tokens of the tokenizer.
+        image: Image of every step.
     """
     last = finish_run(tracking_uri=tracking_uri, experiment=experiment, run_name=run_name)
-    last.set_caching_options(False)
+    place(last, image).set_caching_options(False)
     with dsl.ExitHandler(last, name="stages"):
         stages(
             source=source, source_version=source_version, root=root, dataset=dataset, tracking_uri=tracking_uri,
             experiment=experiment, run_name=run_name, code_version=code_version, processes=processes,
             overrides=overrides, num_frames=num_frames, short_side=short_side, vocab_size=vocab_size,
+            image=image,
         )  # fmt: skip

@@ -6,10 +6,16 @@ from model import registry
 from model.evaluation.runner import load
 
 
-def register_candidates(evaluations: Sequence[str], where: Mapping[str, str], code_version: str) -> list[str]:
+def registered_name(task: str) -> str:
+    return f"mplug-video-{task}"
+
+
+def register_candidates(
+    evaluations: Sequence[str], where: Mapping[str, str], code_version: str, *, promote: bool = False
+) -> list[str]:
     """Registers each fine-tuned model that started from pre-training; returns "name/version" of each.
 
-    Without a tracking server there is no registry, and nothing is registered.
+    `promote` makes champions of them. Without a tracking server there is no registry, and nothing is registered.
     """
     registered: list[str] = []
     if not where["uri"]:
@@ -17,9 +23,11 @@ def register_candidates(evaluations: Sequence[str], where: Mapping[str, str], co
     for evaluation in map(load, evaluations):
         if not evaluation.pretrained:
             continue
-        name = f"mplug-video-{evaluation.task}"
+        name = registered_name(evaluation.task)
         tags = {"task": evaluation.task, "code_version": code_version}
         tags |= {f"test.{metric}": f"{value:.4f}" for metric, value in evaluation.scores.items()}
         version = registry.register(where["uri"], name, evaluation.model, tags)
+        if promote:
+            registry.promote(where["uri"], name, version)
         registered.append(f"{name}/{version}")
     return registered

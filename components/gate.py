@@ -1,0 +1,18 @@
+"""Lets models into the registry that are as good as those in use."""
+
+from components.image import component
+
+
+@component()
+def gate(
+    evaluations: list[str], root: str, minimum: dict[str, float], tolerance: float, tracking: dict[str, str],
+    code_version: str,
+) -> list[str]:  # fmt: skip
+    """Returns the evaluations, all of which have passed; fails where one has not."""
+    from model.evaluation import comparison
+    from model.tracking import stage
+
+    with stage("gate", tracking, {"tolerance": tolerance, "code_version": code_version}) as tracked:
+        for row in comparison.gate(evaluations, root, tracking, minimum, tolerance):
+            tracked.metrics({f"{row.task}/{row.metric}": row.value, f"{row.task}/required": row.required})
+    return evaluations

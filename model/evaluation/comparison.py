@@ -1,0 +1,76 @@
+"""Whether newly trained models may take the place of those in use: each against the registry's champion of its task."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from model import storage
+from model.config import ConfigError
+from model.config_sections import TrackingConfig
+from model.evaluation.registration import registered_name
+from model.evaluation.runner import Evaluation, load
+from model.exits import StageError
+from model.registry import attach_artifacts, champion_scores
+
+DECIDES = {
+    "classification": "top1",
+    "retrieval": "text_to_video_r1",
+    "matching": "text_to_video_r1",
+    "captioning": "cider",
+}
+"""The metric of each task that the paper's tables lead with (arXiv 2306.04362, tables 3 to 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    task: str
+    metric: str
+    value: float
+    champion: float | None
+    """Of the model in use; None where there is none yet."""
+    required: float
+    """What the value must reach."""
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.required
+
+
+def compare(
+    evaluations: Sequence[Evaluation], where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
+) -> list[Comparison]:
+    """Each task's value must reach its `minimum`, where one is given, and its champion's value less `tolerance`."""
+    unknown = set(minimum) - set(DECIDES)
+    if unknown:
+        raise ConfigError(f"minimum must name tasks, of {', '.join(DECIDES)}, got {', '.join(sorted(unknown))}.")
+    found = []
+    for evaluation in evaluations:
+        metric = DECIDES[evaluation.task]
+        known = champion_scores(where["uri"], registered_name(evaluation.task)) if where["uri"] else {}
+        champion = known.get(metric)
+        bounds = [minimum.get(evaluation.task, 0.0), *([] if champion is None else [champion - tolerance])]
+        value, required = evaluation.scores[metric], max(bounds)
+        found.append(Comparison(task=evaluation.task, metric=metric, value=value, champion=champion, required=required))
+    return found
+
+
+def gate(
+    uris: Sequence[str], root: str, where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
+) -> list[Comparison]:
+    """Publishes the comparison beside the run's report, and on its page. Raises StageError where a model is worse."""
+    rows = compare([load(uri) for uri in uris], where, minimum, tolerance)
+    tracking = TrackingConfig(**where)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "comparison.json"
+        table.write_text(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1))
+        storage.upload(table, storage.join(root, "reports", tracking.parent_run or "local", table.name))
+        attach_artifacts(tracking, [table], {f"{row.task}/{row.metric}": row.value for row in rows})
+    missed = [row for row in rows if not row.passed]
+    if missed:
+        lines = [
+            f"{row.task}: {row.metric} must be at least {row.required:.4f}, got {row.value:.4f}." for row in missed
+        ]
+        raise StageError("\n".join(lines))
+    return rows

@@ -1,0 +1,89 @@
+"""The pipelines by name, and the arguments that a person gives one."""
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model.config import ConfigError
+
+PIPELINES = {
+    "mplug-video": "pipelines.mplug_video.mplug_video",
+    "pretrain": "pipelines.pretrain.pretrain",
+    "finetune": "pipelines.finetune.finetune",
+    "benchmark": "pipelines.benchmark.benchmark",
+}
+COMPILED = Path(__file__).parent / "compiled"
+YAML_TYPES: dict[str, tuple[type, ...]] = {
+    "STRING": (str,), "NUMBER_INTEGER": (int,), "NUMBER_DOUBLE": (int, float), "BOOLEAN": (bool,), "LIST": (list,),
+    "STRUCT": (dict,),
+}  # fmt: skip
+
+
+def pipeline(name: str) -> Any:
+    """A pipeline as kfp knows it."""
+    module, _, attribute = PIPELINES[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def compile_to(name: str, folder: Path) -> Path:
+    from kfp import compiler
+
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"{name}.yaml"
+    compiler.Compiler().compile(pipeline(name), str(out))
+    # kfp's comment above it repeats the defaults in an order that changes from process to process
+    lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
+    out.write_text("".join(dropwhile(lambda line: line.startswith("#"), lines)), encoding="utf-8")
+    return out
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    """The compiled pipeline: what runs, and what of it is Kubernetes'. Raises ConfigError for a name that is none."""
+    if name not in PIPELINES:
+        raise ConfigError(f"no pipeline named {name}: there are {', '.join(PIPELINES)}.")
+    return list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
+    """`parameter=value` as the pipeline's arguments, values as YAML. Raises ConfigError, with every problem."""
+    known = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    for item in items:
+        key, separator, text = item.partition("=")
+        if not separator or key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"The nearest is {near[0]}." if near else f"Known: {', '.join(known)}."
+            problems.append(f"{item} must be parameter=value of pipeline {name}. {hint}")
+            continue
+        kind = known[key]["parameterType"]
+        value = text if kind == "STRING" else _parsed(text)
+        if not isinstance(value, YAML_TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
+            problems.append(f"{key} must be of type {kind}, got {text!r}. {known[key].get('description', '')}")
+        found[key] = value
+    return found if not problems else _refuse(problems)
+
+
+def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a run. Raises ConfigError where something is missing that has no default."""
+    known = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    missing = [key for key, parameter in known.items() if not parameter.get("isOptional") and key not in given]
+    if missing:
+        _refuse([f"{key} must be given: {known[key].get('description', '')}" for key in missing])
+    return {**{key: parameter.get("defaultValue") for key, parameter in known.items()}, **given}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _refuse(problems: list[str]) -> Any:
+    raise ConfigError("\n".join(problems))

@@ -1,0 +1,145 @@
+"""From a pre-trained model to a registered one for a task: shards -> fine-tuning -> evaluation -> gate -> registry."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.evaluate import evaluate
+from components.finish_run import finish_run
+from components.gate import gate
+from components.image import IMAGE
+from components.register import register
+from components.shard import shard
+from components.start_run import start_run
+from components.train import train
+from pipelines.placement import give, on_gpu, place
+
+
+@dsl.pipeline(name="mplug-video-finetune-tasks")
+def finetune_tasks(
+    configs: list[str], shards: dict[str, str], pretrained: str, decoder: str, root: str, overrides: list[str],
+    nodes: int, processes: int, namespace: str, deadline_hours: float, minimum: dict[str, float], tolerance: float,
+    promote: bool, gpus: int, node_selector: dict[str, str], tolerations: list[dict[str, str]],
+    tracking: dict[str, str], code_version: str, image: str,
+) -> None:  # fmt: skip
+    """Every task beside the others, then all of them before the gate.
+
+    A pipeline of its own: kfp 2.17's local runner hands a loop its item in place of every output of a sibling task,
+    but leaves the inputs of the pipeline around it alone.
+    """
+    common = {"tracking": tracking, "code_version": code_version}
+    with dsl.ParallelFor(configs, name="tasks") as config:
+        tuned = train(
+            config=config, shards=shards, root=root, decoder=decoder, pretrained=pretrained,
+            init="pretrained", nodes=nodes, processes=processes, image=image, namespace=namespace,
+            deadline_hours=deadline_hours, overrides=overrides, **common,
+        )  # fmt: skip
+        give(place(tuned, image), cpu="1", memory="2Gi")
+        judged = evaluate(trained=tuned.output, config=config, shards=shards, **common)
+        on_gpu(place(judged, image), gpus, node_selector, tolerations)
+    # one Collected per consumer: the compiler rewrites it in place
+    passed = gate(
+        evaluations=dsl.Collected(judged.outputs["Output"]), root=root, minimum=minimum, tolerance=tolerance, **common
+    )  # fmt: skip
+    place(passed, image).set_caching_options(False)  # who is champion changes
+    place(register(evaluations=passed.output, promote=promote, **common), image)
+
+
+@dsl.pipeline(name="mplug-video-finetune-stages")
+def finetune_stages(
+    raw: str, root: str, configs: list[str], num_frames: int, short_side: int,
+    pretrained: str, decoder: str, overrides: list[str], nodes: int, processes: int, namespace: str,
+    deadline_hours: float, minimum: dict[str, float], tolerance: float, promote: bool, gpus: int,
+    node_selector: dict[str, str], tolerations: list[dict[str, str]], tracking_uri: str, experiment: str, run_name: str,
+    code_version: str, image: str,
+) -> None:  # fmt: skip
+    """The stages, each under the pipeline's MLflow run."""
+    opened = start_run(
+        tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, source=pretrained, root=root
+    )  # fmt: skip
+    place(opened, image).set_caching_options(False)
+    common = {"tracking": opened.output, "code_version": code_version}
+    sharded = shard(
+        raw=raw, root=root, datasets=configs, num_frames=num_frames, short_side=short_side, partition="1/1", **common
+    )  # fmt: skip
+    give(place(sharded, image), cpu="30", memory="60Gi")
+    finetune_tasks(
+        configs=configs, shards=sharded.output, pretrained=pretrained, decoder=decoder, root=root, overrides=overrides,
+        nodes=nodes, processes=processes, namespace=namespace, deadline_hours=deadline_hours, minimum=minimum,
+        tolerance=tolerance, promote=promote, gpus=gpus, node_selector=node_selector, tolerations=tolerations,
+        image=image, **common,
+    )  # fmt: skip
+
+
+def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
+    """The pipeline for these tasks, where a run names no others."""
+
+    @dsl.pipeline(name=f"mplug-video-{name}", description=description)
+    def pipeline(
+        raw: str,
+        pretrained: str,
+        code_version: str,
+        root: str = "s3://mplug/work",
+        configs: list[str] = presets,
+        decoder: str = "",
+        num_frames: int = 16,
+        short_side: int = 256,
+        overrides: list[str] = [],  # noqa: B006 - kfp reads the default from the signature
+        nodes: int = 1,
+        processes: int = 0,
+        namespace: str = "mplug",
+        deadline_hours: float = 0.0,
+        minimum: dict[str, float] = {},  # noqa: B006
+        tolerance: float = 0.0,
+        promote: bool = False,
+        gpus: int = 1,
+        node_selector: dict[str, str] = {},  # noqa: B006
+        tolerations: list[dict[str, str]] = [],  # noqa: B006
+        tracking_uri: str = "http://mlflow.mplug:5000",
+        experiment: str = "mplug-video",
+        run_name: str = name,
+        image: str = IMAGE,
+    ) -> None:
+        """The stages, and a last word to MLflow however they end.
+
+        Args:
+            raw: Folder or URI of the downloaded dataset, <root>/raw/<name>.
+            pretrained: Folder or URI of the model to start from.
+            code_version: Names the code; a new one runs every stage again.
+            root: s3:// URI under which everything is written.
+            configs: Presets, one for each task.
+            decoder: Folder or URI of another language model; empty is the pre-trained model's own.
+            num_frames: Frames stored per clip.
+            short_side: Height or width of stored frames, whichever is shorter, in pixels.
+            overrides: dotted.key=value settings of the training.
+            nodes: Pods of each training job; 0 trains in the step itself.
+            processes: Training processes per node; 0 is one per GPU of the cluster's shape of a pod.
+            namespace: Where the training job runs.
+            deadline_hours: Hours after which the training job is given up; 0 is never.
+            minimum: What a task's metric must reach, as {"classification": 0.75}.
+            tolerance: How far below the champion's value it may stay.
+            promote: Make champions of the models in the registry when all have passed.
+            gpus: GPUs of each evaluation.
+            node_selector: Labels of the nodes that have them.
+            tolerations: Of those nodes' taints, as in a pod.
+            tracking_uri: MLflow tracking server.
+            experiment: MLflow experiment.
+            run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
+            image: Image of every step, and of the training pods.
+        """
+        last = finish_run(tracking_uri=tracking_uri, experiment=experiment, run_name=run_name)
+        place(last, image).set_caching_options(False)
+        with dsl.ExitHandler(last, name="stages"):
+            finetune_stages(
+                raw=raw, root=root, configs=configs, num_frames=num_frames, short_side=short_side,
+                pretrained=pretrained, decoder=decoder, overrides=overrides, nodes=nodes, processes=processes,
+                namespace=namespace, deadline_hours=deadline_hours, minimum=minimum, tolerance=tolerance,
+                promote=promote, gpus=gpus, node_selector=node_selector, tolerations=tolerations,
+                tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, code_version=code_version,
+                image=image,
+            )  # fmt: skip
+
+    return pipeline
+
+
+finetune = tasks_pipeline("finetune", "Fine-tunes and judges a pre-trained mPLUG-Video on a task.", ["classification"])

@@ -1,0 +1,103 @@
+"""Kubeflow Pipelines' API in memory, speaking through kfp-server-api's own models; `faults` are answered first."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import kfp_server_api as kfp
+
+
+@dataclass
+class FakeKfp:
+    url: str = ""
+    experiments: list[kfp.V2beta1Experiment] = field(default_factory=list)
+    runs: list[kfp.V2beta1Run] = field(default_factory=list)
+    states: list[str] = field(default_factory=lambda: ["PENDING", "RUNNING", "SUCCEEDED"])
+    """What a run is, each time somebody looks; the last one stays."""
+    failed_steps: list[str] = field(default_factory=list)
+    faults: list[int] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the last request."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    fake: FakeKfp
+    read = kfp.ApiClient()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def serve(self) -> None:
+        url, fake = urlsplit(self.path), self.fake
+        fake.headers = {name.lower(): value for name, value in self.headers.items()}
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        if fake.faults and (code := fake.faults.pop(0)):
+            return self.say(code, {"code": code, "message": "put in by the test"})
+        match self.command, url.path.removeprefix("/apis/v2beta1/").split("/"):
+            case "GET", ["experiments"]:
+                self.say(200, self.page(dict(parse_qsl(url.query))))
+            case "POST", ["experiments"]:
+                made = kfp.V2beta1Experiment(
+                    experiment_id=f"e{len(fake.experiments)}", **self.known(body, "Experiment")
+                )
+                fake.experiments.append(made)
+                self.say(200, made)
+            case "POST", ["runs"]:
+                run = kfp.V2beta1Run(run_id=f"r{len(fake.runs)}", state="PENDING", **self.known(body, "Run"))
+                fake.runs.append(run)
+                self.say(200, run)
+            case "GET", ["runs", run_id]:
+                run = next(run for run in fake.runs if run.run_id == run_id)
+                run.state = fake.states.pop(0) if len(fake.states) > 1 else fake.states[0]
+                if run.state == "FAILED":
+                    details = [
+                        kfp.V2beta1PipelineTaskDetail(display_name=name, state="FAILED") for name in fake.failed_steps
+                    ]
+                    run.run_details = kfp.V2beta1RunDetails(task_details=details)
+                self.say(200, run)
+            case _:
+                self.say(404, {"message": "not found"})
+
+    do_GET = do_POST = serve  # noqa: N815
+
+    def known(self, body: dict[str, Any], model: str) -> dict[str, Any]:
+        """What the model takes; a key that it does not know is an error, as in the server."""
+        names = getattr(kfp, f"V2beta1{model}").attribute_map
+        unknown = set(body) - set(names.values())
+        assert not unknown, unknown
+        return {key: body[name] for key, name in names.items() if name in body}
+
+    def page(self, query: dict[str, str]) -> kfp.V2beta1ListExperimentsResponse:
+        """Two at a time, so that the caller has to turn pages."""
+        start = int(query.get("page_token") or 0)
+        found = [item for item in self.fake.experiments if (item.namespace or "") == query.get("namespace", "")]
+        following = str(start + 2) if start + 2 < len(found) else ""
+        return kfp.V2beta1ListExperimentsResponse(experiments=found[start : start + 2], next_page_token=following)
+
+    def say(self, code: int, answer: Any) -> None:
+        data = json.dumps(self.read.sanitize_for_serialization(answer)).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def fake_kfp() -> Iterator[FakeKfp]:
+    fake = FakeKfp()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"fake": fake}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()

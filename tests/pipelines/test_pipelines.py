@@ -1,0 +1,151 @@
+"""The pipelines as they are sent to Kubeflow, and as they run here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from model.config import ConfigError
+from pipelines.catalog import COMPILED, PIPELINES, arguments, documents, with_defaults
+
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+SHORT = ["training.steps=2", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
+
+
+def tasks_of(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every task of every level that is a step, not a pipeline of its own."""
+    components = spec["components"]
+    levels = [spec["root"], *components.values()]
+    found = [item for level in levels for item in level.get("dag", {}).get("tasks", {}).items()]
+    return [(name, task) for name, task in found if "executorLabel" in components[task["componentRef"]["name"]]]
+
+
+def test_what_is_committed_is_what_compiles(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([MPLUG, "pipeline", "compile", tmp_path], check=True, capture_output=True, env=environment)
+    for name in PIPELINES:
+        assert (tmp_path / f"{name}.yaml").read_bytes() == (COMPILED / f"{name}.yaml").read_bytes(), name
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_a_valid_specification_that_installs_nothing(name: str) -> None:
+    spec, platform = documents(name)
+    assert json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec()).pipeline_info.name.startswith("mplug-video")
+    json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        json_format.ParseDict(executor, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
+    assert "pip install" not in (COMPILED / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_step_is_placed_and_tried_again(name: str) -> None:
+    spec, platform = documents(name)
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    steps = spec["deploymentSpec"]["executors"]
+    assert set(steps) == set(executors)
+    for label, executor in executors.items():
+        assert "pipelinechannel--image" in steps[label]["container"]["image"], label
+        assert executor["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
+        assert {mount["mountPath"] for mount in executor["emptyDirMounts"]} >= {"/tmp", "/cache"}
+        assert executor["secretAsEnv"][0]["optional"]
+    for step, task in tasks_of(spec):
+        assert task["retryPolicy"]["maxRetryCount"] == 3, step
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_must_not_come_from_the_cache_does_not(name: str) -> None:
+    cached = {step: task["cachingOptions"] != {} for step, task in tasks_of(documents(name)[0])}
+    for step in ("start-run", "finish-run", "gate"):
+        assert not cached.get(step, False), step
+    assert cached["shard"]
+    assert cached["train"]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_cached_step_knows_its_code_and_image(name: str) -> None:
+    """What a step is known by are its inputs; shards carry a digest of their content."""
+    for step, task in tasks_of(documents(name)[0]):
+        if task["cachingOptions"] != {}:
+            assert {"code_version", "base_image"} <= set(task["inputs"]["parameters"]), step
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_parameter_is_explained(name: str) -> None:
+    parameters = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    assert {"root", "tracking_uri", "processes", "overrides", "image", "code_version"} <= set(parameters)
+    assert all(parameter.get("description") for parameter in parameters.values())
+
+
+def test_an_evaluation_gets_its_gpu_nodes_and_shared_memory() -> None:
+    spec, platform = documents("benchmark")
+    accelerator = spec["deploymentSpec"]["executors"]["exec-evaluate"]["container"]["resources"]["accelerator"]
+    assert accelerator["resourceType"] == "nvidia.com/gpu"
+    assert "gpus" in accelerator["resourceCount"]
+    executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-evaluate"]
+    assert executor["nodeSelector"]["nodeSelectorJson"]
+    assert executor["tolerations"][0]["tolerationJson"]
+    assert {"mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi", "volumeName": "shm"} in (
+        executor["emptyDirMounts"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        (["sourc=x"], "The nearest is source."),
+        (["nodes=many"], "nodes must be of type NUMBER_INTEGER, got 'many'"),
+        (["nodes=true"], "nodes must be of type NUMBER_INTEGER"),
+        (["overrides=x"], "overrides must be of type LIST"),
+        (["source"], "must be parameter=value"),
+    ],
+)
+def test_wrong_arguments_are_all_told_at_once(items: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        arguments("pretrain", [*items, "nonsense=1"])
+    assert said in str(caught.value)
+    assert "nonsense=1 must be parameter=value of pipeline pretrain" in str(caught.value)
+
+
+def test_what_is_missing_is_told_with_its_meaning() -> None:
+    with pytest.raises(ConfigError, match="decoder must be given: Folder or URI of the language model"):
+        with_defaults("pretrain", {"source": "x", "code_version": "1"})
+    assert arguments("pretrain", ["source=1", "nodes=2", "partitions=[1/2, 2/2]"]) == {
+        "source": "1", "nodes": 2, "partitions": ["1/2", "2/2"],
+    }  # fmt: skip
+
+
+def run(name: str, folder: Path, *items: str) -> "subprocess.CompletedProcess[str]":
+    command = [MPLUG, "pipeline", "run", "--folder", str(folder / "kfp"), name, f"root={folder / 'work'}", *items]
+    command += ["num_frames=8", "short_side=72", f"overrides={json.dumps(SHORT)}", "processes=1"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+
+
+def test_a_task_is_fine_tuned_judged_and_kept_out_where_it_falls_short(
+    corpus: Path, pretrained: str, tmp_path: Path
+) -> None:
+    items = ["configs=[tiny_classification]", f"raw={corpus}", f"pretrained={pretrained}"]
+    ended = run("finetune", tmp_path, *items, "minimum={classification: 1.01}")
+    assert ended.returncode == 1, ended.stderr[-2000:]
+    assert "Inner task failed: 'gate'" in re.sub(r"\x1b\[\d+m|\x1b\[\d+;\d+m", "", ended.stderr)
+    assert "classification: top1 must be at least 1.0100" in ended.stdout + ended.stderr
+    (row,) = json.loads((tmp_path / "work" / "reports" / "local" / "comparison.json").read_text())
+    assert (row["task"], row["passed"], row["champion"]) == ("classification", False, None)
+    again = run("finetune", tmp_path, *items, "minimum={classification: 0.0}")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "step/s" not in again.stdout + again.stderr  # trained once; the gate is asked again
+
+
+def test_the_run_yaml_of_a_wrong_preset_starts_nothing(tmp_path: Path) -> None:
+    ended = run("pretrain", tmp_path, "source=x", "source_version=1", "decoder=y", "config=tiny_pretrainin")
+    assert ended.returncode == 2
+    assert "did you mean tiny_pretraining?" in ended.stderr
+    assert yaml.safe_load(ended.stdout or "null") is None

@@ -1,0 +1,105 @@
+from collections.abc import Iterator
+
+import kfp_server_api
+import pytest
+from fake_kfp import FakeKfp, fake_kfp
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
+from typer.testing import CliRunner
+
+from model.exits import OutageError, StageError
+from pipelines.pipeline_cli import pipeline
+from pipelines.submit import Host, submit, wait
+
+GIVEN = {"source": "s3://x", "decoder": "s3://y", "code_version": "1", "nodes": 2}
+
+
+@pytest.fixture
+def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKfp]:
+    monkeypatch.setattr("pipelines.submit.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("pipelines.submit.time.sleep", lambda _seconds: None)
+    with fake_kfp() as fake:
+        yield fake
+
+
+def start(host: Host, **options: object) -> str:
+    return submit(host, "pretrain", GIVEN, run_name="pretrain", experiment="mplug-video", **options)  # type: ignore[arg-type]
+
+
+def test_a_run_carries_pipeline_platform_and_arguments(kfp: FakeKfp) -> None:
+    run_id = start(Host(url=kfp.url), service_account="launcher")
+    (run,) = kfp.runs
+    json_format.ParseDict(run.pipeline_spec["pipeline_spec"], pipeline_spec_pb2.PipelineSpec())
+    json_format.ParseDict(run.pipeline_spec["platform_spec"], pipeline_spec_pb2.PlatformSpec())
+    assert run.runtime_config["parameters"] == GIVEN
+    assert (run.run_id, run.service_account, run.display_name) == (run_id, "launcher", "pretrain")
+
+
+def test_an_experiment_is_made_once_and_found_on_any_page(kfp: FakeKfp) -> None:
+    kfp.experiments = [
+        kfp_server_api.V2beta1Experiment(experiment_id=name, display_name=name)
+        for name in ("a", "b", "c", "mplug-video")
+    ]
+    start(Host(url=kfp.url))
+    assert kfp.runs[0].experiment_id == "mplug-video"
+    start(Host(url=kfp.url, namespace="team"))
+    start(Host(url=kfp.url, namespace="team"))
+    assert [item.namespace for item in kfp.experiments[4:]] == ["team"]
+    assert kfp.runs[1].experiment_id == kfp.runs[2].experiment_id == "e4"
+
+
+def test_who_asks_is_said_with_every_request(kfp: FakeKfp) -> None:
+    start(Host(url=kfp.url, token="secret", headers={"kubeflow-userid": "me@example.org"}))
+    assert kfp.headers["authorization"] == "Bearer secret"
+    assert kfp.headers["kubeflow-userid"] == "me@example.org"
+
+
+def test_without_the_cache_no_step_at_any_depth_is_taken_from_it(kfp: FakeKfp) -> None:
+    start(Host(url=kfp.url), caching=False)
+    spec = kfp.runs[0].pipeline_spec["pipeline_spec"]
+    tasks = [
+        task
+        for part in (spec["root"], *spec["components"].values())
+        for task in part.get("dag", {}).get("tasks", {}).values()
+    ]
+    assert len(tasks) > 8
+    assert all(task["cachingOptions"] == {} for task in tasks)
+
+
+def test_waiting_goes_through_outages_and_ends_with_the_run(kfp: FakeKfp) -> None:
+    run_id = start(Host(url=kfp.url))
+    kfp.faults = [503, 0, 500, 429, 0, 0]
+    wait(Host(url=kfp.url), run_id)
+    assert kfp.states == ["SUCCEEDED"]
+
+
+def test_a_failed_run_names_its_failed_steps(kfp: FakeKfp) -> None:
+    run_id = start(Host(url=kfp.url))
+    kfp.states, kfp.failed_steps = ["RUNNING", "FAILED"], ["train", "gate"]
+    with pytest.raises(StageError, match=r"ended as FAILED\. Failed: gate, train\. http://.*/#/runs/details/r0"):
+        wait(Host(url=kfp.url), run_id)
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_refusal_says_what_to_give(kfp: FakeKfp, code: int) -> None:
+    kfp.faults = [code]
+    with pytest.raises(StageError, match="Give --token or --header"):
+        start(Host(url=kfp.url))
+
+
+def test_a_run_is_never_started_twice(kfp: FakeKfp) -> None:
+    """After an answer that was lost nobody knows whether there is one."""
+    kfp.faults = [0, 0, 503]
+    with pytest.raises(OutageError):
+        start(Host(url=kfp.url))
+    assert kfp.runs == []
+
+
+def test_the_command_prints_the_link_and_refuses_what_is_incomplete(kfp: FakeKfp) -> None:
+    items = [f"{key}={value}" for key, value in GIVEN.items() if key != "code_version"]
+    ended = CliRunner().invoke(pipeline, ["submit", "pretrain", *items, "--host", kfp.url, "--wait"])
+    assert ended.exit_code == 0, ended.output
+    assert f"{kfp.url}/#/runs/details/r0" in ended.output
+    assert len(kfp.runs[0].runtime_config["parameters"]["code_version"]) == 12
+    incomplete = CliRunner().invoke(pipeline, ["submit", "pretrain", "source=x", "--host", kfp.url])
+    assert "decoder must be given" in str(incomplete.exception)
