@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test check format lock screenshots clean
+.PHONY: help install demo ui test check format lock images sbom manifests pipelines screenshots clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,29 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	.venv-lock/bin/pip install --quiet -e '.[demo,dev,bench]'
 	.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > requirements.lock
 	rm -rf .venv-lock
+
+BUILDER ?= $(shell command -v podman || command -v docker)
+VERSION := 0.1.0
+IMAGES := training mlflow
+
+images: ## container images, with podman or docker; BUILD_FLAGS="…" are its own
+	for name in $(IMAGES); do \
+	  $(BUILDER) build $(BUILD_FLAGS) --target $$name --build-arg VERSION=$(VERSION) \
+	    --build-arg REVISION=$$(git rev-parse HEAD) --file docker/$$name.Dockerfile \
+	    --tag localhost/mplug-video/$$name:$(VERSION) . || exit 1; \
+	done
+
+sbom: ## what is in the images, as CycloneDX, in dist/
+	for name in $(IMAGES); do \
+	  $(BUILDER) build $(BUILD_FLAGS) --target sbom --output type=local,dest=dist \
+	    --file docker/$$name.Dockerfile . || exit 1; \
+	done
+
+manifests: install ## build and check all overlays and jobs; needs kubectl
+	$(BIN)/python k8s/validate.py
+
+pipelines: install ## compile the pipelines into pipelines/compiled
+	$(BIN)/mplug pipeline compile
 
 screenshots: install ## pictures of the report and of MLflow for the README, from the last demo (needs Chromium)
 	$(BIN)/python tests/helpers/screenshots.py demo docs

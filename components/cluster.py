@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import urllib3
 from kubernetes import client, config, watch
 from kubernetes.client import ApiException
+from kubernetes.utils.quantity import parse_quantity
 
 from model.exits import OutageError, StageError
 
@@ -65,6 +66,11 @@ KINDS = {
     ),
     "TrainingRuntime": Kind("trainer.kubeflow.org", "v1alpha1", "trainingruntimes", "", "", ""),
 }  # fmt: skip
+
+
+def amount(quantity: str | int) -> float:
+    """A Kubernetes quantity, "500m" or "64Gi", as a number."""
+    return float(parse_quantity(quantity))
 
 
 class Cluster:
@@ -198,6 +204,24 @@ class Cluster:
                 yield _timed(line)
         if rest:
             yield _timed(rest)
+
+    def read(self, path: str) -> Manifest:
+        """Any object or list of the API, by its path."""
+        answer = self._json(self.api.call_api, path, "GET", auth_settings=["BearerToken"], _return_http_data_only=True)
+        return answer
+
+    def may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether who asks has this right in the namespace."""
+        name, _, part = resource.partition("/")
+        attributes = {
+            "namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part
+        }  # fmt: skip
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        found = self._json(
+            client.AuthorizationV1Api(self.api).create_self_subject_access_review,
+            {**review, "spec": {"resourceAttributes": attributes}},
+        )
+        return bool(found["status"]["allowed"])
 
     def shape(self, name: str) -> Manifest:
         """A PodTemplate of the namespace."""

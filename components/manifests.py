@@ -160,7 +160,7 @@ def _arguments(launch: Launch) -> tuple[str, ...]:
     return *launch.command, *(f"{key}={value}" for key, value in FROM_CLUSTER.items() if key not in given)
 
 
-def _gpus(shape: Manifest) -> tuple[str, int]:
+def gpus_of(shape: Manifest) -> tuple[str, int]:
     """Name and number of the GPUs that a pod of this shape takes."""
     limits = _container(shape["template"]).get("resources", {}).get("limits", {})
     return next(((name, int(count)) for name, count in limits.items() if name.endswith("/gpu")), ("", 0))
@@ -169,13 +169,13 @@ def _gpus(shape: Manifest) -> tuple[str, int]:
 def _processes(launch: Launch, shape: Manifest) -> int:
     if launch.processes:
         return launch.processes
-    return (_gpus(shape)[1] or 1) if launch.is_training else 1
+    return (gpus_of(shape)[1] or 1) if launch.is_training else 1
 
 
 def _share_resources(launch: Launch, pod: Manifest) -> None:
     """A job that takes one of a node's eight GPUs takes an eighth of what the shape asks for."""
     shape = {"template": pod}
-    name, gpus = _gpus(shape)
+    name, gpus = gpus_of(shape)
     if not gpus:
         return
     taken = 0 if launch.command[0] == "data" else _processes(launch, shape)

@@ -90,6 +90,19 @@ def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
 
 
 @_one_line
+def try_out(uri: str) -> str:
+    """Writes a run with a metric, reads it and removes it; returns the server's version."""
+    server = client(uri)
+    run = server.create_run(experiment_id(server, "mplug-doctor"), tags={"mlflow.runName": "doctor"}).info.run_id
+    server.log_metric(run, "answer", 42.0)
+    found = server.get_run(run).data.metrics.get("answer")
+    server.delete_run(run)
+    if found != 42.0:
+        raise TrackingError(f"MLflow at {uri} has given back {found} for a metric of 42.")
+    return str(mlflow.version.VERSION)
+
+
+@_one_line
 def promote(uri: str, name: str, version: str) -> None:
     """Makes a version the one in use."""
     client(uri).set_registered_model_alias(name, CHAMPION, version)

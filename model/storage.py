@@ -11,9 +11,11 @@ import io
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -238,6 +240,17 @@ def head(uri: str) -> Entry | None:
             return None
         raise
     return Entry(uri, found["ContentLength"], found["ETag"].strip('"'))
+
+
+@_one_line
+def clock_skew_s(uri: str) -> float:
+    """Seconds that the store's clock is ahead of this machine's; requests of other times are refused by S3."""
+    if not is_s3(uri):
+        return 0.0
+    place = place_of(uri)
+    answer = client_of(place.profile).head_object(Bucket=place.bucket, Key=place.key)
+    told = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return told.timestamp() - time.time()
 
 
 def exists(uri: str) -> bool:

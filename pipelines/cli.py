@@ -155,6 +155,37 @@ def evaluate(
 
 
 @app.command()
+def doctor(
+    root: Annotated[str, typer.Option(help="Folder or s3:// URI to write to and read from.")] = "",
+    tracking_uri: TrackingUri = "",
+    cluster: Annotated[bool, typer.Option(help="Look at the cluster of the current context.")] = False,
+    pod: Annotated[
+        bool, typer.Option(help="Look from inside: pull the image and ask all this in a pod there.")
+    ] = False,
+    namespace: Annotated[str, typer.Option(help="Without: that of the current context.")] = "",
+    nodes: Annotated[int, typer.Option(min=1, help="Pods of the job that is to fit.")] = 1,
+    processes: Annotated[int, typer.Option(min=0, help="Of each. 0: as many as the shape has GPUs, or one.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that this machine is to have.")] = 0,
+) -> None:
+    """Say what works here, or on a cluster, and what to do about the rest. Exit code 1 says that something does not.
+
+    Example: `mplug doctor --cluster --pod --namespace mplug --nodes 8`
+    """
+    from pipelines.doctor import Question, show
+
+    question = Question(
+        root=root, tracking_uri=tracking_uri, cluster=cluster or pod, namespace=namespace, nodes=nodes,
+        processes=processes, gpus=gpus,
+    )  # fmt: skip
+    fits = show(question)
+    if pod:
+        from pipelines.doctor_cluster import ask_in_a_pod
+
+        ask_in_a_pod(namespace)
+    sys.exit(0 if fits else 1)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Everything the demo makes is kept here.")] = Path("demo"),
     scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,

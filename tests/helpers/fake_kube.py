@@ -46,6 +46,10 @@ class FakeKube:
         self.requests: list[tuple[str, str]] = []
         self.break_watches = 0
         """So many watches are cut off in the middle of a line."""
+        self.pages: dict[str, Object] = {"/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.1"}}
+        """What is answered for other paths."""
+        self.denied: set[tuple[str, str]] = set()
+        """(verb, resource) that whoever asks may not do."""
 
     # what tests do
 
@@ -140,6 +144,11 @@ class Handler(BaseHTTPRequestHandler):
             for fault in list(kube.faults):
                 if code := fault(self.command, url.path):
                     raise StatusError(code, FAULT_NAMES.get(code, "ServiceUnavailable"), "put in by the test")
+            if url.path in kube.pages:
+                return self.say(200, kube.pages[url.path])
+            if url.path.endswith("/selfsubjectaccessreviews"):
+                asked = body["spec"]["resourceAttributes"]
+                return self.say(201, {"status": {"allowed": (asked["verb"], asked["resource"]) not in kube.denied}})
             match = PATH.fullmatch(url.path)
             if not match:
                 raise StatusError(404, "NotFound", "the server could not find the requested resource")

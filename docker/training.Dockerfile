@@ -1,0 +1,51 @@
+# Every command of `mplug`, training pods and steps of Kubeflow Pipelines: make images
+# On an index with CUDA builds (PyPI's) torch brings CUDA with it; the driver comes from the node.
+FROM docker.io/library/python:3.11-slim-bookworm AS dependencies
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+WORKDIR /build
+COPY requirements.lock pyproject.toml ./
+# the lock also holds what tests and benchmarks need: it says which version, pyproject.toml says which packages
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+      > dependencies.txt \
+    && python3 -m venv /opt/mplug \
+    && /opt/mplug/bin/pip install --disable-pip-version-check --requirement dependencies.txt --constraint requirements.lock
+
+FROM dependencies AS installed
+COPY README.md LICENSE ./
+COPY model model
+COPY components components
+COPY pipelines pipelines
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/mplug/bin/pip install --disable-pip-version-check --no-deps .
+
+# make sbom
+FROM installed AS inventory
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv /opt/cyclonedx \
+    && /opt/cyclonedx/bin/pip install --disable-pip-version-check cyclonedx-bom==7.5.0 \
+    && /opt/cyclonedx/bin/cyclonedx-py environment --output-file /training.cdx.json /opt/mplug
+
+FROM scratch AS sbom
+COPY --from=inventory /training.cdx.json /
+
+FROM docker.io/library/python:3.11-slim-bookworm AS training
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="mplug-video training" \
+      org.opencontainers.image.description="Pre-training, fine-tuning and evaluation of mPLUG-Video" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+COPY --from=installed /opt/mplug /opt/mplug
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp mplug \
+    && install --directory --owner=mplug --group=mplug /cache
+# everything that is written goes to /tmp and /cache: the rest may be read-only
+ENV PATH=/opt/mplug/bin:$PATH \
+    HOME=/tmp \
+    MPLUG_CACHE=/cache \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+WORKDIR /tmp
+CMD ["mplug", "--help"]

@@ -1,0 +1,183 @@
+"""Each thing that can be wrong, made wrong, and what is said about it."""
+
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from fake_kube import FakeKube, fake_kube
+
+from components.cluster import amount
+from pipelines.doctor import Question, examine, show
+from pipelines.doctor_finding import Finding
+
+ROOT = Path(__file__).parent.parent.parent
+SHAPE = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
+SHAPE["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
+SHAPE["template"]["spec"]["containers"][0]["resources"] = {
+    "requests": {"cpu": "8", "memory": "64Gi"}, "limits": {"memory": "64Gi", "nvidia.com/gpu": "8"}
+}  # fmt: skip
+
+
+def found(question: Question, what: str) -> Finding:
+    findings = [finding for finding in examine(question) if finding.what == what]
+    assert findings, [finding.what for finding in examine(question)]
+    return findings[0]
+
+
+# ---- this machine
+
+
+def test_a_laptop_is_well(tmp_path: Path) -> None:
+    question = Question(root=str(tmp_path / "work"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert {finding.kind for finding in examine(question)} <= {"ok", "warning"}
+    assert show(question)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_bucket_is_written_read_and_left_clean(s3: str) -> None:
+    from model import storage
+
+    finding = found(Question(root=f"{s3}/doctor"), "storage")
+    assert (finding.kind, finding.said) == ("ok", f"{s3}/doctor takes, keeps and removes")
+    assert list(storage.walk(f"{s3}/doctor")) == []
+
+
+def test_a_bucket_that_is_not_there_is_a_failure(s3: str) -> None:
+    finding = found(Question(root="s3://no-such-bucket/x"), "storage")
+    assert finding.kind == "failure"
+    assert "no-such-bucket" in finding.said
+
+
+def test_a_clock_that_is_off_is_a_failure(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.storage.clock_skew_s", lambda _uri: -700.0)
+    finding = found(Question(root=f"{s3}/doctor"), "clock")
+    assert (finding.kind, finding.said) == ("failure", "-700 s off the store's")
+
+
+def test_too_little_shared_memory_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.doctor.shutil.disk_usage", lambda _path: SimpleNamespace(total=64e6, free=1e12))
+    finding = found(Question(), "/dev/shm")
+    assert finding.kind == "failure"
+    assert "emptyDir of medium Memory" in finding.remedy
+
+
+def test_missing_gpus_are_a_failure() -> None:
+    assert found(Question(gpus=8), "GPUs").said == "0 of 8"
+
+
+def test_an_interface_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib")
+    finding = found(Question(), "NCCL_SOCKET_IFNAME")
+    assert (finding.kind, finding.said) == ("failure", "ib: no interface of that name")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    assert found(Question(), "NCCL_SOCKET_IFNAME").kind == "ok"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+        self.wfile.write(b"Invalid Host header - possible DNS rebinding attack detected")
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_tracking_server_that_refuses_its_name_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    finding = found(Question(tracking_uri=f"http://127.0.0.1:{server.server_address[1]}"), "MLflow")
+    server.shutdown()
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    assert finding.kind == "failure"
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" in finding.remedy
+
+
+# ---- a cluster
+
+
+@pytest.fixture
+def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
+    """A cluster on which all is well."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with fake_kube(tmp_path / "kubeconfig") as server:
+        server.put("podtemplates", SHAPE)
+        server.put("configmaps", {"metadata": {"name": "mplug-config"}})
+        server.put("secrets", {"metadata": {"name": "mplug-s3"}})
+        server.put("configmaps", {"metadata": {"name": "training-operator-init-container"}}, "kubeflow")
+        server.pages["/apis/kubeflow.org/v1"] = {"resources": [{"kind": "PyTorchJob"}]}
+        restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+        server.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": restricted}}
+        node: dict[str, Any] = {"status": {"allocatable": {"nvidia.com/gpu": "8"}}}
+        server.pages["/api/v1/nodes"] = {"items": [node, node]}
+        yield server
+
+
+CLUSTER = Question(cluster=True, namespace="mplug", nodes=2)
+
+
+def test_a_cluster_is_well(kube: FakeKube) -> None:
+    kinds = {finding.what: finding.kind for finding in examine(CLUSTER)}
+    assert set(kinds.values()) <= {"ok", "warning"}, kinds
+    assert {"API server", "rights", "training-operator", "shape", "init container", "quota"} <= set(kinds)
+
+
+def test_missing_rights_are_named(kube: FakeKube) -> None:
+    kube.denied = {("create", "pytorchjobs"), ("list", "events")}
+    assert found(CLUSTER, "rights").said == "you may not: create pytorchjobs, list events"
+
+
+def test_a_cluster_without_the_operator_is_a_failure(kube: FakeKube) -> None:
+    del kube.pages["/apis/kubeflow.org/v1"]
+    finding = found(CLUSTER, "training-operator")
+    assert (finding.kind, finding.remedy) == ("failure", "Install training-operator 1.9.")
+
+
+def test_what_is_not_installed_is_named(kube: FakeKube) -> None:
+    kube.remove("configmaps", "mplug-config")
+    kube.remove("podtemplates", "training")
+    assert found(CLUSTER, "mplug-config").kind == "failure"
+    assert found(CLUSTER, "shape").said == "namespace mplug has no PodTemplate training"
+
+
+def test_a_shape_that_breaks_a_rule_is_named(kube: FakeKube) -> None:
+    shape = yaml.safe_load(yaml.safe_dump(SHAPE))
+    shape["template"]["spec"]["containers"][0]["image"] = "registry.example/training:latest"
+    kube.put("podtemplates", shape)
+    assert "other than latest" in found(CLUSTER, "shape").said
+
+
+def test_the_operators_own_init_container_is_a_failure_under_the_restricted_standard(kube: FakeKube) -> None:
+    kube.remove("configmaps", "training-operator-init-container", "kubeflow")
+    assert found(CLUSTER, "init container").kind == "failure"
+    kube.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": {}}}
+    assert "init container" not in {finding.what for finding in examine(CLUSTER)}
+
+
+def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:
+    kube.put("resourcequotas", {
+        "metadata": {"name": "mplug"}, "spec": {"hard": {"requests.nvidia.com/gpu": "16"}},
+        "status": {"hard": {"requests.nvidia.com/gpu": "16"}, "used": {"requests.nvidia.com/gpu": "8"}},
+    })  # fmt: skip
+    assert found(CLUSTER, "quota").said == "requests.nvidia.com/gpu: the job asks for 16, 8 of 16 are left"
+
+
+def test_too_few_nodes_with_gpus_are_a_failure(kube: FakeKube) -> None:
+    finding = [item for item in examine(Question(cluster=True, nodes=3)) if item.what == "GPUs"][-1]
+    assert (finding.kind, finding.said) == ("failure", "2 nodes have 8 of nvidia.com/gpu, the job needs 3")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("500m", 0.5), ("64Gi", 64 * 2**30), ("2", 2), ("6Ti", 6 * 2**40), (3, 3)]
+)
+def test_quantities_are_numbers(text: str, number: float) -> None:
+    assert amount(text) == number
