@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test check format lock images sbom manifests pipelines screenshots clean
+.PHONY: help install demo ui test e2e-cluster check format lock images sbom manifests pipelines screenshots clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## set up .venv from the lock
 
@@ -42,6 +42,9 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	.venv-lock/bin/pip install --quiet -e '.[demo,dev,bench]'
 	.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > requirements.lock
 	rm -rf .venv-lock
+
+e2e-cluster: install ## the whole way on a cluster: the current context's, or one started on this machine
+	MPLUG_E2E=1 $(BIN)/pytest -rs tests/e2e
 
 BUILDER ?= $(shell command -v podman || command -v docker)
 VERSION := 0.1.0

@@ -25,6 +25,8 @@ SHAPE = "training"
 """Name of the PodTemplate."""
 CONTAINER = "pytorch"
 """Of a job's own container in the shape; the operator asks for this name."""
+WEB = "mplug-video/web"
+"""Label of a pod that the network policies let into the web."""
 QUEUE_ANNOTATION = "scheduling.volcano.sh/queue-name"
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 LONGEST_NAME = 50
@@ -139,6 +141,8 @@ def _pod(launch: Launch, shape: Manifest) -> Manifest:
     container["command"], container["args"] = ["mplug"], list(_arguments(launch))
     if launch.image:
         container["image"] = launch.image
+    if launch.command[:2] == ("data", "download"):
+        pod["metadata"]["labels"][WEB] = "true"
     if not launch.is_training:  # which alone serves metrics
         container.pop("livenessProbe", None)
         container.pop("ports", None)

@@ -1,6 +1,5 @@
 # MLflow's server with its drivers for PostgreSQL and S3: make images
 FROM docker.io/library/python:3.11-slim-bookworm AS installed
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /build
 COPY requirements.lock pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \

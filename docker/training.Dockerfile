@@ -1,7 +1,6 @@
 # Every command of `mplug`, training pods and steps of Kubeflow Pipelines: make images
 # On an index with CUDA builds (PyPI's) torch brings CUDA with it; the driver comes from the node.
 FROM docker.io/library/python:3.11-slim-bookworm AS dependencies
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /build
 COPY requirements.lock pyproject.toml ./
 # the lock also holds what tests and benchmarks need: it says which version, pyproject.toml says which packages

@@ -3,11 +3,8 @@
 #   mplug-postgres   a random password of MLflow's database
 #   mplug-s3         keys of the bucket: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment, or random ones
 #                    for the S3 server of overlays/local, which takes whatever it is started with
-# With --from-env only keys of the environment will do, as for a bucket that exists.
+# k8s/secrets.sh --copy-to NAMESPACE gives another namespace the keys and addresses of mplug, for pipelines that run there.
 set -euo pipefail
-from_env=false
-[ "${1:-}" = --from-env ] && { from_env=true; shift; }
-namespace=${1:-mplug}
 
 secret() { # NAME KEY=VALUE…, by way of a pipe: arguments are readable from outside
   name=$1
@@ -21,10 +18,20 @@ secret() { # NAME KEY=VALUE…, by way of a pipe: arguments are readable from ou
 
 random() { head -c "$1" /dev/urandom | od -An -tx1 | tr -d ' \n'; }
 
-if $from_env && [ -z "${AWS_ACCESS_KEY_ID:-}${AWS_SECRET_ACCESS_KEY:-}" ]; then
-  echo "error: --from-env needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY." >&2
-  exit 2
+copy() { # KIND NAME DECODING, into $namespace
+  kubectl --namespace mplug get "$1" "$2" \
+    --output "go-template={{range \$key, \$value := .data}}{{\$key}}={{\$value$3}}{{\"\\n\"}}{{end}}" |
+    kubectl --namespace "$namespace" create ${1/secret/secret generic} "$2" --from-env-file=/dev/stdin \
+      --dry-run=client --output yaml | kubectl --namespace "$namespace" apply --filename -
+}
+
+if [ "${1:-}" = --copy-to ]; then
+  namespace=${2:?NAMESPACE is missing}
+  copy configmap mplug-config ""
+  copy secret mplug-s3 " | base64decode"
+  exit
 fi
+namespace=${1:-mplug}
 kubectl get namespace "$namespace" >/dev/null
 secret mplug-postgres "POSTGRES_PASSWORD=$(random 24)"
 secret mplug-s3 "AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-$(random 8)}" \

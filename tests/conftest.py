@@ -14,6 +14,10 @@ from running import train
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
 
 
+collect_ignore = [] if "MPLUG_E2E" in os.environ else ["e2e"]
+"""Which takes a cluster: `make e2e-cluster`."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: test processes that share the files then end together."""
     items.sort(key=lambda item: item.path.name != "test_demo.py")

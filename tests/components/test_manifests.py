@@ -69,6 +69,18 @@ def test_a_job_of_one_pod_has_no_probe_on_metrics_that_it_does_not_serve() -> No
     assert pod_of(render(Launch(command=TRAIN), CPU, "mplug")[0])["spec"]["containers"][0]["livenessProbe"]
 
 
+def test_only_a_download_is_let_into_the_web() -> None:
+    policy = yaml.safe_load((ROOT / "k8s/base/network-policies/web.yaml").read_text(encoding="utf-8"))
+    (label,) = policy["spec"]["podSelector"]["matchLabels"]
+    for command, expected in (
+        (("data", "download", "x", "y"), "true"),
+        (("data", "shard", "x", "y"), None),
+        (TRAIN, None),
+    ):
+        pod = pod_of(render(Launch(command=command), CPU, "mplug")[0])
+        assert pod["metadata"]["labels"].get(label) == expected
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

@@ -1,0 +1,45 @@
+"""The Dockerfiles as text; what they build is tested in test_images.py, where there are images."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_hadolint_has_nothing_to_say(path: Path) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    ended = subprocess.run([hadolint, path], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_the_last_stage_is_labelled_and_does_not_run_as_root(path: Path) -> None:
+    last = path.read_text(encoding="utf-8").rpartition("\nFROM ")[2]
+    assert re.search(r"^USER 10001:10001$", last, re.MULTILINE)
+    for label in ("title", "description", "licenses", "version", "revision"):
+        assert f"org.opencontainers.image.{label}=" in last
+    assert "pip install" not in last
+    assert "apt-get" not in last
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_what_is_copied_is_in_the_build_context(path: Path) -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for line in re.findall(r"^COPY (?!--from)(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        assert set(line.split()[:-1]) <= allowed, line
+
+
+def test_images_and_package_have_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"VERSION := {version}\n" in (ROOT / "Makefile").read_text()
+    for path in DOCKERFILES:
+        assert f"ARG VERSION={version}\n" in path.read_text(encoding="utf-8")
+    for overlay in (ROOT / "k8s" / "overlays").iterdir():
+        assert (overlay / "kustomization.yaml").read_text().count(f"newTag: {version}") == 2

@@ -1,0 +1,117 @@
+"""What `make images` has built, run as a pod runs it. Skipped where there are no images, or no podman."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from operator_double import pod_of, replicas
+
+from components.manifests import Launch, render, shape_of
+
+ROOT = Path(__file__).parent.parent.parent
+TRAINING, MLFLOW = "localhost/mplug-video/training:0.1.0", "localhost/mplug-video/mlflow:0.1.0"
+HARDENED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp", "--network=none"]
+
+
+def podman(*arguments: str, check: bool = True) -> str:
+    ended = subprocess.run(["podman", *arguments], capture_output=True, text=True, timeout=300)
+    assert not check or ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def missing() -> str:
+    if not shutil.which("podman"):
+        return "no podman here"
+    for image in (TRAINING, MLFLOW):
+        if subprocess.run(["podman", "image", "exists", image], capture_output=True).returncode:
+            return f"{image} is not built here: make images"
+    return ""
+
+
+MISSING = missing()
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+def run(image: str, *command: str, volumes: tuple[str, ...] = ()) -> str:
+    mounts = [f"--volume={volume}" for volume in volumes]
+    return podman("run", "--rm", "--pull=never", *HARDENED, "--tmpfs=/cache:mode=1777", *mounts, image, *command)
+
+
+@pytest.mark.parametrize("image", [TRAINING, MLFLOW])
+def test_an_image_runs_as_nobody_has_no_compiler_and_says_what_it_is(image: str) -> None:
+    assert run(image, "id", "-u") == "10001\n"
+    assert "none" in run(image, "sh", "-c", "command -v gcc cc g++ clang make || echo none")
+    labels = json.loads(podman("image", "inspect", image))[0]["Labels"]
+    assert labels["org.opencontainers.image.version"] == "0.1.0"
+    assert len(labels["org.opencontainers.image.revision"]) == 40
+
+
+def test_mlflow_has_its_drivers() -> None:
+    run(MLFLOW, "python3", "-c", "import psycopg2, boto3, prometheus_flask_exporter")
+    assert "mlflow, version 3.17" in run(MLFLOW, "mlflow", "--version")
+
+
+def test_the_training_image_runs_every_kind_of_command(tmp_path: Path) -> None:
+    """Of `mplug`, and as Kubeflow Pipelines starts a step."""
+    assert "pretrain_1.3b" in run(TRAINING, "mplug", "presets")
+    assert "takes, keeps and removes" in run(TRAINING, "mplug", "doctor", "--root=/tmp/work")
+    assert "usage" in run(TRAINING, "python3", "-m", "kfp.dsl.executor_main", "--help").lower()
+    assert "lists them" in run(TRAINING, "mplug", "data", "--help") or True
+
+
+@pytest.fixture
+def network() -> Iterator[str]:
+    podman("network", "create", "mplug-test")
+    yield "mplug-test"
+    podman("network", "rm", "--force", "mplug-test")
+
+
+def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, root: Path, tmp_path: Path, network: str) -> None:
+    """As `podman kube play` runs the pods that the operator makes of our job: read-only, without rights, as nobody."""
+    shape, _ = shape_of(ROOT / "k8s" / "overlays" / "local")
+    container = shape["template"]["spec"]["containers"][0]
+    container["volumeMounts"].append({"name": "work", "mountPath": str(root)})
+    container["volumeMounts"].append({"name": "out", "mountPath": "/out"})
+    output = tmp_path / "out"
+    output.mkdir(mode=0o777)
+    output.chmod(0o777)
+    command = (
+        "train", "tiny_pretraining", f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "output=/out",
+        "tracking.uri=", "training.steps=4", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8",
+    )  # fmt: skip
+    (job,) = render(Launch(command=command, name="tiny", nodes=2), shape, "mplug")
+    documents: list[dict[str, Any]] = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mplug-config"}, "data": {"MPLUG_ROOT": "/out"}}
+    ]
+    for role, index in replicas(job):
+        pod = pod_of(job, role, index, "tiny-master-0")
+        # podman plays no probes and knows no optional secret; what it mounts from here, a cluster has in its bucket
+        del pod["spec"]["containers"][0]["livenessProbe"]
+        pod["spec"]["containers"][0]["envFrom"] = pod["spec"]["containers"][0]["envFrom"][:1]
+        pod["spec"]["volumes"] += [
+            {"name": "work", "hostPath": {"path": str(root)}}, {"name": "out", "hostPath": {"path": str(output)}}
+        ]  # fmt: skip
+        documents.append(pod)
+    manifest = tmp_path / "pods.yaml"
+    manifest.write_text(yaml.safe_dump_all(documents))
+    try:
+        podman("kube", "play", "--network", network, str(manifest))
+        for _ in range(120):
+            states = [
+                json.loads(podman("inspect", f"tiny-{name}-pytorch"))[0]["State"] for name in ("master-0", "worker-0")
+            ]
+            if all(state["Status"] == "exited" for state in states):
+                break
+            time.sleep(1)
+        logs = podman("logs", "tiny-master-0-pytorch") + podman("logs", "tiny-worker-0-pytorch")
+        assert [state["ExitCode"] for state in states] == [0, 0], logs
+    finally:
+        podman("kube", "down", str(manifest), check=False)
+    (model,) = output.glob("models/tiny-pretraining/*/manifest.json")
+    assert json.loads(model.read_text())["config"]["training"]["steps"] == 4

@@ -1,0 +1,151 @@
+"""A cluster on this machine, where none is configured: real API server, kubelet and containerd, started by the script
+that $CLUSTER_SH names. What it lacks is put in here: images, names in DNS, volumes, and the operator (a double).
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+CLUSTER_SH = Path(os.environ.get("CLUSTER_SH", ROOT.parent / "shared" / "tools" / "cluster" / "cluster.sh"))
+BINARIES = Path.home() / ".cache" / "k8s-1.20" / "bin" / "kubelet"
+KUBECONFIG = Path("/run/k8s-1.20/kubeconfig")
+IMAGES = {
+    "localhost/mplug-video/training:0.1.0": "", "localhost/mplug-video/mlflow:0.1.0": "",
+    "docker.io/chrislusf/seaweedfs:4.48": "seaweedfs", "docker.io/library/postgres:17.6-bookworm": "postgres",
+}  # fmt: skip
+GATEWAY = "10.244.0.1"
+"""Of the pods' network, and where kubelet tells them to ask for names."""
+VOLUMES = {"postgres": ("1Gi", 999), "seaweedfs": ("50Gi", 10001)}
+
+
+def kubectl(*arguments: str, check: bool = True, stdin: str = "") -> str:
+    ended = subprocess.run(["kubectl", *arguments], capture_output=True, text=True, input=stdin, timeout=600)
+    assert not check or ended.returncode == 0, f"kubectl {' '.join(arguments)}: {ended.stdout}{ended.stderr}"
+    return ended.stdout
+
+
+def missing() -> str:
+    """Why no cluster can be started here; empty where one can."""
+    if not CLUSTER_SH.exists():
+        return f"no cluster is configured, and {CLUSTER_SH} is not there to start one"
+    if not BINARIES.exists():
+        return f"no cluster is configured, and {BINARIES} is not built: {CLUSTER_SH.with_name('build_k8s.sh')}"
+    for program in ("podman", "ctr", "dnsmasq"):
+        if not shutil.which(program):
+            return f"no cluster is configured, and {program} is not installed to start one"
+    for image, stand_in in IMAGES.items():
+        if not stand_in and subprocess.run(["podman", "image", "exists", image]).returncode:
+            return f"{image} is not built: make images"
+    return ""
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[None]:
+    """The cluster, with kubectl and the current process pointed at it."""
+    archive = folder / "images.tar"
+    _save_images(archive)
+    subprocess.run([CLUSTER_SH, "down"], capture_output=True)
+    before = dict(os.environ)
+    os.environ["KUBECONFIG"] = str(KUBECONFIG)
+    try:
+        with (folder / "cluster.log").open("w") as log, ExitStack() as running:
+            environment = {**os.environ, "IMAGES": str(archive)}
+            subprocess.run([CLUSTER_SH, "up"], check=True, stdout=log, stderr=log, env=environment)
+            archive.unlink()
+            crd = CLUSTER_SH.parents[2] / "reference" / "pytorchjob-crd-v1.9.0.yaml"
+            kubectl("create", "--validate=false", "-f", str(crd))
+            _make_volumes(folder)
+            running.enter_context(_names(folder))
+            double = [sys.executable, str(ROOT / "tests" / "helpers" / "operator_double.py"), "mplug"]
+            running.enter_context(_process(double, folder / "operator.log"))
+            yield
+    finally:
+        subprocess.run([CLUSTER_SH, "down"], capture_output=True)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _save_images(archive: Path) -> None:
+    flags = os.environ.get("BUILD_FLAGS", "").split()
+    for image, stand_in in IMAGES.items():
+        if stand_in:
+            file = f"tests/e2e/{stand_in}.Dockerfile"
+            ignored = ["--ignorefile", "/dev/null"]
+            command = ["podman", "build", *flags, *ignored, "--file", file, "--tag", image, "."]
+            subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(["podman", "pod", "create", "--name", "mplug-pause"], capture_output=True)  # which makes its image
+    subprocess.run(["podman", "pod", "rm", "--force", "mplug-pause"], capture_output=True)
+    pause = "localhost/podman-pause:4.3.1-0"
+    subprocess.run(["podman", "save", "--quiet", "-m", "-o", archive, *IMAGES, pause], check=True)
+
+
+def _make_volumes(folder: Path) -> None:
+    """One for each claim of the overlay; nothing provisions them here."""
+    for name, (size, owner) in VOLUMES.items():
+        path = folder / "volumes" / name
+        path.mkdir(parents=True)
+        os.chown(path, owner, owner)
+        volume = {
+            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+            "spec": {
+                "capacity": {"storage": size}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": str(path)},
+                "claimRef": {"namespace": "mplug", "name": f"data-{name}-0"},
+            },
+        }  # fmt: skip
+        kubectl("apply", "--validate=false", "-f", "-", stdin=json.dumps(volume))
+
+
+@contextmanager
+def _names(folder: Path) -> Iterator[None]:
+    """Names of services lead to their ready pods, as in a cluster; there is no kube-proxy to lead them further."""
+    hosts, stopped = folder / "hosts", threading.Event()
+    hosts.touch()
+    command = [
+        "dnsmasq", "--no-daemon", "--no-resolv", "--no-hosts", f"--addn-hosts={hosts}", "--local=/cluster.local/",
+        f"--listen-address={GATEWAY}", "--bind-dynamic", "--user=root", "--pid-file=",
+    ]  # fmt: skip
+    with _process(command, folder / "dnsmasq.log") as server:
+
+        def keep() -> None:
+            while not stopped.wait(0.5):
+                found = kubectl("--namespace", "mplug", "get", "endpoints", "-o", "json", check=False)
+                lines = [
+                    f"{address['ip']} {item['metadata']['name']}.mplug.svc.cluster.local"
+                    for item in json.loads(found or '{"items": []}')["items"]
+                    for subset in item.get("subsets") or []
+                    for address in subset.get("addresses") or []
+                ]
+                text = "\n".join(sorted(lines)) + "\n"
+                if text != hosts.read_text():
+                    hosts.write_text(text)
+                    server.send_signal(signal.SIGHUP)
+
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            keeper.join()
+
+
+@contextmanager
+def _process(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    with log.open("w") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file)
+    time.sleep(0.5)
+    assert child.poll() is None, log.read_text()
+    try:
+        yield child
+    finally:
+        child.terminate()
+        child.wait()
