@@ -12,8 +12,10 @@ from upstream import Recording
 from pipelines.cli import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "data.md", ROOT / "docs" / "training.md"]
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/training.md", "k8s/README.md")
+]
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def lines(document: Path) -> list[str]:
@@ -22,21 +24,31 @@ def lines(document: Path) -> list[str]:
     return [line.partition(" # ")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_in_a_document_exists(document: Path) -> None:
     for line in lines(document):
+        line = line.partition(" < ")[0]
         inner = re.search(r"\$\((mplug [^)]*)\)", line)  # name=$(mplug …)
         words = shlex.split(inner[1] if inner else line)
         if words[0] == "make":
             assert set(words[1:]) <= TARGETS, line
         elif words[0].endswith("mplug"):
-            group = get_command(app)
-            for word in words[1:]:
-                if not hasattr(group, "commands"):
-                    break
-                group = group.commands[word]
-            options = {name for parameter in group.params for name in parameter.opts}
-            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
+            check_command(words[1:], line)
+        for path in re.findall(r"\bk8s/[\w./-]*\w", line):
+            assert (ROOT / path).exists() or "overlays/mine" in path or "/" not in path, line
+
+
+def check_command(words: list[str], line: str) -> None:
+    """A command of `mplug` and its options, and the command line inside a job."""
+    group, path = get_command(app), []
+    while words and hasattr(group, "commands"):
+        group, path, words = group.commands[words[0]], [*path, words[0]], words[1:]
+    if path[:1] == ["job"] and path[1] in ("apply", "render"):
+        inner = [position for position, word in enumerate(words) if word in ("train", "evaluate", "data", "convert")]
+        check_command(words[inner[0] :], line)
+        words = words[: inner[0]]
+    options = {name for parameter in group.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
 
 
 def test_the_python_example_runs_on_converted_weights(
@@ -57,7 +69,7 @@ def test_the_python_example_runs_on_converted_weights(
     assert similarities.startswith("tensor([[")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
