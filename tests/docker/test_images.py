@@ -13,10 +13,12 @@ import yaml
 from operator_double import pod_of, replicas
 
 from components.manifests import Launch, render, shape_of
+from pipelines.catalog import documents
 
 ROOT = Path(__file__).parent.parent.parent
 TRAINING, MLFLOW = "localhost/mplug-video/training:0.1.0", "localhost/mplug-video/mlflow:0.1.0"
 HARDENED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp", "--network=none"]
+HARDENED += ["--shm-size=2g", "--tmpfs=/cache:mode=1777"]
 
 
 def podman(*arguments: str, check: bool = True) -> str:
@@ -40,7 +42,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 def run(image: str, *command: str, volumes: tuple[str, ...] = ()) -> str:
     mounts = [f"--volume={volume}" for volume in volumes]
-    return podman("run", "--rm", "--pull=never", *HARDENED, "--tmpfs=/cache:mode=1777", *mounts, image, *command)
+    return podman("run", "--rm", "--pull=never", *HARDENED, *mounts, image, *command)
 
 
 @pytest.mark.parametrize("image", [TRAINING, MLFLOW])
@@ -57,12 +59,24 @@ def test_mlflow_has_its_drivers() -> None:
     assert "mlflow, version 3.17" in run(MLFLOW, "mlflow", "--version")
 
 
-def test_the_training_image_runs_every_kind_of_command(tmp_path: Path) -> None:
-    """Of `mplug`, and as Kubeflow Pipelines starts a step."""
+def test_the_training_image_runs_the_commands_of_mplug() -> None:
     assert "pretrain_1.3b" in run(TRAINING, "mplug", "presets")
-    assert "takes, keeps and removes" in run(TRAINING, "mplug", "doctor", "--root=/tmp/work")
-    assert "usage" in run(TRAINING, "python3", "-m", "kfp.dsl.executor_main", "--help").lower()
-    assert "lists them" in run(TRAINING, "mplug", "data", "--help") or True
+    assert "Kubernetes cluster" in run(TRAINING, "mplug", "job", "--help")
+    doctor = run(TRAINING, "mplug", "doctor", "--root=/tmp/work")
+    assert "✓  storage" in doctor
+    assert "✗" not in doctor
+
+
+def test_the_training_image_runs_a_step_as_kubeflow_pipelines_starts_it(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    container = documents("pretrain")[0]["deploymentSpec"]["executors"]["exec-start-run"]["container"]
+    given = {"tracking_uri": "", "experiment": "e", "run_name": "r", "source": "s", "root": "/tmp/root"}
+    outputs = {"parameters": {"Output": {"outputFile": "/out/Output"}}, "outputFile": "/out/executor_output.json"}
+    asked = json.dumps({"inputs": {"parameterValues": given}, "outputs": outputs})
+    command = [part.replace("{{$}}", asked) for part in container["command"] + container["args"]]
+    run(TRAINING, *command, volumes=(f"{tmp_path}:/out",))
+    answered = json.loads((tmp_path / "executor_output.json").read_text())
+    assert answered["parameterValues"]["Output"] == {"uri": "", "experiment": "e", "parent_run": ""}
 
 
 @pytest.fixture
@@ -76,30 +90,34 @@ def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, root: Path,
     """As `podman kube play` runs the pods that the operator makes of our job: read-only, without rights, as nobody."""
     shape, _ = shape_of(ROOT / "k8s" / "overlays" / "local")
     container = shape["template"]["spec"]["containers"][0]
-    container["volumeMounts"].append({"name": "work", "mountPath": str(root)})
-    container["volumeMounts"].append({"name": "out", "mountPath": "/out"})
-    output = tmp_path / "out"
-    output.mkdir(mode=0o777)
-    output.chmod(0o777)
+    folders = {"work": tmp_path / "work", "out": tmp_path / "out"}
+    shutil.copytree(root, folders["work"])
+    folders["out"].mkdir()
+    for path in (*folders.values(), *folders["work"].rglob("*")):
+        path.chmod(0o777)  # the pods are nobody here
+    container["volumeMounts"] += [{"name": name, "mountPath": f"/{name}"} for name in folders]
+    inside = {
+        name: uri.replace(str(root), "/work") for name, uri in (("shards", shards["pretrain"]), ("decoder", decoder))
+    }
     command = (
-        "train", "tiny_pretraining", f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "output=/out",
-        "tracking.uri=", "training.steps=4", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8",
+        "train", "tiny_pretraining", f"data.shards={inside['shards']}", f"model.decoder={inside['decoder']}",
+        "output=/out", "tracking.uri=", "training.steps=4", "training.log_every=1", "optim.warmup_steps=1",
+        "data.batch_size=8",
     )  # fmt: skip
     (job,) = render(Launch(command=command, name="tiny", nodes=2), shape, "mplug")
-    documents: list[dict[str, Any]] = [
+    played: list[dict[str, Any]] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mplug-config"}, "data": {"MPLUG_ROOT": "/out"}}
     ]
     for role, index in replicas(job):
         pod = pod_of(job, role, index, "tiny-master-0")
-        # podman plays no probes and knows no optional secret; what it mounts from here, a cluster has in its bucket
-        del pod["spec"]["containers"][0]["livenessProbe"]
+        # podman plays no probes, opens a pod's ports on this machine and knows no optional secret; what it mounts from
+        # here, a cluster has in its bucket
+        del pod["spec"]["containers"][0]["livenessProbe"], pod["spec"]["containers"][0]["ports"]
         pod["spec"]["containers"][0]["envFrom"] = pod["spec"]["containers"][0]["envFrom"][:1]
-        pod["spec"]["volumes"] += [
-            {"name": "work", "hostPath": {"path": str(root)}}, {"name": "out", "hostPath": {"path": str(output)}}
-        ]  # fmt: skip
-        documents.append(pod)
+        pod["spec"]["volumes"] += [{"name": name, "hostPath": {"path": str(path)}} for name, path in folders.items()]
+        played.append(pod)
     manifest = tmp_path / "pods.yaml"
-    manifest.write_text(yaml.safe_dump_all(documents))
+    manifest.write_text(yaml.safe_dump_all(played))
     try:
         podman("kube", "play", "--network", network, str(manifest))
         for _ in range(120):
@@ -113,5 +131,5 @@ def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, root: Path,
         assert [state["ExitCode"] for state in states] == [0, 0], logs
     finally:
         podman("kube", "down", str(manifest), check=False)
-    (model,) = output.glob("models/tiny-pretraining/*/manifest.json")
+    (model,) = folders["out"].glob("models/tiny-pretraining/*/manifest.json")
     assert json.loads(model.read_text())["config"]["training"]["steps"] == 4
