@@ -78,10 +78,9 @@ def _save_images(archive: Path) -> None:
     flags = os.environ.get("BUILD_FLAGS", "").split()
     for image, stand_in in IMAGES.items():
         if stand_in:
-            file = f"tests/e2e/{stand_in}.Dockerfile"
-            ignored = ["--ignorefile", "/dev/null"]
-            command = ["podman", "build", *flags, *ignored, "--file", file, "--tag", image, "."]
-            subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+            file = f"{stand_in}.Dockerfile"
+            command = ["podman", "build", *flags, "--file", file, "--tag", image, "."]
+            subprocess.run(command, check=True, cwd=Path(__file__).parent)
     subprocess.run(["podman", "pod", "create", "--name", "mplug-pause"], capture_output=True)  # which makes its image
     subprocess.run(["podman", "pod", "rm", "--force", "mplug-pause"], capture_output=True)
     pause = "localhost/podman-pause:4.3.1-0"

@@ -4,7 +4,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends postgresql-15 \
     && rm -rf /var/lib/apt/lists/* \
     && usermod --uid 999 postgres && groupmod --gid 999 postgres
-COPY tests/e2e/postgres.sh /usr/local/bin/postgres.sh
+COPY postgres.sh /usr/local/bin/postgres.sh
 ENV PATH=/usr/lib/postgresql/15/bin:$PATH
 USER 999:999
 CMD ["sh", "/usr/local/bin/postgres.sh"]
