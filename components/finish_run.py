@@ -1,4 +1,4 @@
-"""Closes the pipeline's MLflow run with the status that the pipeline ended in."""
+"""Closes the pipeline's MLflow run with the status that the pipeline ended in, and says there why."""
 
 from kfp.dsl import PipelineTaskFinalStatus
 
@@ -9,4 +9,6 @@ from components.image import component
 def finish_run(tracking_uri: str, experiment: str, run_name: str, status: PipelineTaskFinalStatus) -> None:
     from model.registry import finish_pipeline_run
 
-    finish_pipeline_run(tracking_uri, experiment, run_name, succeeded=status.state == "SUCCEEDED")
+    facts = {"job": status.pipeline_job_resource_name, "error": status.error_message}
+    print(f"{run_name} has ended as {status.state}. {status.error_message or ''}")
+    finish_pipeline_run(tracking_uri, experiment, run_name, status.state, facts)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import mlflow
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from model import manifest
@@ -54,12 +54,17 @@ def pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]
 
 
 @_one_line
-def finish_pipeline_run(uri: str, experiment: str, name: str, *, succeeded: bool) -> None:
+def finish_pipeline_run(uri: str, experiment: str, name: str, state: str, facts: Mapping[str, str | None]) -> None:
+    """Closes a pipeline's run as Kubeflow Pipelines says that it has ended; `facts` become tags."""
     if not uri:
         return
     server = client(uri)
     if found := find_pipeline_run(server, experiment, name):
-        server.set_terminated(found, "FINISHED" if succeeded else "FAILED")
+        tags = {"state": state, **facts}
+        server.log_batch(
+            found, tags=[RunTag(f"pipeline.{key}", str(value)[:500]) for key, value in tags.items() if value]
+        )
+        server.set_terminated(found, {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}.get(state, "FAILED"))
 
 
 def find_pipeline_run(server: mlflow.MlflowClient, experiment: str, name: str) -> str:

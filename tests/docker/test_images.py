@@ -33,7 +33,8 @@ def missing() -> str:
     for image in (TRAINING, MLFLOW):
         if subprocess.run(["podman", "image", "exists", image], capture_output=True).returncode:
             return f"{image} is not built here: make images"
-    return ""
+    ended = subprocess.run(["podman", "run", "--rm", "--pull=never", TRAINING, "true"], capture_output=True, text=True)
+    return "" if ended.returncode == 0 else f"podman cannot run a container here: {ended.stderr.strip()[-200:]}"
 
 
 MISSING = missing()
