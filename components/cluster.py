@@ -139,16 +139,23 @@ class Cluster:
             raise
         return found
 
-    def delete(self, kind: str, name: str) -> bool:
-        """Whether there was one to delete; its pods go with it."""
+    def patch(self, kind: str, name: str, changes: Manifest) -> None:
         of = KINDS[kind]
+        self.call(
+            self.custom.patch_namespaced_custom_object, of.group, of.version, self.namespace, of.plural, name, changes
+        )
+
+    def delete(self, kind: str, name: str, uid: str = "") -> bool:
+        """Whether there was one to delete, and with a `uid` this very one; its pods go with it."""
+        of, options = KINDS[kind], {"propagationPolicy": "Background"}
+        body = {**options, "preconditions": {"uid": uid}} if uid else options
         try:
             self.call(
                 self.custom.delete_namespaced_custom_object, of.group, of.version, self.namespace, of.plural, name,
-                propagation_policy="Background",
+                body=body,
             )  # fmt: skip
         except ClusterError as error:
-            if error.status == 404:
+            if error.status == 404 or (uid and error.status == 409):
                 return False
             raise
         return True
@@ -165,8 +172,6 @@ class Cluster:
                 field_selector=f"metadata.name={name}", resource_version=version, timeout_seconds=seconds,
                 _request_timeout=(TIMEOUT_S[0], seconds + TIMEOUT_S[1]),
             ):  # fmt: skip
-                if event["type"] == "ERROR":
-                    return
                 yield None if event["type"] == "DELETED" else event["object"]
         except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
             if not may_pass(error):
@@ -190,12 +195,11 @@ class Cluster:
         found = self._json(self.core.list_namespaced_event, self.namespace, field_selector=selector)
         return [f"{event.get('reason')}: {event.get('message')}" for event in found["items"]]
 
-    def log_lines(self, pod: str, *, follow: bool, container: str = "") -> Iterator[tuple[str, str]]:
+    def log_lines(self, pod: str, *, follow: bool) -> Iterator[tuple[str, str]]:
         """Lines of a pod's log, each with its time."""
-        options = {"container": container} if container else {}
         stream = self.core.read_namespaced_pod_log(
             pod, self.namespace, follow=follow, timestamps=True, _preload_content=False,
-            _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S), **options,
+            _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S),
         )  # fmt: skip
         rest = b""
         for chunk in stream.stream():

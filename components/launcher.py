@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.cluster import KINDS, Cluster, ClusterError, Manifest
+from components.job_log import show_log
 from components.manifests import SHAPE, Launch, render
 from model.config import ConfigError
 from model.exits import AttemptsError, OutageError, StageError
@@ -28,6 +29,8 @@ from model.tracking import TERMINATED
 log = logging.getLogger("mplug")
 DIGEST = "mplug-video/digest"
 """Annotation of a job: of all that was asked for. The same name with another digest is another job."""
+GIVEN_UP = "mplug-video/given-up"
+"""Annotation of a job that was stopped: why."""
 LOOK_EVERY_S = 20
 GONE_WITHIN_S = 300.0
 LAST_LINES_S = 5.0
@@ -63,21 +66,34 @@ def train_on_cluster(
 
 
 def run(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
-    """Returns when the job has succeeded. Raises what else became of it; a job that is given up is removed.
+    """Returns when the job has succeeded. Raises what else became of it.
 
-    Where this process is asked to end (SIGTERM, Ctrl-C), the job is removed too: it saves what it has.
+    Where this process is asked to end (SIGTERM, Ctrl-C), the job is removed: it saves what it has. One that is given up
+    is stopped, and stays, so that a step that is started again does not begin it anew.
     """
-    kind, name = manifests[-1]["kind"], manifests[-1]["metadata"]["name"]
+    kind, name, job = manifests[-1]["kind"], manifests[-1]["metadata"]["name"], None
     with _asked_to_end():
         try:
-            ensure(cluster, manifests)
+            job = ensure(cluster, manifests)
             attend(cluster, kind, name, limits)
-        except (_AskedToEndError, _GivenUpError, KeyboardInterrupt) as error:
-            cluster.delete(kind, name)
-            log.warning("%s is removed", name)
+        except GivenUpError as error:
+            _stop(cluster, kind, name, str(error))
+            raise
+        except (_AskedToEndError, KeyboardInterrupt) as error:
+            job = job or cluster.get(kind, name)  # the answer to its creation may have been lost
+            if job and _digest_of(job) == digest(manifests):
+                cluster.delete(kind, name, job["metadata"]["uid"])
+                log.warning("%s is removed", name)
             if isinstance(error, _AskedToEndError):
                 raise SystemExit(TERMINATED) from None
             raise
+
+
+def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
+    """Ends its pods, and notes why; `ensure` does not take it up again."""
+    suspended = {"suspend": True}
+    spec = {"runPolicy": suspended} if kind == "PyTorchJob" else suspended
+    cluster.patch(kind, name, {"metadata": {"annotations": {GIVEN_UP: reason[:1000]}}, "spec": spec})
 
 
 def kind_of(cluster: Cluster, name: str) -> str:
@@ -93,19 +109,26 @@ def kind_of(cluster: Cluster, name: str) -> str:
     )
 
 
+def digest(manifests: list[Manifest]) -> str:
+    return hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest_of(job: Manifest) -> str:
+    return str(job["metadata"].get("annotations", {}).get(DIGEST, ""))
+
+
 def ensure(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
     """Creates the job, or adopts the one of its name that has not failed."""
-    digest = hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()[:16]
     owner = cluster.owner()
     for manifest in manifests:
         manifest = copy.deepcopy(manifest)
-        manifest["metadata"]["annotations"] = {DIGEST: digest}
+        manifest["metadata"]["annotations"] = {DIGEST: digest(manifests)}
         manifest["metadata"]["ownerReferences"] = owner
-        job = _ensure_one(cluster, manifest, digest)
+        job = _ensure_one(cluster, manifest)
     return job
 
 
-def _ensure_one(cluster: Cluster, manifest: Manifest, digest: str) -> Manifest:
+def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     while True:
         try:
@@ -123,15 +146,21 @@ def _ensure_one(cluster: Cluster, manifest: Manifest, digest: str) -> Manifest:
             _wait_until_gone(cluster, kind, name)
         elif condition := _condition(found, "Failed"):
             log.warning("%s %s has failed before and is replaced: %s", kind, name, condition.get("message"))
-            cluster.delete(kind, name)
+            cluster.delete(kind, name, found["metadata"]["uid"])
             _wait_until_gone(cluster, kind, name)
-        elif found["metadata"].get("annotations", {}).get(DIGEST) != digest:
+        elif _digest_of(found) != _digest_of(manifest):
             raise ConfigError(
                 f"a {kind} named {name} is there already, with other settings. `mplug job cancel {name}` removes it; "
                 "or take another --name."
             )
+        elif reason := found["metadata"]["annotations"].get(GIVEN_UP):
+            raise AttemptsError(f"{reason} `mplug job cancel {name}` lets it begin anew.")
         else:
             log.info("%s %s is there and is followed", kind, name)
+            if owner := manifest["metadata"][
+                "ownerReferences"
+            ]:  # this workflow's now: the old one's end is not its own
+                cluster.patch(kind, name, {"metadata": {"ownerReferences": owner}})
             return found
 
 
@@ -186,8 +215,8 @@ class _AskedToEndError(BaseException):
     pass
 
 
-class _GivenUpError(JobFailedError, AttemptsError):
-    pass
+class GivenUpError(JobFailedError, AttemptsError):
+    """A job has been restarted too often, or has taken too long."""
 
 
 def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: _Seen) -> bool:
@@ -221,12 +250,12 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: _Seen, limits: Limit
         seen.warnings.add(complaint)
         log.warning("%s: %s", name, complaint)
     if seen.restarts > limits.restarts:
-        raise _GivenUpError(
+        raise GivenUpError(
             f"{kind} {name} is given up: a pod was started again {seen.restarts} times, at most {limits.restarts} are "
             f"allowed. {'; '.join(_ends(pods))}"
         )
     if limits.deadline_s and _age_s(job) > limits.deadline_s:
-        raise _GivenUpError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
+        raise GivenUpError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
 
 
 def _patience(job: Manifest, limits: Limits) -> int:
@@ -265,39 +294,19 @@ def _ends(pods: list[Manifest]) -> list[str]:
     ]
 
 
-def show_log(cluster: Cluster, kind: str, name: str, ended: threading.Event) -> None:
-    """Prints the log of the job's first pod, and of each that takes its place, through broken connections."""
-    shown = _Shown()
-    while True:
-        is_last = ended.is_set()
-        try:
-            for pod in cluster.pods(kind, name, first=True):
-                if (pod.get("status") or {}).get("phase") in ("Running", "Succeeded", "Failed"):
-                    shown.print_new(
-                        pod["metadata"]["uid"], cluster.log_lines(pod["metadata"]["name"], follow=not is_last)
-                    )
-        except Exception as error:  # whatever it is, the job itself is not to end of it
-            log.debug("the log of %s: %s", name, error)
-        if is_last:
-            return
-        ended.wait(1)
+def follow_log(cluster: Cluster, kind: str, name: str) -> None:
+    """Prints the log until the job has ended, however."""
+    ended = threading.Event()
+    reader = threading.Thread(target=show_log, args=(cluster, kind, name, ended), daemon=True)
+    reader.start()
+    while (job := cluster.get(kind, name)) and not has_ended(kind, job):
+        time.sleep(2)
+    ended.set()
+    reader.join(LAST_LINES_S)
 
 
-@dataclass
-class _Shown:
-    """Up to where a pod's log was printed: one that is read again begins at its start."""
-
-    uid: str = ""
-    until: str = ""
-
-    def print_new(self, uid: str, lines: Iterator[tuple[str, str]]) -> None:
-        if uid != self.uid:
-            self.uid, self.until = uid, ""
-        known = self.until
-        for when, line in lines:
-            if when > known:
-                print(line, flush=True)
-                self.until = when
+def has_ended(kind: str, job: Manifest) -> bool:
+    return bool(_condition(job, "Failed") or _condition(job, KINDS[kind].succeeded))
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from components.image import component
 
 @component()
 def shard(
-    raw: str, root: str, datasets: list[str], num_frames: int, short_side: int, partition: str,
+    raw: str, raw_version: str, root: str, datasets: list[str], num_frames: int, short_side: int, partition: str,
     tracking: dict[str, str], code_version: str,
 ) -> dict[str, str]:  # fmt: skip
     """Returns the URI of each dataset's shards by name. `partition` i/n only makes the i-th of n parts, and no URI.
 
-    `datasets` may hold presets: their datasets are meant.
+    `datasets` may hold presets: their datasets are meant. Other data have another `raw_version`.
     """
     from model.config import dataset_of
     from model.data.build import Settings, build_parts, plan
@@ -21,8 +21,8 @@ def shard(
     from model.evaluation.dataset_report import publish
     from model.tracking import stage
 
-    facts = {"num_frames": num_frames, "short_side": short_side, "partition": partition, "code_version": code_version}
-    with stage("shard", tracking, facts) as tracked:
+    facts = {"num_frames": num_frames, "short_side": short_side, "partition": partition, "raw_version": raw_version}
+    with stage("shard", tracking, {**facts, "code_version": code_version}) as tracked:
         form, (index, count) = Form(num_frames=num_frames, short_side=short_side), parse_partition(partition)
         wanted = {name: Settings(raw=raw, root=root, dataset=name, form=form) for name in map(dataset_of, datasets)}
         if count > 1:

@@ -16,14 +16,14 @@ def train(
     """
     from components.launcher import train_on_cluster
     from components.torchrun import launch
-    from model import manifest, storage
-    from model.config import dataset_of
+    from model.config import dataset_of, load
     from model.exits import exit_codes
+    from model.training.attempts import published
 
-    name = f"{config}-{init}".replace("_", "-")
     settings = {
-        "name": name,
+        "name": f"{config}-{init}".replace("_", "-"),
         "output": root,
+        "code_version": code_version,
         "data.shards": shards[dataset_of(config)],
         "model.decoder": decoder,
         "model.init_from": pretrained if init == "pretrained" else "",
@@ -35,4 +35,4 @@ def train(
             train_on_cluster(config, arguments, nodes, processes, image, namespace, deadline_hours)
         elif code := launch(config, arguments, processes):
             raise SystemExit(code)
-    return manifest.latest(storage.join(root, "models", name))
+        return published(load(config, arguments))

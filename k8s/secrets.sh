@@ -33,6 +33,7 @@ if [ "${1:-}" = --copy-to ]; then
 fi
 namespace=${1:-mplug}
 kubectl get namespace "$namespace" >/dev/null
-secret mplug-postgres "POSTGRES_PASSWORD=$(random 24)"
 secret mplug-s3 "AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-$(random 8)}" \
   "AWS_SECRET_ACCESS_KEY=${AWS_SECRET_ACCESS_KEY:-$(random 20)}"
+# last: MLflow starts when it has this one, and takes the other as it is then
+secret mplug-postgres "POSTGRES_PASSWORD=$(random 24)"

@@ -50,7 +50,8 @@ def builds() -> Iterator[tuple[str, list[Document]]]:
     for overlay in sorted((HERE / "overlays").iterdir()):
         yield f"overlays/{overlay.name}", kustomize(overlay)
         for component in sorted((HERE / "components").iterdir()):
-            if f"components/{component.name}\n" not in (overlay / "kustomization.yaml").read_text():
+            known = yaml.safe_load((overlay / "kustomization.yaml").read_text()).get("components", [])
+            if f"../../components/{component.name}" not in known:
                 yield f"overlays/{overlay.name} + {component.name}", with_component(overlay, component)
     yield "operator", kustomize(HERE / "operator")
     for job in sorted((HERE / "jobs").glob("*.yaml")):

@@ -58,6 +58,8 @@ class RunConfig(Section):
     seed: int = 42
     trial: int = Field(1, ge=1)
     """A run that is started again goes on from its checkpoints; with another number it starts from nothing."""
+    code_version: str = ""
+    """Names the code, where a pipeline runs it: with another one, too, a run starts from nothing."""
     output: str = "output"
     """Folder or URI under which models/<name>/ and checkpoints/<name>-…/ are written."""
     model: ModelConfig = ModelConfig()
@@ -128,7 +130,7 @@ def load(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
             continue
         try:
             # YAML reads nothing as null; on a command line `key=` means the empty string
-            parsed = yaml.load(value, _Loader) if value else ""
+            parsed = yaml.load(value, YamlLoader) if value else ""
         except yaml.YAMLError:
             problems.append(f"{key} must be given a YAML value, got {value!r}.")
             continue
@@ -181,11 +183,11 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML 1.2 numbers: PyYAML reads 1e-4, without a dot, as a string."""
 
 
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -199,7 +201,7 @@ def _read(source: str | Path) -> dict[str, Any]:
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"no preset named {source}: {hint}Known: {', '.join(presets())}; or give a .yaml file.")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:

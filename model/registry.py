@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import mlflow
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from model import manifest
@@ -54,17 +54,22 @@ def pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]
 
 
 @_one_line
-def finish_pipeline_run(uri: str, experiment: str, name: str, state: str, facts: Mapping[str, str | None]) -> None:
-    """Closes a pipeline's run as Kubeflow Pipelines says that it has ended; `facts` become tags."""
-    if not uri:
-        return
-    server = client(uri)
-    if found := find_pipeline_run(server, experiment, name):
-        tags = {"state": state, **facts}
-        server.log_batch(
-            found, tags=[RunTag(f"pipeline.{key}", str(value)[:500]) for key, value in tags.items() if value]
-        )
-        server.set_terminated(found, {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}.get(state, "FAILED"))
+def finish_pipeline_run(uri: str, experiment: str, name: str, last_stages: Sequence[str]) -> str:
+    """Closes a pipeline's run by the newest run of each of its stages; says what became of it in a line."""
+    server = client(uri) if uri else None
+    found = find_pipeline_run(server, experiment, name) if server else ""
+    if not server or not found:
+        return f"{name} has ended; there is no tracking server to tell."
+    of_it = f"tags.`mlflow.parentRunId` = '{found}'"
+    stages = server.search_runs([experiment_id(server, experiment)], of_it, order_by=["attributes.start_time ASC"])
+    newest = {run.info.run_name: run.info.status for run in stages}
+    missing = [stage for stage in last_stages if stage not in newest]
+    failed = sorted(stage for stage, status in newest.items() if status != "FINISHED")
+    server.set_tag(found, "pipeline.failed", " ".join(failed))
+    server.set_tag(found, "pipeline.missing", " ".join(missing))
+    server.set_terminated(found, "FAILED" if failed or missing else "FINISHED")
+    said = f"failed: {', '.join(failed) or 'nothing'}; never started: {', '.join(missing) or 'nothing'}"
+    return f"{name} has ended; {said}."
 
 
 def find_pipeline_run(server: mlflow.MlflowClient, experiment: str, name: str) -> str:

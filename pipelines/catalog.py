@@ -2,14 +2,14 @@
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from model.config import ConfigError
+from model.config import ConfigError, YamlLoader
 
 PIPELINES = {
     "mplug-video": "pipelines.mplug_video.mplug_video",
@@ -62,8 +62,11 @@ def arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
             problems.append(f"{item} must be parameter=value of pipeline {name}. {hint}")
             continue
         kind = known[key]["parameterType"]
-        value = text if kind == "STRING" else _parsed(text)
-        if not isinstance(value, YAML_TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
+        try:
+            value = READERS[kind](text)
+        except (ValueError, yaml.YAMLError):
+            value = None
+        if not isinstance(value, YAML_TYPES[kind]):
             problems.append(f"{key} must be of type {kind}, got {text!r}. {known[key].get('description', '')}")
         found[key] = value
     return found if not problems else _refuse(problems)
@@ -78,11 +81,13 @@ def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {**{key: parameter.get("defaultValue") for key, parameter in known.items()}, **given}
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+def _yaml(text: str) -> Any:
+    return yaml.load(text, YamlLoader)
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "STRING": str, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float, "BOOLEAN": _yaml, "LIST": _yaml, "STRUCT": _yaml,
+}  # fmt: skip
 
 
 def _refuse(problems: list[str]) -> Any:

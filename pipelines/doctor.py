@@ -24,6 +24,7 @@ LEAST_DISK_GB = 10.0
 MOST_SKEW_S = 60.0
 """S3 refuses requests whose time is 15 minutes off; clocks that drift get there."""
 PROBE_BYTES = 2**20
+REPORTED: tuple[type[BaseException], ...] = (OSError, *CODES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def examine(question: Question) -> Iterator[Finding]:
     for name, check in checks:
         try:
             yield from check()
-        except tuple(CODES) as error:
+        except REPORTED as error:
             yield failed(name, " ".join(str(error).split()), "")
 
 

@@ -36,7 +36,8 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
         yield failed("shape", f"namespace {cluster.namespace} has no PodTemplate {SHAPE}", APPLY)
         return
     try:
-        command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", "data.batch_size=100800")
+        batch = nodes * (processes or gpus_of(shape)[1] or 1)
+        command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", f"data.batch_size={batch}")
         (job,) = render(Launch(command=command, nodes=nodes, processes=processes), shape, cluster.namespace)
     except ConfigError as error:
         yield failed("shape", " ".join(str(error).split()), "Mend the overlay, and apply it again.")
@@ -111,16 +112,21 @@ def _init_container(cluster: Cluster, nodes: int) -> Iterator[Finding]:
 
 
 def _quota(cluster: Cluster, pod: Any, nodes: int) -> Iterator[Finding]:
-    wanted = requests_of(pod)
-    for quota in cluster.read(f"/api/v1/namespaces/{cluster.namespace}/resourcequotas")["items"]:
-        hard, used = quota["status"].get("hard", quota["spec"]["hard"]), quota["status"].get("used", {})
+    wanted = counted(pod)
+    try:
+        quotas = cluster.read(f"/api/v1/namespaces/{cluster.namespace}/resourcequotas")["items"]
+    except ClusterError as error:
+        yield warned("quota", f"may not be looked at: {error}", "")
+        return
+    for quota in quotas:
+        status = quota.get("status") or {}
+        hard, used = status.get("hard") or quota["spec"]["hard"], status.get("used") or {}
         for key, limit in hard.items():
-            name = key.removeprefix("requests.")
-            if name not in wanted or key.startswith("limits."):
+            if key not in wanted:
                 continue
             left = amount(limit) - amount(used.get(key, "0"))
-            if wanted[name] * nodes > left:
-                said = f"{key}: the job asks for {wanted[name] * nodes:g}, {left:g} of {limit} are left"
+            if wanted[key] * nodes > left:
+                said = f"{key}: the job asks for {wanted[key] * nodes:g}, {left:g} of {limit} are left"
                 yield failed("quota", said, f"Raise quota {quota['metadata']['name']}, or take fewer nodes.")
                 return
     yield fine("quota", "the job fits")
@@ -135,21 +141,25 @@ def _nodes(cluster: Cluster, gpus: tuple[str, int], nodes: int) -> Iterator[Find
     except ClusterError:
         yield warned("GPUs", "nodes may not be looked at", "")
         return
-    able = [node for node in found if amount(node["status"]["allocatable"].get(name, "0")) >= count]
-    said = f"{len(able)} nodes have {count} of {name}, the job needs {nodes}"
-    if len(able) < nodes:
+    able = sum(int(amount(node["status"]["allocatable"].get(name, "0")) // count) for node in found)
+    said = f"there is room for {able} pods with {count} of {name} each, the job has {nodes}"
+    if able < nodes:
         yield failed("GPUs", said, "Take fewer --nodes, or --processes; or add nodes and the device plugin.")
     else:
         yield fine("GPUs", said)
 
 
-def requests_of(pod: Any) -> dict[str, float]:
-    """What the scheduler sets aside for one pod."""
-    found: dict[str, float] = {}
+def counted(pod: Any) -> dict[str, float]:
+    """What quotas count of one pod, under the names that they use."""
+    found: dict[str, float] = {"pods": 1, "count/pods": 1}
     for container in pod["spec"]["containers"]:
         resources = container.get("resources", {})
-        for name, quantity in {**resources.get("limits", {}), **resources.get("requests", {})}.items():
-            found[name] = found.get(name, 0.0) + amount(quantity)
+        limits = resources.get("limits", {})
+        for name, quantity in {**limits, **resources.get("requests", {})}.items():
+            for key in (name, f"requests.{name}"):
+                found[key] = found.get(key, 0.0) + amount(quantity)
+        for name, quantity in limits.items():
+            found[f"limits.{name}"] = found.get(f"limits.{name}", 0.0) + amount(quantity)
     return found
 
 

@@ -47,7 +47,7 @@ def finetune_tasks(
 
 @dsl.pipeline(name="mplug-video-finetune-stages")
 def finetune_stages(
-    raw: str, root: str, configs: list[str], num_frames: int, short_side: int,
+    raw: str, raw_version: str, root: str, configs: list[str], num_frames: int, short_side: int,
     pretrained: str, decoder: str, overrides: list[str], nodes: int, processes: int, namespace: str,
     deadline_hours: float, minimum: dict[str, float], tolerance: float, promote: bool, gpus: int,
     node_selector: dict[str, str], tolerations: list[dict[str, str]], tracking_uri: str, experiment: str, run_name: str,
@@ -60,7 +60,8 @@ def finetune_stages(
     place(opened, image).set_caching_options(False)
     common = {"tracking": opened.output, "code_version": code_version}
     sharded = shard(
-        raw=raw, root=root, datasets=configs, num_frames=num_frames, short_side=short_side, partition="1/1", **common
+        raw=raw, raw_version=raw_version, root=root, datasets=configs, num_frames=num_frames, short_side=short_side,
+        partition="1/1", **common,
     )  # fmt: skip
     give(place(sharded, image), cpu="30", memory="60Gi")
     finetune_tasks(
@@ -79,6 +80,7 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
         raw: str,
         pretrained: str,
         code_version: str,
+        raw_version: str = "",
         root: str = "s3://mplug/work",
         configs: list[str] = presets,
         decoder: str = "",
@@ -105,6 +107,7 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
         Args:
             raw: Folder or URI of the downloaded dataset, <root>/raw/<name>.
             pretrained: Folder or URI of the model to start from.
+            raw_version: Names the state of the dataset; a new one decodes it again.
             code_version: Names the code; a new one runs every stage again.
             root: s3:// URI under which everything is written.
             configs: Presets, one for each task.
@@ -127,14 +130,16 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
             run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
             image: Image of every step, and of the training pods.
         """
-        last = finish_run(tracking_uri=tracking_uri, experiment=experiment, run_name=run_name)
+        last = finish_run(
+            tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages="gate register"
+        )
         place(last, image).set_caching_options(False)
         with dsl.ExitHandler(last, name="stages"):
             finetune_stages(
-                raw=raw, root=root, configs=configs, num_frames=num_frames, short_side=short_side,
-                pretrained=pretrained, decoder=decoder, overrides=overrides, nodes=nodes, processes=processes,
-                namespace=namespace, deadline_hours=deadline_hours, minimum=minimum, tolerance=tolerance,
-                promote=promote, gpus=gpus, node_selector=node_selector, tolerations=tolerations,
+                raw=raw, raw_version=raw_version, root=root, configs=configs, num_frames=num_frames,
+                short_side=short_side, pretrained=pretrained, decoder=decoder, overrides=overrides, nodes=nodes,
+                processes=processes, namespace=namespace, deadline_hours=deadline_hours, minimum=minimum,
+                tolerance=tolerance, promote=promote, gpus=gpus, node_selector=node_selector, tolerations=tolerations,
                 tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, code_version=code_version,
                 image=image,
             )  # fmt: skip

@@ -1,7 +1,6 @@
 """The commands `mplug job …`: a command of `mplug` as a job on a cluster. Each is a call into components/."""
 
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +14,7 @@ job = typer.Typer(
     help="Run a command of `mplug` on a Kubernetes cluster: training as a PyTorchJob, all else as a Job of one pod.",
 )  # fmt: skip
 # what follows the options is another command line, with options of its own
-COMMAND_LINE = {"allow_interspersed_args": False, "ignore_unknown_options": True}
+COMMAND_LINE = {"allow_interspersed_args": False}
 Command = Annotated[
     list[str], typer.Argument(help="As on a laptop: train, evaluate, data, convert, with what follows.")
 ]
@@ -111,12 +110,15 @@ def logs(
     Example: `mplug job logs pretrain-1-3b --follow`
     """
     from components.cluster import Cluster
-    from components.launcher import kind_of, show_log
+    from components.job_log import print_log
+    from components.launcher import follow_log, kind_of
 
-    cluster, ended = Cluster(namespace), threading.Event()
-    if not follow:
-        ended.set()
-    show_log(cluster, kind_of(cluster, name), name, ended)
+    cluster = Cluster(namespace)
+    kind = kind_of(cluster, name)
+    if follow:
+        follow_log(cluster, kind, name)
+    else:
+        print_log(cluster, kind, name, {}, follow=False)
 
 
 @job.command()
@@ -129,5 +131,8 @@ def cancel(name: Name, namespace: Namespace = "") -> None:
     from components.launcher import kind_of
 
     cluster = Cluster(namespace)
-    cluster.delete(kind_of(cluster, name), name)
+    kind = kind_of(cluster, name)
+    cluster.delete(kind, name)
+    if kind == "TrainJob":
+        cluster.delete("TrainingRuntime", name)
     print(f"{name} is removed")

@@ -24,8 +24,9 @@ def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
     """Runs pipeline `name`; stages that finished before with the same inputs and code come from the cache."""
     known = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
     values = {**{key: value for key, value in HERE.items() if key in known}, "code_version": code_version(), **given}
-    if "source" in values and "source_version" not in values:
-        values["source_version"] = source_version(values["source"])
+    for data, version in (("source", "source_version"), ("raw", "raw_version")):
+        if data in values and version not in values:
+            values[version] = source_version(values[data])
     refuse(with_defaults(name, values))
     from kfp import local  # a second of imports: only where a pipeline runs
 
@@ -63,7 +64,14 @@ def refuse(values: Mapping[str, Any]) -> None:
 
 
 def source_version(source: str) -> str:
-    """A digest of names and sizes below `source`: other data run every stage again."""
+    """A digest of names and sizes below `source`, or of a list's own bytes: other data run every stage again.
+
+    Empty where looking would be a download.
+    """
+    if not storage.is_s3(source) and not Path(source).exists():
+        return ""
+    if Path(source).is_file():
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]
     entries = "\n".join(f"{entry.path} {entry.size}" for entry in storage.walk(source))
     return hashlib.sha256(entries.encode()).hexdigest()[:12]
 

@@ -79,10 +79,10 @@ def stages(
         source=source, source_version=source_version, root=root, dataset=dataset, partition="1/1", **common
     )  # fmt: skip
     shards = shard(
-        raw=raw.output, root=root, datasets=DATASETS, num_frames=num_frames, short_side=short_side, partition="1/1",
-        **common,
+        raw=raw.output, raw_version=source_version, root=root, datasets=DATASETS, num_frames=num_frames,
+        short_side=short_side, partition="1/1", **common,
     )  # fmt: skip
-    tokenizer = train_tokenizer(raw=raw.output, root=root, vocab_size=vocab_size, **common)
+    tokenizer = train_tokenizer(raw=raw.output, raw_version=source_version, root=root, vocab_size=vocab_size, **common)
 
     training = {"shards": shards.output, "root": root, "overrides": overrides, "image": image, **common}
     decoder = train(
@@ -133,7 +133,9 @@ def mplug_video(
         vocab_size: Tokens of the tokenizer.
         image: Image of every step.
     """
-    last = finish_run(tracking_uri=tracking_uri, experiment=experiment, run_name=run_name)
+    last = finish_run(
+        tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages="register report"
+    )
     place(last, image).set_caching_options(False)
     with dsl.ExitHandler(last, name="stages"):
         stages(

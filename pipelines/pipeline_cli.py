@@ -88,17 +88,18 @@ def submit(
     from model.config import ConfigError
     from pipelines import submit as sending
     from pipelines.catalog import arguments, with_defaults
-    from pipelines.local import code_version
+    from pipelines.local import code_version, refuse
 
     given = {"code_version": code_version(), **arguments(name, items or [])}
-    run_name = str(with_defaults(name, given)["run_name"])
+    values = with_defaults(name, given)
+    refuse(values)
     pairs = [item.partition(":") for item in header or []]
     if wrong := [name for name, separator, _ in pairs if not separator]:
         raise ConfigError(f"--header must be 'name: value', got {wrong[0]!r}.")
     headers = {name.strip(): value.strip() for name, _, value in pairs}
     target = sending.Host(url=host, token=token, headers=headers, namespace=namespace)
     run_id = sending.submit(
-        target, name, given, run_name=run_name, experiment=experiment,
+        target, name, given, run_name=values["run_name"], experiment=experiment,
         service_account=service_account, caching=cache,
     )  # fmt: skip
     print(target.link(run_id), flush=True)

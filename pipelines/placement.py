@@ -18,8 +18,9 @@ def place(task: PipelineTask, image: str) -> PipelineTask:
     """A step in `image` that reaches the bucket, and is tried again where trying again may help."""
     task.set_container_image(image)
     if retries:
-        # the backend leaves it out inside loops (kubeflow/pipelines#13897); there, steps try again what they call
-        task.set_retry(num_retries=retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="3600s")
+        # the backend leaves it out inside loops (kubeflow/pipelines#13897); there, steps try again what they call.
+        # Argo counts backoff_max_duration from the first start, and ends what runs longer: it bounds nothing here
+        task.set_retry(num_retries=retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="2592000s")
     task.set_env_variable("HOME", "/tmp")
     task.set_env_variable("MPLUG_CACHE", "/cache")
     kubernetes.use_config_map_as_env(task, CONFIG, {key: key for key in CONFIG_KEYS})

@@ -19,6 +19,7 @@ def make_dataset(
     """Download and decoding in shares, put together at the end. A pipeline of its own for the reason in finetune.py."""
     common = {"root": root, "tracking": tracking, "code_version": code_version}
     stored = {"num_frames": num_frames, "short_side": short_side, "datasets": ["pretrain"], **common}
+    stored["raw_version"] = source_version
     raw = f"{root}/raw/{dataset}"
     with dsl.ParallelFor(partitions, name="download shares") as partition:
         share = download(source=source, source_version=source_version, dataset=dataset, partition=partition, **common)
@@ -100,7 +101,9 @@ def pretrain(
         run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
         image: Image of every step, and of the training pods.
     """
-    last = finish_run(tracking_uri=tracking_uri, experiment=experiment, run_name=run_name)
+    last = finish_run(
+        tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages=f"{config}-scratch"
+    )
     place(last, image).set_caching_options(False)
     with dsl.ExitHandler(last, name="stages"):
         pretrain_stages(

@@ -9,9 +9,12 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 
 from model import storage
+from model.config import RunConfig, in_steps
 from model.config_sections import CheckpointConfig
+from model.data.shards import describe
 from model.exits import AttemptsError
-from model.training.checkpoint import saved_steps
+from model.storage import NotFoundError
+from model.training.checkpoint import run_folder, saved_steps
 
 FILE = "run.json"
 
@@ -52,6 +55,15 @@ def begin(folder: str, config: CheckpointConfig) -> Attempt:
         )
     _write(where, attempt)
     return attempt
+
+
+def published(config: RunConfig) -> str:
+    """URI of the model that this run has published. Raises NotFoundError where it has not finished."""
+    folder = run_folder(in_steps(config, describe(config.data.shards)["clips"]["train"]))
+    attempt = Attempt(**json.loads(storage.read(storage.join(folder, FILE))))
+    if not attempt.model:
+        raise NotFoundError(f"{folder}: the run has not published a model.")
+    return attempt.model
 
 
 def finish(folder: str, attempt: Attempt) -> None:

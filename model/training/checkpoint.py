@@ -46,6 +46,8 @@ def run_folder(config: RunConfig) -> str:
     for section, keys in MACHINE_KEYS.items():
         tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     tree["parent_run"] = config.tracking.parent_run  # in another pipeline run it is another training
+    if config.code_version:
+        tree["code_version"] = config.code_version
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
     return storage.join(config.output, "checkpoints", f"{config.name}-{digest}")
 

@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from fake_kube import FakeKube, fake_kube
+from fake_kube import FakeKube
+from jobs import LAUNCH, LIMITS, MASTER, started, succeed
+from shapes import CPU
 
 from components.cluster import Cluster, ClusterError
 from components.launcher import DIGEST, JobFailedError, Limits, attend, ensure, run
@@ -21,72 +20,13 @@ from components.manifests import Launch, render
 from model.config import ConfigError
 from model.exits import AttemptsError, OutageError, code_of
 
-ROOT = Path(__file__).parent.parent.parent
-SHAPE = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
-SHAPE["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
-LAUNCH = Launch(command=("train", "tiny_pretraining", "data.shards=s", "model.decoder=d"), name="job", nodes=2)
-MASTER = {"training.kubeflow.org/job-name": "job", "training.kubeflow.org/replica-type": "master"}
-LIMITS = Limits(deadline_s=60, restarts=2)
-
-
-@pytest.fixture
-def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    monkeypatch.setattr("components.cluster.FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr("components.launcher.LOOK_EVERY_S", 1)
-    with fake_kube(tmp_path / "kubeconfig") as server:
-        yield server
-
-
-@pytest.fixture
-def cluster(kube: FakeKube) -> Cluster:
-    return Cluster(patience_s=3)
-
-
-@pytest.fixture
-def job() -> list[dict[str, Any]]:
-    return render(LAUNCH, SHAPE, "mplug")
-
-
-def started(act: Callable[[], None]) -> threading.Thread:
-    """What happens in the cluster meanwhile."""
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    return thread
-
-
-def succeed(kube: FakeKube, name: str = "job") -> None:
-    kube.wait_for("pytorchjobs")
-    kube.conclude("pytorchjobs", name, "Running")
-    time.sleep(0.3)
-    kube.conclude("pytorchjobs", name, "Succeeded")
-
-
-def test_a_job_is_created_followed_and_its_log_shown(
-    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    def act() -> None:
-        kube.wait_for("pytorchjobs")
-        kube.pod("job-master-0", MASTER)
-        kube.log("job-master-0", "step 1", "step 2")
-        time.sleep(1.5)
-        kube.log("job-master-0", "step 3")
-        kube.conclude("pytorchjobs", "job", "Succeeded")
-        kube.pod("job-master-0", MASTER, phase="Succeeded")
-
-    started(act)
-    run(cluster, job, LIMITS)
-    assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 2", "step 3"]
-    made = kube.objects["mplug", "pytorchjobs", "job"]
-    assert made["spec"] == job[-1]["spec"]
-
 
 def test_the_name_is_the_same_for_the_same_job_only() -> None:
     def name(**changes: Any) -> str:
-        return render(Launch(**{"command": LAUNCH.command, **changes}), SHAPE, "mplug")[-1]["metadata"]["name"]
+        return render(Launch(**{"command": LAUNCH.command, **changes}), CPU, "mplug")[-1]["metadata"]["name"]
 
     assert name() == name()
-    assert len({name(), name(nodes=2), name(image="registry.example/training:2"), name(processes=3)}) == 4
+    assert len({name(), name(nodes=2), name(image="registry.example/training:2"), name(processes=4)}) == 4
     assert name().startswith("train-tiny-pretraining-")
 
 
@@ -106,7 +46,22 @@ def test_a_step_that_is_started_again_replaces_a_failed_job(
 ) -> None:
     uid = ensure(cluster, job)["metadata"]["uid"]
     kube.conclude("pytorchjobs", "job", "Failed", "a pod failed")
+    kube.slow_delete_s = 1.0
     assert ensure(cluster, job)["metadata"]["uid"] != uid
+
+
+def test_a_job_that_is_being_removed_is_waited_for(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    kube.slow_delete_s = 1.0
+    cluster.delete("PyTorchJob", "job")
+    assert ensure(cluster, job)["metadata"]["uid"] != uid
+
+
+def test_only_the_very_job_is_removed(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    assert not cluster.delete("PyTorchJob", "job", "of-another")
+    assert cluster.delete("PyTorchJob", "job", uid)
+    assert not cluster.delete("PyTorchJob", "job", uid)
 
 
 def test_a_job_of_the_same_name_with_other_settings_is_left_alone(
@@ -196,13 +151,15 @@ def test_what_is_forbidden_is_said_at_once_in_a_line(
     assert len(kube.requests) == 1
 
 
-def test_a_job_that_stands_still_is_removed_at_its_deadline(
+def test_a_job_that_stands_still_is_stopped_at_its_deadline_for_good(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(AttemptsError, match="has not finished within 1 s") as caught:
         run(cluster, job, Limits(deadline_s=1))
     assert code_of(caught.value) == 4
-    assert not kube.objects
+    assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
+    with pytest.raises(AttemptsError, match=r"has not finished within 1 s.* `mplug job cancel job` lets it begin anew"):
+        run(cluster, job, LIMITS)  # as the step is started again
 
 
 def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
@@ -217,12 +174,12 @@ def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, 
     run(cluster, job, Limits(deadline_s=1))
 
 
-def test_a_job_whose_pods_are_restarted_too_often_is_removed(
+def test_a_job_whose_pods_are_restarted_too_often_is_stopped(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     def act() -> None:
         kube.wait_for("pytorchjobs")
-        while ("mplug", "pytorchjobs", "job") in kube.objects:
+        while not kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"].get("suspend"):
             kube.pod("job-master-0", MASTER)
             time.sleep(1.2)
             kube.remove("pods", "job-master-0")
@@ -230,7 +187,7 @@ def test_a_job_whose_pods_are_restarted_too_often_is_removed(
     started(act)
     with pytest.raises(AttemptsError, match="started again 3 times, at most 2"):
         run(cluster, job, LIMITS)
-    assert ("mplug", "pytorchjobs", "job") not in kube.objects
+    assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
 
 
 def test_a_job_that_somebody_removes_is_no_success(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
@@ -259,29 +216,6 @@ def test_why_pods_wait_is_said(
     assert "FailedCreatePod: violates PodSecurity" in caplog.text
 
 
-def test_a_log_goes_on_after_a_broken_connection_and_a_new_pod(
-    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = iter([None, 500, 500])
-    kube.faults.append(lambda _method, path: next(broken, None) if path.endswith("/log") else None)
-
-    def act() -> None:
-        kube.wait_for("pytorchjobs")
-        kube.pod("job-master-0", MASTER)
-        kube.log("job-master-0", "step 1")
-        time.sleep(1)
-        kube.logs["job-master-0"] = []
-        kube.remove("pods", "job-master-0")
-        kube.pod("job-master-0", MASTER)
-        kube.log("job-master-0", "step 1 again")
-        time.sleep(4)
-        succeed(kube)
-
-    started(act)
-    run(cluster, job, LIMITS)
-    assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 1 again"]
-
-
 def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     ensure(cluster, job)
     with pytest.raises(AttemptsError):
@@ -302,7 +236,7 @@ run(Cluster(), job(), Limits())
 def test_a_step_that_is_asked_to_end_removes_its_job(kube: FakeKube, tmp_path: Path, asked: signal.Signals) -> None:
     launch = f"Launch(command={LAUNCH.command!r}, name='job')"
     (tmp_path / "tests_shape.py").write_text(
-        f"from components.manifests import Launch, render\ndef job(): return render({launch}, {SHAPE!r}, 'mplug')\n"
+        f"from components.manifests import Launch, render\ndef job(): return render({launch}, {CPU!r}, 'mplug')\n"
     )
     path = {**os.environ, "PYTHONPATH": str(tmp_path)}
     child = subprocess.Popen([sys.executable, "-c", SCRIPT], env=path, stderr=subprocess.PIPE, text=True)
@@ -328,5 +262,7 @@ def test_the_workflow_of_a_step_owns_its_job(
     assert owner == {
         **reference, "uid": workflow["metadata"]["uid"], "controller": False, "blockOwnerDeletion": False
     }  # fmt: skip
-    kube.remove("workflows", "run-1")
-    assert ("mplug", "pytorchjobs", "job") not in kube.objects
+    step["metadata"]["ownerReferences"][0]["uid"] = "of-the-next-run"
+    ensure(cluster, job)  # which takes the job over
+    adopted = kube.objects["mplug", "pytorchjobs", "job"]
+    assert adopted["metadata"]["ownerReferences"][0]["uid"] == "of-the-next-run"

@@ -4,17 +4,12 @@ from typing import Any
 
 import pytest
 import yaml
+from shapes import CPU, GPU
 
 from components.manifests import LONGEST_NAME, Launch, render
 from model.config import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
-CPU = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
-CPU["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
-GPU = copy.deepcopy(CPU)
-GPU["template"]["spec"]["containers"][0]["resources"] = {
-    "requests": {"cpu": "96", "memory": "500Gi"}, "limits": {"memory": "500Gi", "nvidia.com/gpu": "8"}
-}  # fmt: skip
 TRAIN = ("train", "tiny_pretraining", "data.shards=s", "model.decoder=d")
 
 

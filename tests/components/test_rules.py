@@ -2,25 +2,21 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from shapes import CPU
 
 from components.manifests import Launch, Manifest, render
 from components.rules import SAVING_S, problems
 from components.torchrun import SHUTDOWN_S
 from model.config import ConfigError
 
-ROOT = Path(__file__).parent.parent.parent
-SHAPE = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
-SHAPE["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
 TRAIN = Launch(command=("train", "tiny_pretraining", "data.shards=s", "model.decoder=d"), name="job", nodes=2)
 
 
 def job() -> Manifest:
-    return render(TRAIN, SHAPE, "mplug")[-1]
+    return render(TRAIN, CPU, "mplug")[-1]
 
 
 def put(*path: str | int, value: Any) -> Callable[[Manifest], None]:
@@ -103,14 +99,14 @@ def test_an_init_container_is_held_to_the_standard_too() -> None:
 
 
 def test_a_job_of_one_pod_must_know_what_is_permanent() -> None:
-    evaluation = render(Launch(command=("evaluate", "m", "s")), SHAPE, "mplug")[-1]
+    evaluation = render(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[-1]
     assert problems(evaluation) == []
     del evaluation["spec"]["podFailurePolicy"]
     assert any("podFailurePolicy must end the job" in problem for problem in problems(evaluation))
 
 
 def test_a_wrong_shape_is_refused_where_the_job_is_rendered() -> None:
-    shape = copy.deepcopy(SHAPE)
+    shape = copy.deepcopy(CPU)
     shape["template"]["spec"]["securityContext"]["runAsUser"] = 0
     with pytest.raises(ConfigError, match="runAsUser must not be 0"):
         render(TRAIN, shape, "mplug")

@@ -44,6 +44,8 @@ class FakeKube:
         self.logs: dict[str, list[tuple[str, str]]] = {}
         self.faults: list[Callable[[str, str], int | None]] = []
         self.requests: list[tuple[str, str]] = []
+        self.slow_delete_s = 0.0
+        """How long an object that is being deleted stays, as one with pods to end does."""
         self.break_watches = 0
         """So many watches are cut off in the middle of a line."""
         self.pages: dict[str, Object] = {"/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.1"}}
@@ -159,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
                 "reason": error.reason, "code": error.code,
             })  # fmt: skip
 
-    do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = serve  # noqa: N815
+    do_GET = do_POST = do_DELETE = do_PATCH = serve  # noqa: N815
 
     def answer(self, match: re.Match[str], query: dict[str, str], body: Object) -> None:
         kube, (namespace, plural, name) = self.kube, match.group("namespace", "plural", "name")
@@ -173,14 +175,27 @@ class Handler(BaseHTTPRequestHandler):
                     raise StatusError(409, "AlreadyExists", f'{plural} "{body["metadata"]["name"]}" already exists')
                 return self.say(201, kube._store(namespace, plural, body, "ADDED"))
             if self.command == "DELETE":
-                kube.find(namespace, plural, name)
-                return self.say(200, kube.remove(plural, name, namespace))
+                return self.say(200, self.delete(namespace, plural, name, body))
+            if self.command == "PATCH":
+                changed = merged(copy.deepcopy(kube.find(namespace, plural, name)), body)
+                return self.say(200, kube._store(namespace, plural, changed, "MODIFIED"))
             if name:
                 return self.say(200, kube.find(namespace, plural, name))
             items = [item for (space, kind, _), item in kube.objects.items() if (space, kind) == (namespace, plural)]
             chosen = [item for item in items if selected(item, query)]
             kind = "List"
             return self.say(200, {"kind": kind, "apiVersion": "v1", "metadata": {}, "items": chosen})
+
+    def delete(self, namespace: str, plural: str, name: str, options: Object) -> Object:
+        kube, found = self.kube, self.kube.find(namespace, plural, name)
+        wanted = options.get("preconditions", {}).get("uid")
+        if wanted and wanted != found["metadata"]["uid"]:
+            raise StatusError(409, "Conflict", f"the UID in the precondition ({wanted}) does not match")
+        if not kube.slow_delete_s:
+            return kube.remove(plural, name, namespace)
+        found["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        threading.Timer(kube.slow_delete_s, kube.remove, (plural, name, namespace)).start()
+        return found
 
     def say(self, code: int, answer: Object) -> None:
         data = json.dumps(answer).encode()
@@ -248,6 +263,18 @@ class Handler(BaseHTTPRequestHandler):
             self.chunk(b"")
         except OSError:
             self.close_connection = True
+
+
+def merged(item: Object, changes: Object) -> Object:
+    """RFC 7386, as a merge patch is applied."""
+    for key, value in changes.items():
+        if value is None:
+            item.pop(key, None)
+        elif isinstance(value, dict):
+            item[key] = merged(item.get(key) or {}, value)
+        else:
+            item[key] = value
+    return item
 
 
 def selected(item: Object, query: dict[str, str]) -> bool:

@@ -1,5 +1,6 @@
 """Each thing that can be wrong, made wrong, and what is said about it."""
 
+import copy
 import os
 import threading
 from collections.abc import Iterator
@@ -9,19 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from fake_kube import FakeKube, fake_kube
+from shapes import GPU
 
 from components.cluster import amount
 from pipelines.doctor import Question, examine, show
 from pipelines.doctor_finding import Finding
-
-ROOT = Path(__file__).parent.parent.parent
-SHAPE = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
-SHAPE["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
-SHAPE["template"]["spec"]["containers"][0]["resources"] = {
-    "requests": {"cpu": "8", "memory": "64Gi"}, "limits": {"memory": "64Gi", "nvidia.com/gpu": "8"}
-}  # fmt: skip
 
 
 def found(question: Question, what: str) -> Finding:
@@ -110,7 +104,7 @@ def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
     """A cluster on which all is well."""
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     with fake_kube(tmp_path / "kubeconfig") as server:
-        server.put("podtemplates", SHAPE)
+        server.put("podtemplates", GPU)
         server.put("configmaps", {"metadata": {"name": "mplug-config"}})
         server.put("secrets", {"metadata": {"name": "mplug-s3"}})
         server.put("configmaps", {"metadata": {"name": "training-operator-init-container"}}, "kubeflow")
@@ -150,7 +144,7 @@ def test_what_is_not_installed_is_named(kube: FakeKube) -> None:
 
 
 def test_a_shape_that_breaks_a_rule_is_named(kube: FakeKube) -> None:
-    shape = yaml.safe_load(yaml.safe_dump(SHAPE))
+    shape = copy.deepcopy(GPU)
     shape["template"]["spec"]["containers"][0]["image"] = "registry.example/training:latest"
     kube.put("podtemplates", shape)
     assert "other than latest" in found(CLUSTER, "shape").said
@@ -163,6 +157,12 @@ def test_the_operators_own_init_container_is_a_failure_under_the_restricted_stan
     assert "init container" not in {finding.what for finding in examine(CLUSTER)}
 
 
+def test_a_quota_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
+    kube.faults.append(lambda _method, path: 403 if path.endswith("resourcequotas") else None)
+    assert found(CLUSTER, "quota").kind == "warning"
+    assert found(CLUSTER, "GPUs").kind == "ok"  # and the rest is looked at
+
+
 def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:
     kube.put("resourcequotas", {
         "metadata": {"name": "mplug"}, "spec": {"hard": {"requests.nvidia.com/gpu": "16"}},
@@ -173,7 +173,10 @@ def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:
 
 def test_too_few_nodes_with_gpus_are_a_failure(kube: FakeKube) -> None:
     finding = [item for item in examine(Question(cluster=True, nodes=3)) if item.what == "GPUs"][-1]
-    assert (finding.kind, finding.said) == ("failure", "2 nodes have 8 of nvidia.com/gpu, the job needs 3")
+    assert (finding.kind, finding.said) == (
+        "failure",
+        "there is room for 2 pods with 8 of nvidia.com/gpu each, the job has 3",
+    )
 
 
 @pytest.mark.parametrize(

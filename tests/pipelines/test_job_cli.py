@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_kube import FakeKube, fake_kube
+from shapes import CPU
 
 ROOT = Path(__file__).parent.parent.parent
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 TRAIN = ["train", "tiny_pretraining", "data.shards=s", "model.decoder=d"]
-SHAPE = yaml.safe_load((ROOT / "k8s/base/training/pod-template.yaml").read_text(encoding="utf-8"))
-SHAPE["template"]["spec"]["containers"][0]["image"] = "registry.example/training:1"
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def mplug(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_a_job_is_applied_watched_read_and_cancelled(kube: FakeKube) -> None:
-    kube.put("podtemplates", SHAPE)
+    kube.put("podtemplates", CPU)
     applied = mplug("apply", "--nodes", "2", *TRAIN)
     name = applied.stdout.strip()
     assert (name, applied.returncode) == (kube.wait_for("pytorchjobs")[0]["metadata"]["name"], 0), applied.stderr
@@ -46,7 +45,7 @@ def test_a_job_is_applied_watched_read_and_cancelled(kube: FakeKube) -> None:
 
 
 def test_a_failed_job_is_a_failed_command(kube: FakeKube) -> None:
-    kube.put("podtemplates", SHAPE)
+    kube.put("podtemplates", CPU)
     name = mplug("apply", "evaluate", "s3://m", "s3://s", "--split", "val").stdout.strip()
     assert kube.wait_for("jobs")[0]["spec"]["template"]["spec"]["containers"][0]["args"][-2:] == ["--split", "val"]
     kube.conclude("jobs", name, "Failed", "Job has reached the specified backoff limit")

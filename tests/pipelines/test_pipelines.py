@@ -106,6 +106,7 @@ def test_an_evaluation_gets_its_gpu_nodes_and_shared_memory() -> None:
         (["nodes=true"], "nodes must be of type NUMBER_INTEGER"),
         (["overrides=x"], "overrides must be of type LIST"),
         (["source"], "must be parameter=value"),
+        (["deadline_hours=long"], "deadline_hours must be of type NUMBER_DOUBLE, got 'long'"),
     ],
 )
 def test_wrong_arguments_are_all_told_at_once(items: list[str], said: str) -> None:
@@ -118,9 +119,14 @@ def test_wrong_arguments_are_all_told_at_once(items: list[str], said: str) -> No
 def test_what_is_missing_is_told_with_its_meaning() -> None:
     with pytest.raises(ConfigError, match="decoder must be given: Folder or URI of the language model"):
         with_defaults("pretrain", {"source": "x", "code_version": "1"})
-    assert arguments("pretrain", ["source=1", "nodes=2", "partitions=[1/2, 2/2]"]) == {
-        "source": "1", "nodes": 2, "partitions": ["1/2", "2/2"],
+
+
+def test_values_are_read_by_the_type_of_their_parameter() -> None:
+    items = ["source=1", "nodes=010", "partitions=[1/2, 2/2]", "deadline_hours=1e-1"]
+    assert arguments("pretrain", items) == {
+        "source": "1", "nodes": 10, "partitions": ["1/2", "2/2"], "deadline_hours": 0.1,
     }  # fmt: skip
+    assert arguments("finetune", ["minimum={classification: 5e-1}"]) == {"minimum": {"classification": 0.5}}
 
 
 def run(name: str, folder: Path, *items: str) -> "subprocess.CompletedProcess[str]":

@@ -101,5 +101,7 @@ def test_the_command_prints_the_link_and_refuses_what_is_incomplete(kfp: FakeKfp
     assert ended.exit_code == 0, ended.output
     assert f"{kfp.url}/#/runs/details/r0" in ended.output
     assert len(kfp.runs[0].runtime_config["parameters"]["code_version"]) == 12
+    fixed = CliRunner().invoke(pipeline, ["submit", "pretrain", *items, "overrides=[name=x]", "--host", kfp.url])
+    assert "name is set by the pipeline" in str(fixed.exception)
     incomplete = CliRunner().invoke(pipeline, ["submit", "pretrain", "source=x", "--host", kfp.url])
     assert "decoder must be given" in str(incomplete.exception)

@@ -1,0 +1,34 @@
+"""The log of a job's first pod, through broken connections and from pod to pod."""
+
+import logging
+import threading
+
+from components.cluster import Cluster
+
+log = logging.getLogger("mplug")
+
+
+def show_log(cluster: Cluster, kind: str, name: str, ended: threading.Event) -> None:
+    """Prints the log of the job's first pod, and of each that takes its place, through broken connections."""
+    shown: dict[str, str] = {}
+    while True:
+        is_last = ended.is_set()
+        try:
+            print_log(cluster, kind, name, shown, follow=not is_last)
+        except Exception as error:  # whatever it is, the job itself is not to end of it
+            log.debug("the log of %s: %s", name, error)
+        if is_last:
+            return
+        ended.wait(1)
+
+
+def print_log(cluster: Cluster, kind: str, name: str, shown: dict[str, str], *, follow: bool) -> None:
+    """Prints what is new; `shown` holds the time of the last line of each pod, by uid."""
+    for pod in cluster.pods(kind, name, first=True):
+        uid, known = pod["metadata"]["uid"], shown.get(pod["metadata"]["uid"], "")
+        if (pod.get("status") or {}).get("phase") not in ("Running", "Succeeded", "Failed"):
+            continue
+        for when, line in cluster.log_lines(pod["metadata"]["name"], follow=follow):
+            if when > known:  # a log that is read again begins at its start
+                print(line, flush=True)
+                shown[uid] = when

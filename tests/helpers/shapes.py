@@ -1,0 +1,24 @@
+"""The PodTemplate of k8s/base, with an image as an overlay gives it one."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE = Path(__file__).parents[2] / "k8s" / "base" / "training" / "pod-template.yaml"
+
+
+def shape(**resources: dict[str, str]) -> dict[str, Any]:
+    """With these requests and limits, where some are given."""
+    made: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    container = made["template"]["spec"]["containers"][0]
+    container["image"] = "registry.example/training:1"
+    if resources:
+        container["resources"] = resources
+    return made
+
+
+CPU = shape()
+GPU = shape(
+    requests={"cpu": "96", "memory": "500Gi"}, limits={"memory": "500Gi", "nvidia.com/gpu": "8"}
+)  # fmt: skip
