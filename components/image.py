@@ -1,4 +1,4 @@
-"""The image of a step where none is chosen: a run of a pipeline names it by the parameter `image`."""
+"""What a step is compiled with: every run of a pipeline names its image, by the parameter `image`."""
 
 from functools import partial
 

@@ -7,7 +7,6 @@ from kfp import dsl
 from components.evaluate import evaluate
 from components.finish_run import finish_run
 from components.gate import gate
-from components.image import IMAGE
 from components.register import register
 from components.shard import shard
 from components.start_run import start_run
@@ -80,6 +79,7 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
         raw: str,
         pretrained: str,
         code_version: str,
+        image: str,
         raw_version: str = "",
         root: str = "s3://mplug/work",
         configs: list[str] = presets,
@@ -100,13 +100,13 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
         tracking_uri: str = "http://mlflow.mplug:5000",
         experiment: str = "mplug-video",
         run_name: str = name,
-        image: str = IMAGE,
     ) -> None:
         """The stages, and a last word to MLflow however they end.
 
         Args:
             raw: Folder or URI of the downloaded dataset, <root>/raw/<name>.
             pretrained: Folder or URI of the model to start from.
+            image: Image of every step, and of the training pods.
             raw_version: Names the state of the dataset; a new one decodes it again.
             code_version: Names the code; a new one runs every stage again.
             root: s3:// URI under which everything is written.
@@ -128,7 +128,6 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
             tracking_uri: MLflow tracking server.
             experiment: MLflow experiment.
             run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
-            image: Image of every step, and of the training pods.
         """
         last = finish_run(
             tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages="gate register"

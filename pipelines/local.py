@@ -16,7 +16,7 @@ from pipelines.catalog import documents, pipeline, with_defaults
 
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
 FIXED = {"name", "task", "output", "data.shards", "model.decoder", "model.init_from"}
-HERE = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0}
+HERE = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0, "image": ""}
 """Defaults of a pipeline's parameters on one machine."""
 
 

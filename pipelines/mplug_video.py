@@ -10,7 +10,6 @@ from kfp import dsl
 from components.download import download
 from components.evaluate import evaluate
 from components.finish_run import finish_run
-from components.image import IMAGE
 from components.register import register
 from components.report import report
 from components.shard import shard
@@ -104,6 +103,7 @@ def mplug_video(
     root: str,
     tracking_uri: str,
     code_version: str,
+    image: str,
     source_version: str = "",
     dataset: str = "youku-mplug",
     experiment: str = "mplug-video",
@@ -113,7 +113,6 @@ def mplug_video(
     num_frames: int = 16,
     short_side: int = 72,
     vocab_size: int = 448,
-    image: str = IMAGE,
 ) -> None:
     """The stages, and a last word to MLflow however they end.
 
@@ -122,6 +121,7 @@ def mplug_video(
         root: Folder or s3:// URI under which everything is written.
         tracking_uri: MLflow tracking server.
         code_version: Names the code; a new one runs every stage again.
+        image: Image of every step.
         source_version: Names the state of the source; a new one copies what has changed.
         dataset: Name of the dataset under <root>/raw.
         experiment: MLflow experiment.
@@ -131,7 +131,6 @@ def mplug_video(
         num_frames: Frames stored per clip.
         short_side: Height or width of stored frames, whichever is shorter, in pixels.
         vocab_size: Tokens of the tokenizer.
-        image: Image of every step.
     """
     last = finish_run(
         tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages="register report"

@@ -83,7 +83,7 @@ def submit(
 ) -> None:
     """Start a pipeline on Kubeflow Pipelines; prints the link to its run.
 
-    Example: `mplug pipeline submit pretrain source=modelscope://modelscope/Youku-AliceMind decoder=s3://… --wait`
+    Example: `mplug pipeline submit pretrain image=… source=modelscope://… decoder=s3://… --wait`
     """
     from model.config import ConfigError
     from pipelines import submit as sending

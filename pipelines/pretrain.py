@@ -4,7 +4,6 @@ from kfp import dsl
 
 from components.download import download
 from components.finish_run import finish_run
-from components.image import IMAGE
 from components.shard import shard
 from components.start_run import start_run
 from components.train import train
@@ -61,6 +60,7 @@ def pretrain(
     source: str,
     decoder: str,
     code_version: str,
+    image: str,
     root: str = "s3://mplug/work",
     source_version: str = "",
     dataset: str = "youku-mplug",
@@ -76,7 +76,6 @@ def pretrain(
     tracking_uri: str = "http://mlflow.mplug:5000",
     experiment: str = "mplug-video",
     run_name: str = "pretrain",
-    image: str = IMAGE,
 ) -> None:
     """The stages, and a last word to MLflow however they end.
 
@@ -84,6 +83,7 @@ def pretrain(
         source: Folder, s3:// URI, list of URLs or modelscope://owner/name of the dataset as published.
         decoder: Folder or URI of the language model, as `mplug convert` makes it.
         code_version: Names the code; a new one runs every stage again.
+        image: Image of every step, and of the training pods.
         root: s3:// URI under which everything is written.
         source_version: Names the state of the source; a new one copies what has changed.
         dataset: Name of the dataset under <root>/raw.
@@ -99,7 +99,6 @@ def pretrain(
         tracking_uri: MLflow tracking server.
         experiment: MLflow experiment.
         run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
-        image: Image of every step, and of the training pods.
     """
     last = finish_run(
         tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages=f"{config}-scratch"

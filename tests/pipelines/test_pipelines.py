@@ -118,7 +118,7 @@ def test_wrong_arguments_are_all_told_at_once(items: list[str], said: str) -> No
 
 def test_what_is_missing_is_told_with_its_meaning() -> None:
     with pytest.raises(ConfigError, match="decoder must be given: Folder or URI of the language model"):
-        with_defaults("pretrain", {"source": "x", "code_version": "1"})
+        with_defaults("pretrain", {"source": "x", "image": "y", "code_version": "1"})
 
 
 def test_values_are_read_by_the_type_of_their_parameter() -> None:

@@ -11,7 +11,13 @@ from model.exits import OutageError, StageError
 from pipelines.pipeline_cli import pipeline
 from pipelines.submit import Host, submit, wait
 
-GIVEN = {"source": "s3://x", "decoder": "s3://y", "code_version": "1", "nodes": 2}
+GIVEN = {
+    "source": "s3://x",
+    "decoder": "s3://y",
+    "image": "registry.example/training:2",
+    "code_version": "1",
+    "nodes": 2,
+}
 
 
 @pytest.fixture
