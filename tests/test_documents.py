@@ -21,7 +21,8 @@ TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.
 def lines(document: Path) -> list[str]:
     text = document.read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-    return [line.partition(" # ")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    whole = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.partition(" # ")[0].strip() for line in whole if line.strip()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
