@@ -18,9 +18,13 @@ collect_ignore = [] if "MPLUG_E2E" in os.environ else ["e2e"]
 """Which takes a cluster: `make e2e-cluster`."""
 
 
+LONGEST = ("demo", "pipelines", "planning", "torchrun", "training", "recovery", "kills", "tracking", "validation")
+"""Test files, longest first: test processes that share the files then end together."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: test processes that share the files then end together."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
+    order = {f"test_{name}.py": position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
