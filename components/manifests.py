@@ -145,7 +145,6 @@ def _pod(launch: Launch, shape: Manifest) -> Manifest:
         pod["metadata"]["labels"][WEB] = "true"
     if not launch.is_training:  # which alone serves metrics
         container.pop("livenessProbe", None)
-        container.pop("startupProbe", None)
         container.pop("ports", None)
     _share_resources(launch, pod)
     return pod

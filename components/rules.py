@@ -160,11 +160,12 @@ def _meets(job: Manifest) -> Iterator[str]:
         if (metadata.get("annotations") or {}).get("sidecar.istio.io/inject") != "false":
             yield f'{kind}: annotation sidecar.istio.io/inject must be "false": a mesh\'s proxy never lets the pod end.'
         for container in spec.get("containers") or []:
-            if container.get("readinessProbe"):
-                yield (
-                    f"{kind}: container {container['name']} must have no readinessProbe: the operator's services do "
-                    "not name pods that are not ready, and a pod is not ready before the others have found it."
-                )
+            for probe in ("readinessProbe", "startupProbe"):
+                if container.get(probe):
+                    yield (
+                        f"{kind}: container {container['name']} must have no {probe}: the operator's services do not "
+                        "name pods that are not ready, and a pod is not ready before the others have found it."
+                    )
             if (container.get("command") or [""])[0] not in ("mplug", "torchrun"):
                 yield f"{kind}: container {container['name']} must start mplug or torchrun: RANK counts pods here."
 

@@ -61,6 +61,7 @@ CONTAINER = (*POD, "containers", 0)
         (put("spec", "elasticPolicy", value={"minReplicas": 1}), "elasticPolicy must go without a Master"),
         (put(*CONTAINER, "name", value="main"), "one container must be named pytorch"),
         (put(*CONTAINER, "readinessProbe", value={"httpGet": {}}), "must have no readinessProbe"),
+        (put(*CONTAINER, "startupProbe", value={"httpGet": {}}), "must have no startupProbe"),
         (put(*MASTER, "template", "metadata", "annotations", value={}), "sidecar.istio.io/inject"),
         (put(*POD, "terminationGracePeriodSeconds", value=None), "terminationGracePeriodSeconds must be more"),
         (put(*POD, "volumes", 0, value={"name": "shm", "emptyDir": {}}), "/dev/shm must be an emptyDir"),
