@@ -18,11 +18,11 @@ from kubernetes import client, config, watch
 from kubernetes.client import ApiException
 from kubernetes.utils.quantity import parse_quantity
 
+from components.manifests import Manifest
 from model.exits import OutageError, StageError
 
 log = logging.getLogger("mplug")
 T = TypeVar("T")
-Manifest = dict[str, Any]
 OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT_S = (5, 30)
 """To connect, and to wait for the next bytes."""
@@ -89,11 +89,11 @@ class Cluster:
             except config.ConfigException as error:
                 raise ClusterError(f"no cluster is configured: {error} Set KUBECONFIG.", 0) from error
         self.namespace = namespace or known or "default"
-        api = client.ApiClient()
-        api.configuration.retries = False  # urllib3's would hide from us how long it takes
-        if not api.configuration.verify_ssl:  # as the kubeconfig says: no warning at every call
+        settings = client.Configuration.get_default_copy()
+        settings.retries = False  # urllib3's would hide from us how long it takes
+        if not settings.verify_ssl:  # as the kubeconfig says: no warning at every call
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        self.api = client.ApiClient(api.configuration)
+        self.api = client.ApiClient(settings)
         self.custom, self.core = client.CustomObjectsApi(self.api), client.CoreV1Api(self.api)
 
     def call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
@@ -184,10 +184,8 @@ class Cluster:
     def pods(self, kind: str, name: str, *, first: bool = False) -> list[Manifest]:
         """The pods of a job, or its first one."""
         selector = KINDS[kind].pods.format(name) + (f",{KINDS[kind].first}" if first else "")
-        pods: list[Manifest] = self._json(self.core.list_namespaced_pod, self.namespace, label_selector=selector)[
-            "items"
-        ]
-        return pods
+        found = self._json(self.core.list_namespaced_pod, self.namespace, label_selector=selector)
+        return list(found["items"])
 
     def warnings(self, name: str) -> list[str]:
         """What the cluster complains about with an object of this name, oldest first."""
@@ -211,8 +209,7 @@ class Cluster:
 
     def read(self, path: str) -> Manifest:
         """Any object or list of the API, by its path."""
-        answer = self._json(self.api.call_api, path, "GET", auth_settings=["BearerToken"], _return_http_data_only=True)
-        return answer
+        return self._json(self.api.call_api, path, "GET", auth_settings=["BearerToken"], _return_http_data_only=True)
 
     def may(self, verb: str, group: str, resource: str) -> bool:
         """Whether who asks has this right in the namespace."""
@@ -247,9 +244,8 @@ class Cluster:
         pod = os.environ.get("KFP_POD_NAME", "")
         if not pod or not OWN_NAMESPACE.exists() or OWN_NAMESPACE.read_text(encoding="utf-8") != self.namespace:
             return []
-        references = self._json(self.core.read_namespaced_pod, pod, self.namespace)["metadata"].get(
-            "ownerReferences", []
-        )
+        step = self._json(self.core.read_namespaced_pod, pod, self.namespace)
+        references = step["metadata"].get("ownerReferences", [])
         return [{**reference, "controller": False, "blockOwnerDeletion": False} for reference in references[:1]]
 
 

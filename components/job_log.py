@@ -2,13 +2,29 @@
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from components.cluster import Cluster
 
 log = logging.getLogger("mplug")
+LAST_LINES_S = 5.0
 
 
-def show_log(cluster: Cluster, kind: str, name: str, ended: threading.Event) -> None:
+@contextmanager
+def log_shown(cluster: Cluster, kind: str, name: str) -> Iterator[None]:
+    """While it lasts, the log of the job's first pod is printed; at its end, what is left of it."""
+    ended = threading.Event()
+    reader = threading.Thread(target=_show_log, args=(cluster, kind, name, ended), daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reader.join(LAST_LINES_S)
+
+
+def _show_log(cluster: Cluster, kind: str, name: str, ended: threading.Event) -> None:
     """Prints the log of the job's first pod, and of each that takes its place, through broken connections."""
     shown: dict[str, str] = {}
     while True:

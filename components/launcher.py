@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.cluster import KINDS, Cluster, ClusterError, Manifest
-from components.job_log import show_log
-from components.manifests import SHAPE, Launch, render
+from components.cluster import KINDS, Cluster, ClusterError
+from components.job_log import log_shown
+from components.manifests import SHAPE, Launch, Manifest, render
 from model.config import ConfigError
 from model.exits import AttemptsError, OutageError, StageError
 from model.tracking import TERMINATED
@@ -33,7 +33,6 @@ GIVEN_UP = "mplug-video/given-up"
 """Annotation of a job that was stopped: why."""
 LOOK_EVERY_S = 20
 GONE_WITHIN_S = 300.0
-LAST_LINES_S = 5.0
 
 
 class JobFailedError(StageError):
@@ -42,7 +41,7 @@ class JobFailedError(StageError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How long a job is followed before it is given up, and removed."""
+    """How long a job is followed before it is given up, and stopped."""
 
     deadline_s: float = 0
     """From its start; 0: none."""
@@ -157,9 +156,8 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
             raise AttemptsError(f"{reason} `mplug job cancel {name}` lets it begin anew.")
         else:
             log.info("%s %s is there and is followed", kind, name)
-            if owner := manifest["metadata"][
-                "ownerReferences"
-            ]:  # this workflow's now: the old one's end is not its own
+            owner = manifest["metadata"]["ownerReferences"]
+            if owner:  # the end of an older workflow is not the job's any more
                 cluster.patch(kind, name, {"metadata": {"ownerReferences": owner}})
             return found
 
@@ -174,14 +172,8 @@ def _wait_until_gone(cluster: Cluster, kind: str, name: str) -> None:
 
 def attend(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
     """Returns when the job has succeeded; shows its log, and what happens to it in between."""
-    ended = threading.Event()
-    reader = threading.Thread(target=show_log, args=(cluster, kind, name, ended), daemon=True)
-    reader.start()
-    try:
+    with log_shown(cluster, kind, name):
         _follow(cluster, kind, name, limits)
-    finally:
-        ended.set()
-        reader.join(LAST_LINES_S)
 
 
 def _follow(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
@@ -296,17 +288,11 @@ def _ends(pods: list[Manifest]) -> list[str]:
 
 def follow_log(cluster: Cluster, kind: str, name: str) -> None:
     """Prints the log until the job has ended, however."""
-    ended = threading.Event()
-    reader = threading.Thread(target=show_log, args=(cluster, kind, name, ended), daemon=True)
-    reader.start()
-    while (job := cluster.get(kind, name)) and not has_ended(kind, job):
-        time.sleep(2)
-    ended.set()
-    reader.join(LAST_LINES_S)
-
-
-def has_ended(kind: str, job: Manifest) -> bool:
-    return bool(_condition(job, "Failed") or _condition(job, KINDS[kind].succeeded))
+    with log_shown(cluster, kind, name):
+        while job := cluster.get(kind, name):
+            if _condition(job, "Failed") or _condition(job, KINDS[kind].succeeded):
+                return
+            time.sleep(2)
 
 
 @contextmanager

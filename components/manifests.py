@@ -9,8 +9,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +50,6 @@ class Launch:
     """Empty: the shape's."""
     deadline_s: int = 0
     """0: none."""
-    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_training(self) -> bool:
@@ -76,7 +74,7 @@ def render(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchj
     if launch.deadline_s:
         deadline["activeDeadlineSeconds"] = launch.deadline_s
     own = shape["metadata"].get("labels") or {}
-    labels = {"app.kubernetes.io/name": SHAPE, "app.kubernetes.io/part-of": "mplug-video", **own, **launch.labels}
+    labels = {"app.kubernetes.io/name": SHAPE, "app.kubernetes.io/part-of": "mplug-video", **own}
     for document in documents:
         document["metadata"] = {"name": name, "namespace": namespace, "labels": labels}
     if wrong := [problem for document in documents for problem in rules.problems(document)]:
@@ -212,7 +210,7 @@ def _name(launch: Launch, shape: Manifest) -> str:
             rule = f"lower-case letters, digits and dashes, a letter first, at most {LONGEST_NAME} of them"
             raise ConfigError(f"the name of a job must be {rule}, got {launch.name!r}.")
         return launch.name
-    facts = [launch.command, launch.nodes, _processes(launch, shape), launch.image, sorted(launch.labels.items())]
+    facts = [launch.command, launch.nodes, _processes(launch, shape), launch.image]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     words = [word for word in launch.command if "=" not in word and not word.startswith("-")][:2]
     stem = re.sub(r"[^a-z0-9]+", "-", "-".join(word.rpartition("/")[2] for word in words).lower())

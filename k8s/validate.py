@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,13 @@ def kustomize(folder: Path) -> list[Document]:
 
 
 def check(document: Document) -> list[str]:
-    """Schema and rules; empty where all is well."""
+    """Schema and rules; empty where all is well. Most objects are the same in every build, and are looked at once."""
+    return _check(json.dumps(document, sort_keys=True))
+
+
+@cache
+def _check(text: str) -> list[str]:
+    document = json.loads(text)
     name = f"{document['kind']} {document['metadata']['name']}"
     if document["kind"] == "PyTorchJob":
         found = [

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,16 @@ def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
+@cache
+def parameters(name: str) -> dict[str, Any]:
+    """Type, default and meaning of each of a pipeline's parameters."""
+    found: dict[str, Any] = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    return found
+
+
 def arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
     """`parameter=value` as the pipeline's arguments, values as YAML. Raises ConfigError, with every problem."""
-    known = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    known = parameters(name)
     found: dict[str, Any] = {}
     problems: list[str] = []
     for item in items:
@@ -74,7 +82,7 @@ def arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
 
 def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a run. Raises ConfigError where something is missing that has no default."""
-    known = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    known = parameters(name)
     missing = [key for key, parameter in known.items() if not parameter.get("isOptional") and key not in given]
     if missing:
         _refuse([f"{key} must be given: {known[key].get('description', '')}" for key in missing])

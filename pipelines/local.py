@@ -12,7 +12,7 @@ import pipelines
 from model import storage
 from model.config import ConfigError, load
 from model.exits import StageError
-from pipelines.catalog import documents, pipeline, with_defaults
+from pipelines.catalog import parameters, pipeline, with_defaults
 
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
 FIXED = {"name", "task", "output", "data.shards", "model.decoder", "model.init_from"}
@@ -22,7 +22,7 @@ HERE = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0, "image": ""}
 
 def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
     """Runs pipeline `name`; stages that finished before with the same inputs and code come from the cache."""
-    known = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    known = parameters(name)
     values = {**{key: value for key, value in HERE.items() if key in known}, "code_version": code_version(), **given}
     for data, version in (("source", "source_version"), ("raw", "raw_version")):
         if data in values and version not in values:

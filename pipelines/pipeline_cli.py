@@ -24,12 +24,12 @@ def parameters(name: Name) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.catalog import documents
+    from pipelines.catalog import parameters
 
     table = Table(box=None)
     for column in ("parameter", "default", ""):
         table.add_column(column)
-    for key, parameter in documents(name)[0]["root"]["inputDefinitions"]["parameters"].items():
+    for key, parameter in parameters(name).items():
         default = str(parameter.get("defaultValue", "")) if parameter.get("isOptional") else "required"
         table.add_row(key, default, parameter.get("description", ""))
     Console(highlight=False).print(table)

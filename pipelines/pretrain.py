@@ -17,8 +17,8 @@ def make_dataset(
 ) -> dict[str, str]:  # fmt: skip
     """Download and decoding in shares, put together at the end. A pipeline of its own for the reason in finetune.py."""
     common = {"root": root, "tracking": tracking, "code_version": code_version}
-    stored = {"num_frames": num_frames, "short_side": short_side, "datasets": ["pretrain"], **common}
-    stored["raw_version"] = source_version
+    form = {"num_frames": num_frames, "short_side": short_side}
+    stored = {"raw_version": source_version, "datasets": ["pretrain"], **form, **common}
     raw = f"{root}/raw/{dataset}"
     with dsl.ParallelFor(partitions, name="download shares") as partition:
         share = download(source=source, source_version=source_version, dataset=dataset, partition=partition, **common)
