@@ -13,11 +13,12 @@ def download(
     from model.data.download import download as run
     from model.data.http import shown
     from model.data.partition import parse_partition
+    from model.exits import exit_codes
     from model.tracking import stage
 
     facts = {"source": shown(source), "source_version": source_version, "partition": partition}
-    with stage("download", tracking, {**facts, "code_version": code_version}) as tracked:
+    with exit_codes(), stage("download", tracking, {**facts, "code_version": code_version}) as tracked:
         index, count = parse_partition(partition)
         uri, done = run(source, root, dataset, Options(index=index, count=count))
         tracked.metrics(done)
-    return uri
+        return uri

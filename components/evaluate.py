@@ -20,10 +20,12 @@ def evaluate(
 
     from model.config import dataset_of
     from model.evaluation import runner
+    from model.exits import exit_codes
 
-    evaluation = runner.evaluate(trained, shards=shards[dataset_of(config)], tracking=tracking)
-    for name, value in evaluation.scores.items():
-        metrics.log_metric(name, value)
-    # an artifact without a file does not count as made, and the local cache would judge the model again
-    Path(metrics.path).write_text(json.dumps(evaluation.scores))
-    return runner.save(evaluation, f"{trained}.test.json")
+    with exit_codes():
+        evaluation = runner.evaluate(trained, shards=shards[dataset_of(config)], tracking=tracking)
+        for name, value in evaluation.scores.items():
+            metrics.log_metric(name, value)
+        # an artifact without a file does not count as made, and the local cache would judge the model again
+        Path(metrics.path).write_text(json.dumps(evaluation.scores))
+        return runner.save(evaluation, f"{trained}.test.json")

@@ -9,6 +9,8 @@ def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: s
 
     kfp's own PipelineTaskFinalStatus is known only to backends newer than the oldest that these pipelines are for.
     """
+    from model.exits import exit_codes
     from model.registry import finish_pipeline_run
 
-    print(finish_pipeline_run(tracking_uri, experiment, run_name, last_stages.replace("_", "-").split()))
+    with exit_codes():
+        print(finish_pipeline_run(tracking_uri, experiment, run_name, last_stages.replace("_", "-").split()))

@@ -10,9 +10,10 @@ def gate(
 ) -> list[str]:  # fmt: skip
     """Returns the evaluations, all of which have passed; fails where one has not."""
     from model.evaluation import comparison
+    from model.exits import exit_codes
     from model.tracking import stage
 
-    with stage("gate", tracking, {"tolerance": tolerance, "code_version": code_version}) as tracked:
+    with exit_codes(), stage("gate", tracking, {"tolerance": tolerance, "code_version": code_version}) as tracked:
         for row in comparison.gate(evaluations, root, tracking, minimum, tolerance):
             tracked.metrics({f"{row.task}/{row.metric}": row.value, f"{row.task}/required": row.required})
-    return evaluations
+        return evaluations

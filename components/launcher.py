@@ -23,7 +23,7 @@ from components.cluster import KINDS, Cluster, ClusterError
 from components.job_log import log_shown
 from components.manifests import SHAPE, Launch, Manifest, render
 from model.config import ConfigError
-from model.exits import AttemptsError, OutageError, StageError
+from model.exits import ATTEMPTS, FAILED, AttemptsError, OutageError, ProcessFailedError
 from model.tracking import TERMINATED
 
 log = logging.getLogger("mplug")
@@ -35,7 +35,7 @@ LOOK_EVERY_S = 20
 GONE_WITHIN_S = 300.0
 
 
-class JobFailedError(StageError):
+class JobFailedError(ProcessFailedError):
     """A job has ended without success."""
 
 
@@ -210,6 +210,9 @@ class _AskedToEndError(BaseException):
 class GivenUpError(JobFailedError, AttemptsError):
     """A job has been restarted too often, or has taken too long."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ATTEMPTS)
+
 
 def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: _Seen) -> bool:
     """Whether the job has succeeded. Raises JobFailedError where it has failed."""
@@ -219,8 +222,11 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: _Seen) -> bool:
             log.info("%s: %s", job["metadata"]["name"], condition["type"])
     if condition := _condition(job, "Failed"):
         name = job["metadata"]["name"]
-        ends = "; ".join(_ends(cluster.pods(kind, name)))
-        raise JobFailedError(f"{kind} {name} has failed: {condition.get('message') or condition.get('reason')} {ends}")
+        pods = cluster.pods(kind, name)
+        reason = condition.get("message") or condition.get("reason")
+        # a job that was restarted without success has failed, too
+        code = next((code for _, code, _ in _ends(pods) if code < 128), FAILED)
+        raise JobFailedError(f"{kind} {name} has failed: {reason} {_said_of(pods)}", code)
     return bool(_condition(job, KINDS[kind].succeeded))
 
 
@@ -244,7 +250,7 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: _Seen, limits: Limit
     if seen.restarts > limits.restarts:
         raise GivenUpError(
             f"{kind} {name} is given up: a pod was started again {seen.restarts} times, at most {limits.restarts} are "
-            f"allowed. {'; '.join(_ends(pods))}"
+            f"allowed. {_said_of(pods)}"
         )
     if limits.deadline_s and _age_s(job) > limits.deadline_s:
         raise GivenUpError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
@@ -276,10 +282,14 @@ def _waits(pod: Manifest) -> Iterator[str]:
             yield f"pod {name} does not start: {waiting['reason']}: {waiting.get('message', '')}"
 
 
-def _ends(pods: list[Manifest]) -> list[str]:
-    """How the containers of pods have ended that did not end well."""
+def _said_of(pods: list[Manifest]) -> str:
+    return "; ".join(f"pod {name} ended with exit code {code} ({reason})" for name, code, reason in _ends(pods))
+
+
+def _ends(pods: list[Manifest]) -> list[tuple[str, int, str]]:
+    """Pod, exit code and reason of the containers that did not end well."""
     return [
-        f"pod {pod['metadata']['name']} ended with exit code {ended['exitCode']} ({ended.get('reason', '')})"
+        (pod["metadata"]["name"], ended["exitCode"], ended.get("reason", ""))
         for pod in pods
         for container in (pod.get("status") or {}).get("containerStatuses") or []
         if (ended := container["state"].get("terminated")) and ended["exitCode"]

@@ -19,10 +19,11 @@ def shard(
     from model.data.partition import parse_partition
     from model.data.statistics import statistics
     from model.evaluation.dataset_report import publish
+    from model.exits import exit_codes
     from model.tracking import stage
 
     facts = {"num_frames": num_frames, "short_side": short_side, "partition": partition, "raw_version": raw_version}
-    with stage("shard", tracking, {**facts, "code_version": code_version}) as tracked:
+    with exit_codes(), stage("shard", tracking, {**facts, "code_version": code_version}) as tracked:
         form, (index, count) = Form(num_frames=num_frames, short_side=short_side), parse_partition(partition)
         wanted = {name: Settings(raw=raw, root=root, dataset=name, form=form) for name in map(dataset_of, datasets)}
         if count > 1:
@@ -33,4 +34,4 @@ def shard(
         for uri in uris.values():
             publish(statistics(uri), tracked)
         tracked.tags({f"data_digest.{name}": uri.rpartition("@")[2] for name, uri in uris.items()})
-    return uris
+        return uris

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from model.exits import INTERRUPTED, LOST
+from model.exits import FAILURES, INTERRUPTED, LOST
 from model.parent import PARENT_PID, signal_at_its_end
 
 RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
@@ -51,7 +51,9 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
 def _attempt(command: list[str]) -> tuple[int, bool]:
     """Exit code of one attempt, and whether it ended because this process was asked to."""
     asked: list[int] = []
-    child = subprocess.Popen(command, env={**os.environ, PARENT_PID: str(os.getpid())})
+    environment = {**os.environ, PARENT_PID: str(os.getpid())}
+    environment.pop(FAILURES, None)  # an attempt that fails is not yet a failure
+    child = subprocess.Popen(command, env=environment)
 
     def pass_on(number: int, _frame: object) -> None:
         asked.append(number)

@@ -17,7 +17,7 @@ def train(
     from components.launcher import train_on_cluster
     from components.torchrun import launch
     from model.config import dataset_of, load
-    from model.exits import exit_codes
+    from model.exits import ProcessFailedError, exit_codes
     from model.training.attempts import published
 
     settings = {
@@ -34,5 +34,5 @@ def train(
         if nodes:
             train_on_cluster(config, arguments, nodes, processes, image, namespace, deadline_hours)
         elif code := launch(config, arguments, processes):
-            raise SystemExit(code)
+            raise ProcessFailedError(f"{settings['name']} ended with exit code {code}; its log says why.", code)
         return published(load(config, arguments))

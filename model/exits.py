@@ -1,5 +1,6 @@
 """Exit codes: 1-127 are permanent, 128 and above are worth a restart. User errors are lines, never tracebacks."""
 
+import json
 import logging
 import os
 import sys
@@ -14,10 +15,20 @@ from model.storage import NotFoundError, StorageError
 FAILED, CONFIGURATION, DATA, ATTEMPTS, INTERRUPTED, OUTAGE, LOST = 1, 2, 3, 4, 130, 134, 144
 """OUTAGE: a bucket or a server that does not answer may be back after a restart. LOST: a process of the run is gone or
 stands still. ATTEMPTS: restarting has not helped. (143, asked to end and saved, is model.tracking's TERMINATED.)"""
+FAILURES = "MPLUG_FAILURES"
+"""Variable with the file in which a step of a pipeline notes its code and message: kfp's local runner drops both."""
 
 
 class StageError(RuntimeError):
     """Something that this program started has failed; its own log says why."""
+
+
+class ProcessFailedError(StageError):
+    """A process that this program depends on has ended with `code`."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class OutageError(RuntimeError):
@@ -49,7 +60,7 @@ CODES: dict[type[BaseException], int] = {
 
 def code_of(error: BaseException) -> int:
     """The exit code of a process that ends with this error."""
-    if isinstance(error, SystemExit):
+    if isinstance(error, SystemExit | ProcessFailedError):
         return error.code if isinstance(error.code, int) else FAILED
     return next((code for kind, code in CODES.items() if isinstance(error, kind)), FAILED)
 
@@ -65,7 +76,17 @@ def exit_codes() -> Iterator[None]:
         yield
     except tuple(CODES) as error:
         code = code_of(error)
+        _note(code, str(error))
         # every process of a run reads the same configuration
         if code != INTERRUPTED and (code != CONFIGURATION or os.environ.get("RANK", "0") == "0"):
             print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
         sys.exit(code)
+    except Exception as error:
+        _note(FAILED, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _note(code: int, message: str) -> None:
+    if where := os.environ.get(FAILURES):
+        with open(where, "a", encoding="utf-8") as file:
+            file.write(json.dumps([code, message]) + "\n")

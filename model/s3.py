@@ -1,6 +1,10 @@
-"""Clients of S3: of boto3 and of obstore one per process, profile and bucket, with the same address and keys."""
+"""Clients of S3: of boto3 and of obstore one per process, profile and bucket, with the same address and keys.
+
+A client serves any number of threads. Creating one does not: boto3's sessions create clients one at a time.
+"""
 
 import os
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -33,8 +37,20 @@ def key_of(uri: str) -> str:
     return place_of(uri).key
 
 
+_creating = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _creating
+    _creating = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # the thread that held it is not in the child
+
+
 def client_of(profile: str) -> "S3Client":
-    return _client(os.getpid(), profile)
+    with _creating:
+        return _client(os.getpid(), profile)
 
 
 @lru_cache(maxsize=8)
@@ -56,7 +72,8 @@ def _client(_pid: int, profile: str) -> "S3Client":
 
 def store_of(uri: str) -> S3Store:
     place = place_of(uri)
-    return _store(os.getpid(), place.profile, place.bucket)
+    with _creating:
+        return _store(os.getpid(), place.profile, place.bucket)
 
 
 @lru_cache(maxsize=8)

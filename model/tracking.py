@@ -163,9 +163,11 @@ class Run:
                 self.opened.set()
             while self.outbox:
                 self._send_first(self.client)
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # of a thread, which nobody would hear of; JSON that a proxy made up, for one
             if not self.is_silent:  # once per outage
-                log.warning("MLflow is not reachable, what is to be shown waits: %s", str(error)[:200])
+                said = str(error)[:200] or type(error).__name__
+                known = isinstance(error, MlflowException | OSError)
+                log.warning("MLflow is not reachable, what is to be shown waits: %s", said, exc_info=not known)
             self.is_silent = True
             return False
         if self.is_silent:
@@ -196,6 +198,8 @@ class Run:
                 if error.error_code not in REFUSED:
                     raise
                 log.warning("MLflow refused an entry of run %s: %s", self.run_id, str(error)[:200])
+            except (AttributeError, KeyError, TypeError):  # it would fail in the same way each time
+                log.exception("an entry of run %s cannot be sent", self.run_id)
             self.outbox.popleft()
             return
         points, metrics = 0, list[Metric]()

@@ -19,7 +19,7 @@ from rich.table import Table
 from model import registry, storage, tracking
 from model.config import ConfigError
 from model.data.synthetic import synthesize
-from model.exits import INTERRUPTED, StageError
+from model.exits import INTERRUPTED, ProcessFailedError, StageError
 from pipelines.local import refuse
 from pipelines.services import BUCKET, Settings, services, stop
 
@@ -88,8 +88,9 @@ def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[st
                 file.write(line)
                 file.flush()
                 _show(line.decode(errors="replace").rstrip())
-        if child.wait():
-            raise StageError(f"the pipeline failed; {log} says why. `mplug demo` goes on where it stopped.")
+        if code := child.wait():
+            said = f"the pipeline failed; {log} says why. `mplug demo` goes on where it stopped."
+            raise ProcessFailedError(said, code)
     finally:
         stop(child)
 

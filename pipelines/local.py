@@ -1,6 +1,9 @@
 """Runs a pipeline with kfp's local runner: the cluster's definition, one subprocess per step, on this machine."""
 
 import hashlib
+import json
+import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +14,7 @@ import model
 import pipelines
 from model import storage
 from model.config import ConfigError, load
-from model.exits import StageError
+from model.exits import FAILURES, ProcessFailedError
 from pipelines.catalog import parameters, pipeline, with_defaults
 
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
@@ -42,10 +45,23 @@ def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
         enable_caching=True,
         cache_root=str(folder / "cache"),
     )
-    try:
-        pipeline(name)(**values)
-    except RuntimeError as error:
-        raise StageError(" ".join(str(error).split())) from error
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as failures:
+        os.environ[FAILURES] = failures.name
+        try:
+            pipeline(name)(**values)
+        except RuntimeError as error:
+            raise _failure(error, [json.loads(line) for line in failures]) from error
+        finally:
+            del os.environ[FAILURES]
+
+
+def _failure(error: RuntimeError, noted: list[tuple[int, str]]) -> ProcessFailedError:
+    """What kfp says, with what the steps have noted: what is permanent decides, and of that the first."""
+    said = " ".join(str(error).split())
+    if not noted:  # killed
+        return ProcessFailedError(said)
+    code, message = min(noted, key=lambda failure: failure[0] >= 128)
+    return ProcessFailedError(f"{message}\n{said}", code)
 
 
 def refuse(values: Mapping[str, Any]) -> None:

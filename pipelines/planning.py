@@ -10,7 +10,7 @@ from rich.table import Table
 
 from model.config import ConfigError, RunConfig, in_steps, load, micro_batch_of
 from model.data.shards import describe
-from model.exits import StageError
+from model.exits import ProcessFailedError
 from model.storage import StorageError
 from model.training.flops import GPUS
 from model.training.plan import Measured, Memory, Plan, plan
@@ -84,7 +84,7 @@ def _measure(config: str, overrides: list[str], micro_batch: int) -> Measured:
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-        raise StageError(f"a step over {micro_batch} clips cannot be measured here: {last}")
+        raise ProcessFailedError(f"a step over {micro_batch} clips cannot be measured here: {last}", ended.returncode)
     return Measured(**json.loads(ended.stdout.splitlines()[-1]))
 
 

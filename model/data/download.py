@@ -26,6 +26,7 @@ from model.data.ledger import DONE, FAILED, Done, Ledger, Outcome, outcomes
 from model.data.modelscope import SCHEME, ModelScopeSource
 from model.data.sources import ManifestSource, Remote, Source, StorageSource, is_http
 from model.data.window import in_order
+from model.exits import OutageError
 from model.manifest import cache_folder
 from model.progress import progress
 
@@ -72,7 +73,8 @@ def download(
 ) -> tuple[str, dict[str, float]]:
     """Copies a source to <root>/raw/<dataset>; returns that URI and what was done.
 
-    Raises DataError where files could not be had; all others are there.
+    Raises DataError where files could not be had, OutageError where only because the source does not answer; all
+    others are there.
     """
     options = options or Options()
     opened = open_source(source) if isinstance(source, str) else source
@@ -113,7 +115,7 @@ def download(
             f"{facts['files_failed']:.0f} of {facts['files']:.0f} files could not be fetched. The same command tries "
             f"them again, `mplug data status {raw}` counts the reasons, --max-failed goes on without them."
         )
-        raise DataError("\n".join(lines))
+        raise (OutageError if job.is_outage else DataError)("\n".join(lines))
     return raw, facts
 
 
@@ -125,6 +127,8 @@ class _Job:
     ledger: Ledger
     throttle: Throttle
     spool: Path
+    is_outage: bool = True
+    """Whether nothing worse has happened so far."""
 
     def begin(self, pool: ThreadPoolExecutor, facts: dict[str, float]) -> Iterator["Future[Outcome | None]"]:
         """A future for each file of this share; None for one that is there already."""
@@ -145,6 +149,7 @@ class _Job:
             size, digest = fetch(self.source, remote, uri, self.spool, self.options.policy, self.throttle)
             outcome = Outcome(path=path, identity=identity, status=DONE, size=size, sha256=digest)
         except FetchError as error:
+            self.is_outage &= error.is_outage
             outcome = Outcome(path=path, identity=identity, status=FAILED, reason=str(error))
         self.ledger.add(outcome)
         return outcome

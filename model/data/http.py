@@ -21,12 +21,21 @@ pool = urllib3.PoolManager(
 )
 
 
+WRONG_CONTENT = {"changed", "truncated", "size", "sha256"}
+"""Reasons that are tried again, but of which the source's content is the cause."""
+
+
 class FetchError(OSError):
     """A file did not arrive; `reason` is short and for statistics."""
 
     def __init__(self, reason: str, detail: str, *, transient: bool, wait_s: float = 0.0) -> None:
         super().__init__(f"{reason}: {detail}"[:300])
         self.reason, self.transient, self.wait_s = reason, transient, wait_s
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether the source may give the file once it answers again."""
+        return self.transient and self.reason not in WRONG_CONTENT
 
 
 @dataclass(frozen=True, kw_only=True)

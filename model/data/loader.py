@@ -5,6 +5,7 @@ keyed by (seed, epoch, position), so neither the number of processes nor of work
 """
 
 import logging
+import pickle
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from multiprocessing import forkserver, get_context, resource_tracker
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from model.config import ConfigError
 from model.config_sections import DataConfig
 from model.data.annotations import Annotation, DataError
 from model.data.cache import open_cache
@@ -28,9 +32,10 @@ from model.data.shards import ShardReader
 from model.data.transforms import training_transform
 from model.data.video import VideoError, frame_indices, padded
 from model.data.window import in_order
+from model.exits import ProcessFailedError
 from model.manifest import cache_folder
 from model.mplug_video.processing import MPlugVideoProcessor
-from model.storage import StorageError
+from model.remote_error import RemoteError
 
 log = logging.getLogger("mplug")
 Batch = dict[str, Any]
@@ -88,9 +93,10 @@ class ClipSource:
 
 
 Order = BatchSampler | EverySample
-Loaded = tuple[Batch, int, list[str]] | Exception
-"""A batch, the number of its clips, and what could not be read of it; or what ends the run. As a value: an exception
-that a loader process raises arrives with that process's traceback for a message."""
+Loaded = tuple[Batch, int, list[str]] | RemoteError
+"""A batch, the number of its clips, and what could not be read of it; or what ends the run. As a value: of what a
+loader process raises, DataLoader passes on neither the kind nor the message."""
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class BatchStream(IterableDataset[Loaded]):
@@ -103,12 +109,16 @@ class BatchStream(IterableDataset[Loaded]):
         self.last: Example | None = None
 
     def __iter__(self) -> Iterator[Loaded]:
-        try:
+        if get_worker_info() is None:
             yield from self._batches()
-        except (DataError, StorageError) as error:
-            yield error
+            return
+        try:
+            for batch, clips, failures in self._batches():
+                yield _shared(batch), clips, failures
+        except Exception as error:  # of any kind: it is raised again where the batches are used
+            yield RemoteError.of(error)
 
-    def _batches(self) -> Iterator[Loaded]:
+    def _batches(self) -> Iterator[tuple[Batch, int, list[str]]]:
         worker = get_worker_info()
         if worker:
             torch.set_num_threads(1)  # parallelism comes from the workers
@@ -131,7 +141,7 @@ class BatchStream(IterableDataset[Loaded]):
     def _fetch(self, draw: Draw) -> tuple[Draw, Fetched]:
         return draw, self.source.fetch(draw[1])
 
-    def _batch(self, fetched: list[tuple[Draw, Fetched]]) -> Loaded:
+    def _batch(self, fetched: list[tuple[Draw, Fetched]]) -> tuple[Batch, int, list[str]]:
         examples: list[Example | None] = []
         failures = []
         for draw, item in fetched:
@@ -157,6 +167,23 @@ def _filled(examples: list[Example | None], last: Example) -> list[Example]:
     return [example or next(following) for example in examples]
 
 
+def _shared(batch: Batch) -> Batch:
+    """The batch as it can be sent. Otherwise the thread that sends it would do this, of whose errors nobody hears."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    pickle.dumps([value for value in batch.values() if not isinstance(value, Tensor)])
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        disk = disk_usage(SHARED_MEMORY)
+        raise ConfigError(
+            f"{SHARED_MEMORY} must hold a batch of {sum(tensor.nbytes for tensor in tensors) / 1e6:.0f} MB, "
+            f"{disk.free / 1e6:.0f} of its {disk.total / 1e6:.0f} MB are free. `mplug plan` says what a run needs; "
+            "enlarge it, or lower data.workers or data.batch_size."
+        ) from error
+    return batch
+
+
 class Batches:
     """Batches of a run, and a watch over what could not be read: logged, counted, and too many of it end the run."""
 
@@ -178,9 +205,9 @@ class Batches:
         return failures
 
     def __iter__(self) -> Iterator[Batch]:
-        for loaded in self.loader:
-            if isinstance(loaded, Exception):
-                raise loaded
+        for loaded in self._loaded():
+            if isinstance(loaded, RemoteError):
+                loaded.reraise()
             batch, clips, failures = loaded
             self.read += clips
             self.failed += len(failures)
@@ -192,6 +219,19 @@ class Batches:
                     f"{self.failed} of {self.read}; the last is {failures[-1]}."
                 )
             yield batch
+
+    def _loaded(self) -> Iterator[Loaded]:
+        """Raises ProcessFailedError where a loader process ends by an error before it can say which."""
+        iterator = iter(self.loader)
+        try:
+            yield from iterator
+        except RuntimeError as error:
+            codes = [process.exitcode for process in getattr(iterator, "_workers", []) if process.exitcode]
+            if not any(code > 0 for code in codes):
+                raise
+            raise ProcessFailedError(
+                f"a loader process has ended with exit code {max(codes)}; what it printed says why."
+            ) from error
 
 
 def _start_forkserver() -> None:

@@ -12,12 +12,14 @@ import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 from model.data.annotations import COLUMNS, DataError
 from model.data.rendering import BACKGROUNDS, COLOURS, MOTIONS, SUBJECTS, Encoding, Scene, render
+from model.exits import LostProcessError
 from model.progress import progress
 
 SIZES = ((320, 180), (320, 240), (352, 288), (426, 240), (240, 320))
@@ -110,8 +112,11 @@ def synthesize(out: Path, *, seed: int = 0, scale: float = 1.0, workers: int | N
     # spawn: forking a process that holds threads (torch, tokenizers) can deadlock
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         done = pool.map(_render_job, jobs, chunksize=8)
-        for _ in progress(done, total=len(jobs), desc="rendering clips", unit="clip"):
-            pass
+        try:
+            for _ in progress(done, total=len(jobs), desc="rendering clips", unit="clip"):
+                pass
+        except BrokenProcessPool as error:
+            raise LostProcessError("a rendering process was killed, perhaps for want of memory.") from error
     return out
 
 

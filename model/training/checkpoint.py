@@ -25,8 +25,9 @@ from model import manifest, storage
 from model.config import ConfigError, RunConfig
 from model.config_sections import CheckpointConfig
 from model.data.annotations import DataError
+from model.exits import LostProcessError
 from model.storage import NotFoundError, StorageError
-from model.training.distributed import Processes
+from model.training.distributed import Processes, named
 from model.training.engine import Engine
 from model.training.snapshot import Snapshot
 
@@ -66,6 +67,8 @@ class Checkpoints:
         self.base_sha256 = base_sha256
         self.snapshot: Snapshot | None = None
         self.upload: threading.Thread | None = None
+        self.failure: Exception | None = None
+        """What ended the upload, where it was not storage."""
         # of the uploading threads alone: they must not meet the training's collectives
         self.uploaders = dist.new_group(backend="gloo")
         self.best_step = -1
@@ -84,14 +87,16 @@ class Checkpoints:
         self._copy()
         everything = {**facts, "step": step, "updates": self.engine.state.updates, "base_sha256": self.base_sha256}
         everything |= {"world_size": self.group.world_size, "zero_stage": self.engine.stage}
-        self.upload = threading.Thread(target=self._write, args=(step, history, everything), daemon=True)
+        self.upload = threading.Thread(target=self._upload, args=(step, history, everything), daemon=True)
         self.upload.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Returns when nothing is being written any more. Raises what the writing thread did not expect."""
         if self.upload:
             self.upload.join()
             self.upload = None
+        if self.failure:
+            raise self.failure
 
     def history(self) -> list[dict[str, Any]]:
         """Metrics up to the checkpoint that was loaded, as the run wrote them; the first process has them."""
@@ -141,23 +146,30 @@ class Checkpoints:
             self.snapshot = Snapshot(tensors)
         self.snapshot.copy(tensors)
 
+    def _upload(self, step: int, history: bytes, facts: dict[str, Any]) -> None:
+        try:
+            self._write(step, history, facts)
+        except Exception as error:  # of a thread, which nobody would hear of
+            found = named(error)
+            if isinstance(found, StorageError | LostProcessError):  # the main thread learns of the latter by itself
+                log.warning("checkpoint of step %d was not finished: %s", step, str(found).splitlines()[0][:200])
+            else:
+                self.failure = error
+
     def _write(self, step: int, history: bytes, facts: dict[str, Any]) -> None:
         """One process's file; then the first process's manifest, which makes a checkpoint of them."""
+        written: dict[str, dict[str, Any]] | None = None
         try:
-            written: dict[str, dict[str, Any]] | None = None
-            try:
-                written = self._write_files(step, history)
-            except StorageError as error:
-                log.warning("checkpoint of step %d was not written by process %d: %s", step, self.group.rank, error)
-            parts: list[Any] = [None] * self.group.world_size
-            dist.gather_object(written, parts if self.group.is_main else None, group=self.uploaders)
-            if self.group.is_main and None not in parts:
-                files = {name: entry for part in parts for name, entry in part.items()}
-                manifest.commit(self._uri(step), files, **facts)
-                self.lost_step = -1
-                self._remove_old(step)
-        except (StorageError, RuntimeError) as error:  # of a process that is gone, the main thread learns by itself
-            log.warning("checkpoint of step %d was not finished: %s", step, str(error).splitlines()[0][:200])
+            written = self._write_files(step, history)
+        except StorageError as error:
+            log.warning("checkpoint of step %d was not written by process %d: %s", step, self.group.rank, error)
+        parts: list[Any] = [None] * self.group.world_size
+        dist.gather_object(written, parts if self.group.is_main else None, group=self.uploaders)
+        if self.group.is_main and None not in parts:
+            files = {name: entry for part in parts for name, entry in part.items()}
+            manifest.commit(self._uri(step), files, **facts)
+            self.lost_step = -1
+            self._remove_old(step)
 
     def _write_files(self, step: int, history: bytes) -> dict[str, dict[str, Any]]:
         files: dict[str, bytes | memoryview] = {}

@@ -89,7 +89,7 @@ def named(error: BaseException) -> BaseException:
     if isinstance(error, LostProcessError):
         return error
     text = str(error) or type(error).__name__
-    lost = isinstance(error, dist.DistError) or "gloo" in text or "DataLoader worker" in text
+    lost = isinstance(error, dist.DistError) or "gloo" in text or "DataLoader worker (pid" in text
     # the last two come from the pipe to a loader process that is just being started
     if (isinstance(error, RuntimeError) and lost) or isinstance(error, EOFError | ConnectionError):
         return LostProcessError(f"a process of the run is gone: {text.splitlines()[0][:200]}")

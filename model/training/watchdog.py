@@ -58,7 +58,19 @@ class Watchdog:
         self.last_words: Callable[[], None] = lambda: None
         """What has to be said to others before this process is ended."""
         self.enter("setup")
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._start(self._watch, "watchdog")
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        """In a thread. Without it nobody would watch: an error of it is the run's."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                log.exception("the thread %s of process %d has failed", name, self.rank)
+                self._leave(Verdict(code_of(error), f"process {self.rank}, {name}: {type(error).__name__}: {error}"))
+
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     def enter(self, section: Section) -> None:
         """From now on the section's deadline counts."""
@@ -90,7 +102,7 @@ class Watchdog:
         store.set(f"alive/{group.rank}", "0")
         dist.barrier(group=group.control)
         self.world_size, self.store, self.answered = group.world_size, store, time.monotonic()
-        threading.Thread(target=self._pulse, name="watchdog-pulse", daemon=True).start()
+        self._start(self._pulse, "watchdog-pulse")
 
     def _watch(self) -> None:
         """Never waits for anybody: neither for the main thread nor for the store."""

@@ -1,8 +1,16 @@
-"""A collate function that loader processes can import."""
+"""Collate functions and readers that loader processes can import, good and bad."""
+
+import os
+import signal
+from typing import NoReturn
 
 import torch
 
 from model.data.loader import Batch, Example
+from model.data.records import Record
+from model.data.sampler import BatchSampler, Draw
+from model.data.shards import ShardReader
+from model.storage import StorageError
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -11,3 +19,61 @@ def collate(examples: list[Example]) -> Batch:
         "clips": torch.stack([item.clip for item in examples]),
         "seeds": [item.seed for item in examples],
     }
+
+
+class StubbornError(StorageError):
+    """Cannot be unpickled: it wants more than its message."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+ERRORS = {
+    "bug": ZeroDivisionError("a bug"),
+    "outage": StorageError("no answer"),
+    "stubborn": StubbornError("no answer", 503),
+    "runtime": RuntimeError("shapes do not fit"),
+}
+
+
+class FailingReader(ShardReader):
+    """Reads the first batch and then fails, in the threads that read ahead."""
+
+    failure = ""
+
+    def record(self, position: int) -> Record:
+        if position % 2:
+            raise ERRORS[self.failure]
+        return super().record(position)
+
+
+class Chosen(BatchSampler):
+    """Clips 3 and 11 first."""
+
+    def batch(self, step: int) -> list[Draw]:
+        return [(0, 3), (0, 11)]
+
+
+def with_a_lambda(examples: list[Example]) -> Batch:
+    """A batch that cannot be sent."""
+    return {"function": lambda: examples}
+
+
+def killed(examples: list[Example]) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+class Unloadable:
+    """Fails where a loader process unpickles it."""
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        raise AssertionError
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return _fail, ("this cannot be loaded",)
+
+
+def _fail(message: str) -> NoReturn:
+    raise ValueError(message)

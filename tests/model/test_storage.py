@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,8 @@ from clients import fresh_clients
 
 from model import manifest, storage
 from model.storage import StorageError
+
+COLD_READERS = Path(__file__).parents[1] / "helpers" / "cold_readers.py"
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -80,6 +84,13 @@ def test_a_missing_object_is_one_line_that_names_it(base: str) -> None:
     with pytest.raises(StorageError, match="nowhere") as caught:
         storage.read(storage.join(base, "nowhere"))
     assert "\n" not in str(caught.value)
+
+
+def test_64_threads_may_be_the_first_to_read_in_a_process(s3: str) -> None:
+    uri = storage.join(s3, "cold")
+    storage.write(uri, b"data")
+    ended = subprocess.run([sys.executable, str(COLD_READERS), uri, "20"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 def test_other_schemes_are_refused() -> None:

@@ -16,6 +16,7 @@ from model.data.annotations import DataError
 from model.data.download import Options, download, verify
 from model.data.fetch import Policy
 from model.data.ledger import DONE, Ledger, Outcome, outcomes, status
+from model.exits import OutageError
 
 QUICK = Policy(attempts=4, first_wait_s=0.02)
 
@@ -100,7 +101,7 @@ def test_a_second_run_fetches_only_what_failed_or_changed(server: str, tmp_path:
         names = ["ok/a-1000", "busy/b-1000"]
         source = manifest(tmp_path, fresh, names)
         hasty = options(policy=Policy(attempts=2, first_wait_s=0.01))
-        with pytest.raises(DataError, match="busy/b-1000: http_503"):
+        with pytest.raises(OutageError, match="busy/b-1000: http_503"):  # a server that is busy is no bad data
             download(source, str(tmp_path), "d", hasty)
         _, facts = download(source, str(tmp_path), "d", hasty)
     assert facts == {"files": 2, "files_copied": 1, "bytes_copied": 1000, "files_failed": 0}

@@ -3,23 +3,27 @@ import os
 import re
 import shutil
 import signal
+import traceback
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from collating import collate
+from collating import ERRORS, Chosen, FailingReader, Unloadable, collate, killed, with_a_lambda
 
 from model.config_sections import DataConfig
 from model.data.annotations import DataError
 from model.data.cache import Cache
-from model.data.loader import ClipSource, Example, evaluation_batches, training_batches
+from model.data.loader import Batch, ClipSource, Example, evaluation_batches, training_batches
 from model.data.sampler import BatchSampler, EverySample
 from model.data.shards import ShardReader
+from model.exits import DATA, FAILED, LOST, OUTAGE, code_of
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.mplug_video.tokenization import load_tokenizer
 from model.storage import StorageError
+from model.training.distributed import named
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 AUGMENT = DataConfig(crop_area=0.5, flip_probability=0.5, workers=0)
@@ -189,3 +193,53 @@ def test_shards_on_s3_give_the_same_batches_with_and_without_a_cache(split: str,
             found = list(islice(training_batches(clips, order(clips), collate, AUGMENT), 5))
             assert all(torch.equal(one["clips"], other["clips"]) for one, other in zip(expected, found, strict=True))
     assert any((tmp_path / "cache").rglob("*"))
+
+
+def ended(clips: ClipSource, collate: Callable[[list[Example]], Batch]) -> Exception:
+    """What a loader process ends training by."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - which is the question
+        list(training_batches(clips, order(clips), collate, AUGMENT.model_copy(update={"workers": 1})))
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [("bug", FAILED), ("runtime", FAILED), ("outage", OUTAGE), ("stubborn", OUTAGE)],
+)
+def test_an_error_of_a_read_ahead_thread_in_a_loader_process_keeps_kind_message_and_traceback(
+    split: str, failure: str, code: int
+) -> None:
+    reader = FailingReader(split)
+    reader.failure = failure
+    error = named(ended(dataclasses.replace(source(split), reader=reader), collate))
+    assert code_of(error) == code
+    assert str(ERRORS[failure]) in str(error)
+    assert "in record" in "".join(traceback.format_exception(error))
+    if failure != "stubborn":
+        assert type(error) is type(ERRORS[failure])
+
+
+def test_a_batch_that_cannot_be_sent_is_a_bug_and_not_waited_for(split: str) -> None:
+    error = ended(source(split), with_a_lambda)
+    assert "pickle" in str(error)
+    assert code_of(named(error)) == FAILED
+
+
+def test_a_loader_process_that_cannot_start_is_no_lost_one(split: str) -> None:
+    error = ended(source(split), Unloadable())
+    assert str(error) == "a loader process has ended with exit code 1; what it printed says why."
+    assert code_of(named(error)) == FAILED
+
+
+def test_a_killed_loader_process_is_worth_a_restart(split: str) -> None:
+    assert code_of(named(ended(source(split), killed))) == LOST
+
+
+def test_a_loader_process_that_finds_nothing_readable_ends_the_run_with_what_it_found(damaged: str) -> None:
+    """The first batch holds the clips that are damaged, and no other."""
+    clips = dataclasses.replace(source(damaged), reader=ShardReader(damaged))
+    first = Chosen(size=len(clips.reader), seed=1, batch_size=2, steps=1)
+    with pytest.raises(DataError, match="no clip of the first batch can be read") as caught:
+        list(training_batches(clips, first, collate, AUGMENT.model_copy(update={"workers": 1})))
+    assert code_of(named(caught.value)) == DATA
+    assert str(caught.value).count("a stored frame is no whole JPEG") == 2
