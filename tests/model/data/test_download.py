@@ -114,7 +114,7 @@ def test_a_killed_transfer_goes_on_in_the_middle_of_a_file(tmp_path: Path, monke
         source = manifest(tmp_path, fresh, ["drop/a-200000"])
         one_try = options(policy=Policy(attempts=1))
         for _ in range(2):  # 70,000 bytes a try
-            with pytest.raises(DataError):
+            with pytest.raises(OutageError):
                 download(source, str(tmp_path), "d", one_try)
         _, facts = download(source, str(tmp_path), "d", one_try)
     assert facts["files_copied"] == 1
@@ -231,7 +231,7 @@ def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
 
 def test_a_signature_in_an_address_reaches_neither_ledger_nor_message(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("http://127.0.0.1:9/a.mp4?Signature=SECRET&security-token=SECRET\n")
-    with pytest.raises(DataError, match=r"a\.mp4: connection") as caught:
+    with pytest.raises(OutageError, match=r"a\.mp4: connection") as caught:
         download(str(tmp_path / "list.txt"), str(tmp_path), "d", options())
     (row,) = outcomes(str(tmp_path / "raw" / "d"))
     assert "SECRET" not in f"{caught.value}{row}"
