@@ -18,7 +18,9 @@ collect_ignore = [] if "MPLUG_E2E" in os.environ else ["e2e"]
 """Which takes a cluster: `make e2e-cluster`."""
 
 
-LONGEST = ("demo", "pipelines", "planning", "torchrun", "training", "recovery", "kills", "tracking", "validation")
+LONGEST = (
+    "demo", "production", "pipelines", "planning", "torchrun", "recovery", "training", "kills", "tracking", "validation",
+)  # fmt: skip
 """Test files, longest first: test processes that share the files then end together."""
 
 

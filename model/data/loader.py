@@ -192,9 +192,8 @@ class Batches:
         self.read, self.failed, self.reported = 0, 0, 0
         # forkserver: forking a process that holds threads (DeepSpeed, S3) can deadlock, and spawning imports torch anew
         context = get_context("forkserver") if workers else None
-        if context:
-            context.set_forkserver_preload(["model.data.own_group", __name__, stream.collate.__module__])
-            _start_forkserver()
+        if workers:
+            start_fork_server(stream.collate.__module__)
         self.loader: DataLoader[Loaded] = DataLoader(
             stream, batch_size=None, num_workers=workers, multiprocessing_context=context
         )
@@ -234,8 +233,12 @@ class Batches:
             ) from error
 
 
-def _start_forkserver() -> None:
-    """Nobody can ask it to end before it has left the process group (model.data.own_group)."""
+def start_fork_server(*modules: str) -> None:
+    """Loader processes are forked from it, once it has imported what they need: the sooner it is started, the better.
+
+    Nobody can ask it to end before it has left the process group (model.data.own_group).
+    """
+    get_context("forkserver").set_forkserver_preload(["model.data.own_group", __name__, *modules])
     resource_tracker.ensure_running()  # started later, it would let the signal through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

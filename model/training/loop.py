@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from model import storage
 from model.config import RunConfig, in_steps, micro_batch_of
 from model.config_sections import TrackingConfig
-from model.data.loader import Batch, Batches, ClipSource, open_split, training_batches
+from model.data.loader import Batch, Batches, ClipSource, open_split, start_fork_server, training_batches
 from model.data.sampler import BatchSampler
 from model.data.shards import ShardReader
 from model.exits import StageError
@@ -48,6 +48,8 @@ log = logging.getLogger("mplug")
 
 def train(config: RunConfig) -> None:
     """Trains one run, or goes on with it, and publishes its model; prints the model's URI."""
+    if config.data.workers:
+        start_fork_server("model.tasks")
     watchdog, exporter = Watchdog(config.watchdog), Exporter(config.name)
     with processes(config.watchdog) as group, watchdog.together(group):
         reader = open_split(storage.join(config.data.shards, "train"), config.data)

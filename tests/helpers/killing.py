@@ -1,11 +1,11 @@
-"""A real training of two processes that something happens to, and what came of it."""
+"""A real training that something happens to, and what came of it."""
 
 import hashlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from typing import Any
 import psutil
 from running import TINY
 
+from model import storage
+
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 STEPS = 12
+LENGTH = (*TINY, f"training.steps={STEPS}", "checkpoint.every=4")
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,12 @@ class Outcome:
 
     @property
     def weights(self) -> str:
-        return hashlib.sha256((Path(self.model) / "model.safetensors").read_bytes()).hexdigest()
+        return hashlib.sha256(storage.read(storage.join(self.model, "model.safetensors"))).hexdigest()
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (Path(self.model) / "history.jsonl").read_text().splitlines()]
+        lines = storage.read(storage.join(self.model, "history.jsonl")).splitlines()
+        return [json.loads(line) for line in lines]
 
     @property
     def losses(self) -> list[float]:
@@ -38,15 +42,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Training:
-    """A run by the real command, in a folder of its own."""
+    """A run by the real command, in a folder or prefix of its own."""
 
-    root: Path
+    root: Path | str
     settings: list[str]
     preset: str = "tiny_pretraining"
+    length: Sequence[str] = LENGTH
 
     def command(self, *overrides: str) -> list[str]:
-        arguments = [*TINY, f"training.steps={STEPS}", "checkpoint.every=4", f"output={self.root}", *self.settings]
-        return [MPLUG, "train", self.preset, *arguments, *overrides]
+        return [MPLUG, "train", self.preset, *self.length, f"output={self.root}", *self.settings, *overrides]
 
     def start(self, *overrides: str, processes: int = 2) -> subprocess.Popen[str]:
         command = self.command("--processes", str(processes), *overrides)
@@ -59,16 +63,19 @@ class Training:
     def run(self, *overrides: str, processes: int = 2) -> Outcome:
         return self.end(self.start(*overrides, processes=processes))
 
-    def interrupted(self, do: Callable[[subprocess.Popen[str]], None], *overrides: str, step: int = 4) -> Outcome:
+    def interrupted(
+        self, do: Callable[[subprocess.Popen[str]], None], *overrides: str, step: int = 4, processes: int = 2
+    ) -> Outcome:
         """`do` happens once the checkpoint of `step` is there."""
-        child = self.start(*overrides)
+        child = self.start(*overrides, processes=processes)
         self.wait_for(step, child)
         do(child)
         return self.end(child)
 
     def wait_for(self, step: int, child: subprocess.Popen[str]) -> None:
         """Returns when the checkpoint of `step` is there."""
-        while not list(self.root.glob(f"checkpoints/*/step-{step:08d}/manifest.json")):
+        where = storage.join(str(self.root), "checkpoints")
+        while not any(f"step-{step:08d}/manifest.json" in entry.path for entry in storage.walk(where)):
             assert child.poll() is None, child.communicate()[1]
             time.sleep(0.02)
 

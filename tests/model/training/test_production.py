@@ -1,0 +1,80 @@
+"""The released presets as they run on a cluster: from S3, with loader processes, and killed.
+
+Only the network's sizes, the length of the run and the number of processes are this machine's: one trains on the share
+of one of the 8 GPUs that the presets are written for, and two read for it.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from killing import MPLUG, Training, workers
+
+from model import manifest, storage
+from model.config import DATASETS, load, presets
+from model.data.build import Settings
+from model.data.commit import build_shards
+from model.data.examine import Form
+from model.data.shards import ShardReader
+from model.evaluation.metrics import NAMES
+from model.mplug_video import MPlugVideoConfig
+
+SIZES = [
+    "model.vision.image_size=64", "model.vision.hidden_size=128", "model.vision.num_hidden_layers=4",
+    "model.vision.num_attention_heads=4", "model.num_queries=8", "model.text={}",
+]  # fmt: skip
+LENGTH = ["training.steps=3", "optim.warmup_steps=1", "training.log_every=1", "checkpoint.every=1"]
+GPUS = 8
+RELEASED = [name for name in presets() if not name.startswith("tiny_")]
+FORMS = {"frames": Form(num_frames=16, short_side=72), "original": Form(kind="original")}
+
+
+def copied(folder: str, uri: str) -> str:
+    for entry in storage.walk(folder):
+        storage.upload(Path(folder) / entry.path, storage.join(uri, entry.path))
+    return uri
+
+
+@pytest.fixture(scope="module")
+def bases(decoder: str, pretrained: str, s3: str) -> dict[str, str]:
+    """What a preset starts from, by the field that says so."""
+    return {
+        "model.decoder": copied(decoder, storage.join(s3, "production", "decoder")),
+        "model.init_from": copied(pretrained, storage.join(s3, "production", "pretrained")),
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("preset", RELEASED)
+def test_a_released_preset_trains_from_s3_is_killed_and_goes_on(
+    preset: str, form: str, corpus: Path, bases: dict[str, str], s3: str, tmp_path: Path
+) -> None:
+    config = load(preset, ["data.shards=unused", "model.decoder=unused"])
+    task, share = config.task, config.data.batch_size // GPUS
+    root = storage.join(s3, "production", preset, form)
+    shards = build_shards(Settings(raw=str(corpus), root=root, dataset=DATASETS[task], form=FORMS[form]))
+    base = "model.decoder" if task == "pretraining" else "model.init_from"
+    settings = [*SIZES, "data.workers=2", f"data.batch_size={share}", f"data.shards={shards}", f"{base}={bases[base]}"]
+    run = Training(root, settings, preset, LENGTH)
+    outcome = run.interrupted(lambda child: workers(child)[0].kill(), step=1, processes=1)
+    assert outcome.code == 0, outcome.said
+    assert outcome.model.startswith(root)
+    assert "it is started again" in outcome.said
+    assert [point["step"] for point in outcome.history] == [1, 2, 3]
+    assert {point["data/read_failures"] for point in outcome.history} == {0.0}
+    fetched = MPlugVideoConfig.from_pretrained(manifest.fetch(outcome.model))
+    assert fetched.vision_config.num_frames == config.model.vision.num_frames  # also from a model with another number
+    if task in NAMES and form == "frames":
+        judge(outcome.model, shards, task, tmp_path / "scores.json")
+
+
+def judge(model: str, shards: str, task: str, out: Path) -> None:
+    """The model is scored by the command line."""
+    command = [MPLUG, "evaluate", model, shards, "--out", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    evaluation = json.loads(out.read_text(encoding="utf-8"))
+    assert json.loads(ended.stdout) == evaluation["scores"]
+    assert set(evaluation["scores"]) == set(NAMES[task])
+    assert len(evaluation["predictions"]) == len(ShardReader(f"{shards}/test"))
+    assert evaluation["pretrained"]
