@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,12 @@ def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
         try:
             pipeline(name)(**values)
         except RuntimeError as error:
-            raise _failure(error, [json.loads(line) for line in failures]) from error
+            raise failure(error, [json.loads(line) for line in failures]) from error
         finally:
             del os.environ[FAILURES]
 
 
-def _failure(error: RuntimeError, noted: list[tuple[int, str]]) -> ProcessFailedError:
+def failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> ProcessFailedError:
     """What kfp says, with what the steps have noted: what is permanent decides, and of that the first."""
     said = " ".join(str(error).split())
     if not noted:  # killed

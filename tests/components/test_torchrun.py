@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 @pytest.fixture(scope="module")
 def settings(shards: dict[str, str], decoder: str) -> list[str]:
-    return [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "watchdog.silence_s=8"]
+    return [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "watchdog.silence_s=8", "data.workers=1"]
 
 
 def static(number: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A real MLflow server behind a proxy that is down, slow or answers 500, as a test asks for."""
+"""A real MLflow server behind a proxy that is down, slow or answers 500 or with a page, as a test asks for."""
 
 import sys
 import threading
@@ -13,7 +13,7 @@ from typing import Literal
 
 from pipelines.services import free_ports, process
 
-Mode = Literal["up", "down", "500", "slow", "lost answers"]
+Mode = Literal["up", "down", "500", "slow", "lost answers", "a page"]
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -30,7 +30,13 @@ class Proxy(BaseHTTPRequestHandler):
             return
         if server.mode == "slow":
             time.sleep(0.6)
-        status, answer = (500, b"{}") if server.mode == "500" else self._forward(server.target, body)
+        match server.mode:
+            case "500":
+                status, answer = 500, b"{}"
+            case "a page":  # of a proxy that wants a log-in
+                status, answer = 200, b"<html>Sign in</html>"
+            case _:
+                status, answer = self._forward(server.target, body)
         if server.mode == "lost answers":  # the server has done it, and nobody hears of it
             self.close_connection = True
             return

@@ -15,7 +15,7 @@ from model.training.watchdog import Watchdog
 LIMITS = WatchdogConfig(setup_s=60, first_step_s=60, step_s=3, checkpoint_s=60, evaluation_s=60, silence_s=4)
 
 
-def act(case: str, group: Processes) -> None:
+def act(case: str, group: Processes, watchdog: Watchdog) -> None:
     rank, _, case = case.partition("-")
     if group.rank == int(rank):
         match case:
@@ -31,6 +31,9 @@ def act(case: str, group: Processes) -> None:
                 raise DataError("no clip can be read")
             case "breaks":
                 raise ZeroDivisionError("a bug")
+            case "unwatched":
+                del watchdog.config  # the thread that reads it fails
+                time.sleep(100)
     group.any(False)
 
 
@@ -40,7 +43,7 @@ def main() -> None:
         watchdog.last_words = lambda: print("last words", file=sys.stderr, flush=True)
         with processes(LIMITS) as group, watchdog.together(group):
             watchdog.enter("checkpoint" if sys.argv[1].endswith(("stops", "hangs")) else "step")
-            act(sys.argv[1], group)
+            act(sys.argv[1], group, watchdog)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def status(server: Unreliable, run: Run) -> str:
     return str(mlflow.MlflowClient(server.uri).get_run(run.run_id).info.status)
 
 
-@pytest.mark.parametrize("mode", ["down", "500", "slow", "lost answers"])
+@pytest.mark.parametrize("mode", ["down", "500", "slow", "lost answers", "a page"])
 @pytest.mark.parametrize("when", ["at start", "in the middle", "at the end"])
 def test_an_outage_neither_slows_a_run_nor_costs_a_point(
     server: Unreliable, when: str, mode: Mode, capfd: pytest.CaptureFixture[str]

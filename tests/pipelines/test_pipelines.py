@@ -15,7 +15,9 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from model.config import ConfigError
+from model.exits import DATA, FAILED, OUTAGE, code_of
 from pipelines.catalog import COMPILED, PIPELINES, arguments, documents, with_defaults
+from pipelines.local import failure
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 SHORT = ["training.steps=2", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
@@ -142,7 +144,8 @@ def test_a_task_is_fine_tuned_judged_and_kept_out_where_it_falls_short(
     ended = run("finetune", tmp_path, *items, "minimum={classification: 1.01}")
     assert ended.returncode == 1, ended.stderr[-2000:]
     assert "Inner task failed: 'gate'" in re.sub(r"\x1b\[\d+m|\x1b\[\d+;\d+m", "", ended.stderr)
-    assert "classification: top1 must be at least 1.0100" in ended.stdout + ended.stderr
+    assert "error: classification: top1 must be at least 1.0100" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
     (row,) = json.loads((tmp_path / "work" / "reports" / "local" / "comparison.json").read_text())
     assert (row["task"], row["passed"], row["champion"]) == ("classification", False, None)
     again = run("finetune", tmp_path, *items, "minimum={classification: 0.0}")
@@ -155,3 +158,18 @@ def test_the_run_yaml_of_a_wrong_preset_starts_nothing(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert "did you mean tiny_pretraining?" in ended.stderr
     assert yaml.safe_load(ended.stdout or "null") is None
+
+
+def test_a_pipeline_ends_with_the_message_and_the_code_of_its_step(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    ended = run("finetune", tmp_path, f"raw={tmp_path / 'raw'}", "pretrained=x", "configs=[tiny_classification]")
+    assert ended.returncode == DATA
+    assert f"error: {tmp_path}/raw/classification must hold a CSV" in ended.stderr
+    assert "Inner task failed: 'shard'" in re.sub(r"\x1b\[[0-9;]*m", "", ended.stderr)
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def test_what_is_permanent_decides_among_steps_that_failed_beside_each_other() -> None:
+    found = failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer"), (DATA, "bad data"), (FAILED, "a bug")])
+    assert (code_of(found), str(found)) == (DATA, "bad data\nkfp says so")
+    assert code_of(failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer")])) == OUTAGE

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from collating import ERRORS, Chosen, FailingReader, Unloadable, collate, killed, with_a_lambda
+from copying import copied
 
 from model.config_sections import DataConfig
 from model.data.annotations import DataError
@@ -181,11 +182,7 @@ def test_an_evaluation_with_an_unreadable_clip_ends(damaged: str) -> None:
 
 
 def test_shards_on_s3_give_the_same_batches_with_and_without_a_cache(split: str, s3: str, tmp_path: Path) -> None:
-    from model import storage
-
-    remote = storage.join(s3, "loader", "train")
-    for entry in storage.walk(split):
-        storage.upload(Path(split) / entry.path, storage.join(remote, entry.path))
+    remote = copied(split, f"{s3}/loader/train")
     expected = list(islice(training_batches(source(split), order(source(split)), collate, AUGMENT), 5))
     for cache in (None, Cache(tmp_path / "cache", 10**7)):
         for _ in range(2):  # the second time from the cache

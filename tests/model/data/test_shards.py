@@ -18,6 +18,7 @@ from model.data.examine import Form
 from model.data.records import INDEX, SCHEMA
 from model.data.shards import ShardReader, describe, verify
 from model.data.video import decode, open_clip
+from model.storage import StorageError
 
 SMALL = Form(num_frames=4, short_side=64)
 
@@ -69,6 +70,24 @@ def test_original_clips_are_stored_byte_for_byte(corpus: Path, tmp_path: Path) -
         frame = next(open_clip(data).frames([7]))
         assert np.array_equal(reader.frames(record, [7])[0], frame)
         assert (record.meta["height"], record.meta["width"]) == frame.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("function", "error"), [("read", StorageError("no answer")), ("move", ZeroDivisionError("a bug"))]
+)
+def test_an_error_of_a_reading_or_moving_thread_ends_sharding_as_it_is(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
+) -> None:
+    call = getattr(storage, function)
+
+    def fail(uri: str, *arguments: str) -> object:
+        if uri.endswith(("mp4", "tar")):
+            raise error
+        return call(uri, *arguments)
+
+    monkeypatch.setattr(storage, function, fail)
+    with pytest.raises(type(error), match=str(error)):
+        build_shards(settings(corpus, tmp_path))
 
 
 def test_the_index_holds_facts_and_hash_of_every_clip(shards: dict[str, str], corpus: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model import storage
+from model import manifest, storage
 from model.config import ConfigError, RunConfig, load
 from model.config_sections import CheckpointConfig, WatchdogConfig
 from model.data.annotations import DataError
@@ -109,6 +109,19 @@ def test_a_checkpoint_that_cannot_be_written_is_known_as_lost(
     progress.forget_best()
     progress.note(3.0, lower_is_better=True)
     assert progress.best_value == 3.0
+
+
+def test_an_error_of_the_writing_thread_is_raised_in_the_loop(
+    engine: Engine, group: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(manifest, "commit", commit)
+    made = checkpoints(engine, group, str(tmp_path / "run"))
+    made.save(4, b"", {})
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        made.wait()
 
 
 def test_a_running_save_holds_a_copy(engine: Engine, group: Processes, place: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from copying import copied
 from killing import MPLUG, Training, workers
 
 from model import manifest, storage
@@ -28,12 +29,6 @@ LENGTH = ["training.steps=3", "optim.warmup_steps=1", "training.log_every=1", "c
 GPUS = 8
 RELEASED = [name for name in presets() if not name.startswith("tiny_")]
 FORMS = {"frames": Form(num_frames=16, short_side=72), "original": Form(kind="original")}
-
-
-def copied(folder: str, uri: str) -> str:
-    for entry in storage.walk(folder):
-        storage.upload(Path(folder) / entry.path, storage.join(uri, entry.path))
-    return uri
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from killing import STEPS, Outcome, Training, workers
 
@@ -32,6 +34,23 @@ def test_a_killed_process_leaves_no_trace_in_losses_and_weights(
     outcome = Training(tmp_path, settings).interrupted(lambda child: workers(child)[1].kill(), "data.workers=1")
     same(outcome, undisturbed)
     assert "it is started again" in outcome.said
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_killed_command_leaves_no_process_behind(settings: list[str], tmp_path: Path, is_training: bool) -> None:
+    run = Training(tmp_path, settings)
+    child = run.start("data.workers=1", "training.steps=500", processes=1)
+    command = psutil.Process(child.pid)
+    if is_training:
+        run.wait_for(4, child)
+    while not command.children():
+        time.sleep(0.02)
+    family = command.children(recursive=True)
+    child.kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    if is_training:
+        assert "is saved, the next start goes on from it" in run.end(child).said
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,23 @@ def test_a_batch_that_does_not_divide_is_refused_by_the_processes(shards: dict[s
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr.count("error: data.batch_size must be a multiple of processes") == 1
+    assert "Traceback" not in ended.stderr
+
+
+def test_clips_that_cannot_be_read_end_the_command_with_code_3(
+    shards: dict[str, str], decoder: str, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards["pretrain"], damaged)
+    for tar in damaged.rglob("*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    ended = command(
+        "train", "tiny_pretraining", f"data.shards={damaged}", f"model.decoder={decoder}", "data.batch_size=4",
+        "data.workers=1", f"output={tmp_path}",
+    )  # fmt: skip
+    assert ended.returncode == 3
+    assert ended.stderr.count("error: no clip of the first batch can be read:") == 1
+    assert "started again" not in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

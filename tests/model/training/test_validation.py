@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from copying import copied
 from killing import Outcome, Training
 from running import TINY
 
@@ -19,9 +20,10 @@ from model.training.validation import Validation
 
 
 @pytest.fixture(scope="module")
-def outcome(shards: dict[str, str], pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def outcome(shards: dict[str, str], pretrained: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A run that is at its best at its first evaluation, and is interrupted after it."""
-    settings = [f"model.init_from={pretrained}", f"data.shards={shards['classification']}", "evaluation.every=4"]
+    remote = copied(shards["classification"], f"{s3}/validation")
+    settings = [f"model.init_from={pretrained}", f"data.shards={remote}", "data.workers=1", "evaluation.every=4"]
     # ZeRO-3 is the stage in which no process has all weights to evaluate with
     settings += ["training.zero_stage=3", "checkpoint.keep=1", "optim.lr=0.3"]
     settings += ["evaluation.metric=generation_top5"]  # which a learning rate so large does not raise

@@ -74,6 +74,14 @@ def test_an_error_of_one_process_is_the_exit_code_of_all(rank: int, case: str, c
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_a_watching_thread_ends_the_run_as_a_bug(rank: int) -> None:
+    codes, said, _ = run(f"{rank}-unwatched")
+    assert codes == [FAILED, FAILED]
+    assert f"the thread watchdog of process {rank} has failed" in said[rank]
+    assert f"error: process {rank}, watchdog: AttributeError" in said[1 - rank]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_is_worth_a_restart(rank: int) -> None:
     codes, said, seconds = run(f"{rank}-dies")
     assert codes[rank] == KILLED
