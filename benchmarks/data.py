@@ -2,10 +2,11 @@
 
     python benchmarks/data.py decode      clips/s per core: decord on the published file, our two forms of shards
     python benchmarks/data.py storage     clips/s: shards on disk, on a real S3 server, and by webdataset from both
+    python benchmarks/data.py loading     batches/s by loader processes, no clip cache: shards on S3 over local disk
     python benchmarks/data.py index       ten million rows: written, merged, opened, sampled
     python benchmarks/data.py download    5,000 small and 20 large objects between two S3 servers, and s5cmd
     python benchmarks/data.py metrics     the demo's scores on both forms of shards; after `make demo`
-    python benchmarks/data.py             all five
+    python benchmarks/data.py             all six
 
 Needs `pip install -e '.[demo,bench]'`. Writes benchmarks/results/data.json. Every ratio is the median of its rounds.
 """
@@ -51,6 +52,7 @@ from pipelines.services import BUCKET, object_storage  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 SIZE, FRAMES, ROUNDS, CLIPS = 224, 8, 5, 6
+LOADERS = 2
 NOISE = 2
 """Levels; gives the bit rate and the frame sizes of real clips (12 to 33 kB at 256 pixels, measured on eleven)."""
 CONFIG = DataConfig(workers=0, augment_ops=0)
@@ -109,6 +111,14 @@ def corpus(folder: Path, gop: int, clips: int, seconds: int = 54) -> Path:
     rows = "".join(f"{number}.mp4,标题{number}\n" for number in range(clips))
     (folder / "pretrain" / "train.csv").write_text(f"video_id:FILE,title\n{rows}", encoding="utf-8")
     return folder
+
+
+def repeated_corpus(folder: Path) -> Path:
+    """600 rows over 8 clips of 10 s."""
+    raw = corpus(folder / "raw", 48, 8, seconds=10)
+    rows = "".join(f"{number % 8}.mp4,标题{number}\n" for number in range(600))
+    (raw / "pretrain" / "train.csv").write_text(f"video_id:FILE,title\n{rows}", encoding="utf-8")
+    return raw
 
 
 def shard(raw: Path, root: str, kind: str) -> str:
@@ -190,9 +200,7 @@ def collate(examples: list[Example]) -> dict[str, Any]:
 
 
 def storage_rates(folder: Path) -> dict[str, Any]:
-    raw = corpus(folder / "raw", 48, 8, seconds=10)
-    rows = "".join(f"{number % 8}.mp4,标题{number}\n" for number in range(600))
-    (raw / "pretrain" / "train.csv").write_text(f"video_id:FILE,title\n{rows}", encoding="utf-8")
+    raw = repeated_corpus(folder)
     with object_storage(folder / "s3"):
         local, remote = shard(raw, str(folder / "out"), "frames"), shard(raw, f"s3://{BUCKET}/out", "frames")
         torch.set_num_threads(1)
@@ -253,13 +261,57 @@ def by_webdataset(split: str, *, decode: bool) -> None:
     assert count == 600
 
 
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def loading(folder: Path) -> dict[str, Any]:
+    """As the released presets read: loader processes, no clip cache."""
+    raw = repeated_corpus(folder)
+    found = {}
+    with object_storage(folder / "s3"):
+        for kind, steps in (("frames", 50), ("original", 16)):
+            splits = {"local": shard(raw, str(folder / "out"), kind), "s3": shard(raw, f"s3://{BUCKET}/out", kind)}
+            taken: dict[str, list[float]] = {name: [] for name in splits}
+            for turn in range(ROUNDS + 1):
+                for name, split in splits.items():
+                    seconds = read_by_processes(split, steps)
+                    if turn:
+                        taken[name].append(seconds)
+            found[kind] = {
+                "batches_per_s": {name: round(1 / statistics.median(each), 2) for name, each in taken.items()},
+                "s3_over_local": ratio(taken["s3"], taken["local"]),
+                "each round": [round(a / b, 3) for a, b in zip(taken["local"], taken["s3"], strict=True)],
+            }
+    return {"loader processes": LOADERS, "clips per batch": 24, **found}
+
+
+def read_by_processes(split: str, steps: int) -> float:
+    """Seconds per batch, once the processes are there."""
+    order = BatchSampler(size=600, seed=1, batch_size=24, steps=steps)
+    config = CONFIG.model_copy(update={"workers": LOADERS})
+    batches = iter(training_batches(source(split), order, collate, config))
+    begun = 2 * LOADERS  # which wait ready when the first one has come
+    for _ in range(begun):
+        next(batches)
+    start = time.perf_counter()
+    count = sum(1 for _ in batches)
+    return (time.perf_counter() - start) / count
+
+
 def open_s3(url: str, *_: Any, **__: Any) -> Any:
     """webdataset knows no s3:// of its own: a streamed boto3 body, as its users write it."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     return boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"]
 
 
-JOBS = {"decode": decode, "storage": storage_rates, "index": index, "download": download, "metrics": metrics}
+JOBS = {
+    "decode": decode,
+    "storage": storage_rates,
+    "loading": loading,
+    "index": index,
+    "download": download,
+    "metrics": metrics,
+}
 
 
 def main(names: list[str]) -> None:

@@ -46,6 +46,7 @@ from model.tracking import tracked  # noqa: E402
 from model.training.checkpoint import Checkpoints  # noqa: E402
 from model.training.distributed import ALONE, Processes, processes  # noqa: E402
 from model.training.engine import Engine  # noqa: E402
+from model.training.exporter import Exporter  # noqa: E402
 from model.training.loop import Training, seed_step  # noqa: E402
 from model.training.state import Progress  # noqa: E402
 from model.training.watchdog import Watchdog  # noqa: E402
@@ -64,7 +65,7 @@ def corpus(folder: Path) -> list[str]:
     tokenizer = publish_tokenizer(str(source), str(folder), vocab_size=448)
     train = [MPLUG, "train", "tiny_decoder", f"data.shards={shards}", f"model.decoder={tokenizer}", f"output={folder}"]
     made = subprocess.run([*train, "training.steps=50"], check=True, capture_output=True, text=True)
-    return [f"data.shards={shards}", f"model.decoder={made.stdout.strip()}", f"output={folder}"]
+    return [f"data.shards={shards}", f"model.decoder={made.stdout.strip()}", f"output={folder}", "data.workers=0"]
 
 
 @contextmanager
@@ -96,6 +97,7 @@ def overhead(folder: Path) -> dict[str, Any]:
             run,
             group,
             Watchdog(config.watchdog),
+            Exporter(config.name),
             threading.Event(),
             Progress(),
         )

@@ -21,8 +21,8 @@ pool = urllib3.PoolManager(
 )
 
 
-WRONG_CONTENT = {"changed", "truncated", "size", "sha256"}
-"""Reasons that are tried again, but of which the source's content is the cause."""
+NO_ANSWER = {"timeout", "connection", "storage", *(f"http_{status}" for status in TRANSIENT)}
+"""Reasons that a source which answers again does not give."""
 
 
 class FetchError(OSError):
@@ -35,7 +35,7 @@ class FetchError(OSError):
     @property
     def is_outage(self) -> bool:
         """Whether the source may give the file once it answers again."""
-        return self.transient and self.reason not in WRONG_CONTENT
+        return self.transient and self.reason in NO_ANSWER
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,8 +82,9 @@ def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster,
         kube.conclude("pytorchjobs", "job", "Failed", "job failed because 1 Master replica(s) failed.")
 
     started(act)
-    with pytest.raises(JobFailedError, match=r"1 Master replica.*job-master-0 ended with exit code 2"):
+    with pytest.raises(JobFailedError, match=r"1 Master replica.*job-master-0 ended with exit code 2") as caught:
         run(cluster, job, LIMITS)
+    assert code_of(caught.value) == 2
 
 
 @pytest.mark.parametrize("code", [429, 500, 503])

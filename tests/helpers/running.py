@@ -6,7 +6,13 @@ from components.torchrun import launch
 from model import manifest
 from model.config import load
 
-TINY = ["training.precision=fp32", "data.batch_size=8", "optim.warmup_steps=0", "training.log_every=1"]
+TINY = [
+    "training.precision=fp32",
+    "data.batch_size=8",
+    "optim.warmup_steps=0",
+    "training.log_every=1",
+    "data.workers=0",
+]
 """Overrides that bring a tiny preset down to seconds; tests add training.steps."""
 
 
