@@ -37,12 +37,18 @@ def key_of(uri: str) -> str:
     return place_of(uri).key
 
 
+os.environ.setdefault("TOKIO_WORKER_THREADS", "4")
+"""Threads of obstore that serve sockets. Its default is one per core, in each of a node's 200 loader processes: more
+threads than many clusters let a pod have."""
 _creating = threading.RLock()
 
 
 def _renew_lock() -> None:
     global _creating
-    _creating = threading.RLock()
+    os.environ.setdefault("TOKIO_WORKER_THREADS", "4")
+"""Threads of obstore that serve sockets. Its default is one per core, in each of a node's 200 loader processes: more
+threads than many clusters let a pod have."""
+_creating = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_renew_lock)  # the thread that held it is not in the child

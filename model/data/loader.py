@@ -8,7 +8,7 @@ import logging
 import pickle
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
@@ -136,12 +136,13 @@ class BatchStream(IterableDataset[Loaded]):
             fetched = in_order(begin(), self.read_ahead)
             for future in fetched:
                 whole = chain([future], islice(fetched, sizes.pop(0) - 1))
-                yield self._batch([item.result() for item in whole])
+                # one by one: what follows is fetched while a clip is decoded
+                yield self._batch(item.result() for item in whole)
 
     def _fetch(self, draw: Draw) -> tuple[Draw, Fetched]:
         return draw, self.source.fetch(draw[1])
 
-    def _batch(self, fetched: list[tuple[Draw, Fetched]]) -> tuple[Batch, int, list[str]]:
+    def _batch(self, fetched: Iterable[tuple[Draw, Fetched]]) -> tuple[Batch, int, list[str]]:
         examples: list[Example | None] = []
         failures = []
         for draw, item in fetched:
@@ -156,7 +157,7 @@ class BatchStream(IterableDataset[Loaded]):
         if last is None:
             raise DataError("no clip of the first batch can be read:\n" + "\n".join(failures))
         self.last = last
-        return self.collate(_filled(examples, last)), len(fetched), failures
+        return self.collate(_filled(examples, last)), len(examples), failures
 
 
 def _filled(examples: list[Example | None], last: Example) -> list[Example]:
