@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: install ## the main job: synthetic clips to registered models, 9 to 12 minutes on 2 cores
+demo: install ## the main job: synthetic clips to registered models, 8 to 12 minutes on 2 cores
 	$(BIN)/mplug demo demo
 
 ui: install ## MLflow's page on what the demo made

@@ -45,10 +45,7 @@ _creating = threading.RLock()
 
 def _renew_lock() -> None:
     global _creating
-    os.environ.setdefault("TOKIO_WORKER_THREADS", "4")
-"""Threads of obstore that serve sockets. Its default is one per core, in each of a node's 200 loader processes: more
-threads than many clusters let a pod have."""
-_creating = threading.RLock()
+    _creating = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_renew_lock)  # the thread that held it is not in the child

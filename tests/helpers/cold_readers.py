@@ -1,11 +1,12 @@
 """Processes that have no S3 client yet, in each of which 64 threads read at once: `cold_readers.py URI RUNS`."""
 
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
-from model import storage
+from model import s3, storage
 
 THREADS = 64
 
@@ -26,9 +27,13 @@ def main(uri: str, runs: int) -> None:
     """Exits with the number of processes that failed."""
     failed = 0
     for _ in range(runs):
+        s3._creating.acquire()  # as a thread does that is not in the child
         child = os.fork()  # imports are done, no thread and no client is there yet
-        if not child:
+        if child:
+            s3._creating.release()
+        else:
             code = 1
+            signal.alarm(20)
             try:
                 read_at_once(uri)
                 code = 0

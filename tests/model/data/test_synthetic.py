@@ -1,13 +1,18 @@
 import csv
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import av
+import psutil
 import pytest
+from killing import MPLUG
 
 from model.data.annotations import COLUMNS, DataError, read_annotations
 from model.data.rendering import SUBJECTS
 from model.data.synthetic import CATEGORIES, HORIZONTAL, SPLIT_SIZES, plan, synthesize
+from model.exits import LOST
 
 CLASS_NAMES = json.loads((Path(__file__).parents[2] / "fixtures" / "classname.json").read_text(encoding="utf-8"))
 
@@ -81,3 +86,15 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(DataError, match="must be empty or new"):
         synthesize(tmp_path)
+
+
+def test_a_killed_rendering_process_is_worth_a_restart(tmp_path: Path) -> None:
+    command = [MPLUG, "data", "synthesize", str(tmp_path / "corpus")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "corpus").glob("videos/*")):  # the processes are at work
+        time.sleep(0.05)
+    psutil.Process(child.pid).children()[-1].kill()
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == LOST
+    assert "error: a rendering process was killed" in said
+    assert "Traceback" not in said
