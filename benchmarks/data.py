@@ -272,8 +272,7 @@ def loading(folder: Path) -> dict[str, Any]:
     raw = repeated_corpus(folder)
     found = {}
     with object_storage(folder / "s3"):
-        cases = (("frames", 50, True), ("original", 16, True), ("frames", 50, False))
-        for kind, steps, is_apart in cases:
+        for kind, steps, is_apart in (("frames", 50, True), ("original", 16, True), ("frames", 50, False)):
             splits = {"local": shard(raw, str(folder / "out"), kind), "s3": shard(raw, f"s3://{BUCKET}/out", kind)}
             taken: dict[str, list[float]] = {name: [] for name in splits}
             with server_apart() if is_apart else nullcontext():
@@ -292,22 +291,19 @@ def loading(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def server_apart() -> Iterator[None]:
-    """The S3 server has the last core, this process and the loader processes that it starts have the others."""
+    """The S3 server has the last core, this process and the loaders' fork server have the others."""
     cores = sorted(os.sched_getaffinity(0))
-    servers = [child for child in psutil.Process().children() if child.name().startswith("weed")]
-    helpers = [child for child in psutil.Process().children() if child not in servers]  # the loaders' fork server
-    try:
-        _pin(servers, cores[-1:])
-        _pin([psutil.Process(), *helpers], cores[:-1])
-        yield
-    finally:
-        _pin([psutil.Process(), *servers, *helpers], cores)
-
-
-def _pin(members: list[psutil.Process], cores: list[int]) -> None:
+    members = [psutil.Process(), *psutil.Process().children()]
     for member in members:
-        for thread in member.threads():
-            os.sched_setaffinity(thread.id, cores)
+        pin(member, cores[-1:] if member.name().startswith("weed") else cores[:-1])
+    yield
+    for member in members:
+        pin(member, cores)
+
+
+def pin(member: psutil.Process, cores: list[int]) -> None:
+    for thread in member.threads():
+        os.sched_setaffinity(thread.id, cores)
 
 
 def read_by_processes(split: str, steps: int) -> float:

@@ -2,7 +2,8 @@
 
 Everything goes to a journal first and to the server from a background thread, in order. A server that is slow, down or
 answering nonsense delays the picture, never the run; where it answers again, or where a restarted run finds it, it gets
-what is missing and nothing twice. With model/registry.py the only file that imports mlflow.
+what is missing and nothing twice. With model/registry.py the only file that imports mlflow, and only where a server is
+configured: one process of a run speaks to it, and the import takes 0.8 s.
 """
 
 import json
@@ -20,14 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import mlflow
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, Any
 
 from model.config_sections import TrackingConfig
 from model.manifest import cache_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 log = logging.getLogger("mplug")
 SEND_EVERY_S = 2.0
@@ -42,7 +43,7 @@ REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", 
 """Answers that will be the same next time."""
 Point = dict[str, Any]
 """`step`, `time_ms` and the metrics of one moment."""
-Operation = Callable[[mlflow.MlflowClient, str], None]
+Operation = Callable[["MlflowClient", str], None]
 """A request about the run with this id."""
 
 
@@ -71,12 +72,20 @@ class Run:
         self.sender.start()
 
     def params(self, values: Mapping[str, Any]) -> None:
+        if not self.client:
+            return
+        from mlflow.entities import Param
+
         params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
         for start in range(0, len(params), MAX_PARAMS):
             part = params[start : start + MAX_PARAMS]
             self._later(lambda server, run_id, part=part: server.log_batch(run_id, params=part))  # type: ignore[misc]
 
     def tags(self, values: Mapping[str, str]) -> None:
+        if not self.client:
+            return
+        from mlflow.entities import RunTag
+
         tags = [RunTag(key, value) for key, value in values.items()]
         self._later(lambda server, run_id: server.log_batch(run_id, tags=tags))
 
@@ -84,7 +93,7 @@ class Run:
         """Shows a file as it is now."""
         data = path.read_bytes()
 
-        def send(server: mlflow.MlflowClient, run_id: str) -> None:
+        def send(server: "MlflowClient", run_id: str) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder) / path.name
                 copy.write_bytes(data)
@@ -166,6 +175,8 @@ class Run:
         except Exception as error:  # of a thread, which nobody would hear of; JSON that a proxy made up, for one
             if not self.is_silent:  # once per outage
                 said = str(error)[:200] or type(error).__name__
+                from mlflow.exceptions import MlflowException
+
                 known = isinstance(error, MlflowException | OSError)
                 log.warning("MLflow is not reachable, what is to be shown waits: %s", said, exc_info=not known)
             self.is_silent = True
@@ -175,7 +186,7 @@ class Run:
         self.is_silent = False
         return True
 
-    def _open(self, server: mlflow.MlflowClient) -> None:
+    def _open(self, server: "MlflowClient") -> None:
         experiment = experiment_id(server, self.config.experiment)
         found = server.search_runs([experiment], f"tags.`{RUN_TAG}` = '{self.key}'", max_results=1)
         if found:
@@ -188,8 +199,10 @@ class Run:
             tags["mlflow.parentRunId"] = self.config.parent_run
         self.run_id = server.create_run(experiment, tags=tags).info.run_id
 
-    def _send_first(self, server: mlflow.MlflowClient) -> None:
+    def _send_first(self, server: "MlflowClient") -> None:
         """The operation at the head of the queue, or all points up to the next one."""
+        from mlflow.exceptions import MlflowException
+
         first = self.outbox[0]
         if not isinstance(first, dict):
             try:
@@ -202,7 +215,7 @@ class Run:
                 log.exception("an entry of run %s cannot be sent", self.run_id)
             self.outbox.popleft()
             return
-        points, metrics = 0, list[Metric]()
+        points, metrics = 0, list["Metric"]()
         for entry in islice(list(self.outbox), MAX_METRICS):
             if not isinstance(entry, dict) or len(metrics) + len(entry) > MAX_METRICS:
                 break
@@ -213,7 +226,9 @@ class Run:
         for _ in range(points):
             self.outbox.popleft()
 
-    def _unsent(self, server: mlflow.MlflowClient, point: Point) -> list[Metric]:
+    def _unsent(self, server: "MlflowClient", point: Point) -> list["Metric"]:
+        from mlflow.entities import Metric
+
         step, time_ms = point["step"], point["time_ms"]
         keys = [key for key in point if key not in ("step", "time_ms")]
         if self.resumed:
@@ -258,8 +273,10 @@ def stage(name: str, tracking: Mapping[str, str], params: Mapping[str, Any]) -> 
         yield run
 
 
-def client(uri: str) -> mlflow.MlflowClient:
+def client(uri: str) -> "MlflowClient":
     """A client that gives up on a silent server after seconds; its default is four minutes."""
+    import mlflow
+
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -268,7 +285,9 @@ def client(uri: str) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(uri)
 
 
-def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+def experiment_id(client: "MlflowClient", name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     experiment = client.get_experiment_by_name(name)
     if experiment:
         return str(experiment.experiment_id)

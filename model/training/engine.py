@@ -1,9 +1,11 @@
 """DeepSpeed behind one method: a step over micro-batches. The only file that imports deepspeed."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import deepspeed
@@ -39,6 +41,7 @@ class Engine:
         _quiet()
         # DeepSpeed would compile a shared-memory op for CPU inference at start-up, which needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _without_muon()
         if processes.device.type == "cpu" and config.training.precision == "bf16":
             # torch 2.13's fused CPU attention is 3 to 7 times slower than plain matrix products in bf16
             torch.backends.cuda.enable_flash_sdp(False)
@@ -127,6 +130,13 @@ def _own_clipping(config: RunConfig) -> float | None:
     """In stage 0 and fp32 DeepSpeed keeps no gradient norm and takes steps that are not finite: there we clip."""
     plain = config.training.zero_stage == 0 and config.training.precision == "fp32"
     return config.optim.clip_grad_norm if plain else None
+
+
+def _without_muon() -> None:
+    """DeepSpeed asks whether the optimizer is Muon. Importing Muon prepares its kernels, 1.4 s of every start."""
+    stand_in = ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
+    stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
+    sys.modules.setdefault(stand_in.__name__, stand_in)
 
 
 def _quiet() -> None:

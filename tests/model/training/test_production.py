@@ -19,6 +19,8 @@ from model.data.commit import build_shards
 from model.data.examine import Form
 from model.data.shards import ShardReader
 from model.evaluation.metrics import NAMES
+from model.evaluation.runner import Evaluation, evaluate
+from model.evaluation.runner import load as load_evaluation
 from model.mplug_video import MPlugVideoConfig
 
 SIZES = [
@@ -61,15 +63,20 @@ def test_a_released_preset_trains_from_s3_is_killed_and_goes_on(
     fetched = MPlugVideoConfig.from_pretrained(manifest.fetch(outcome.model))
     assert fetched.vision_config.num_frames == config.model.vision.num_frames  # also from a model with another number
     if task in NAMES and form == "frames":
-        judge(outcome.model, shards, task, tmp_path / "scores.json")
+        found = (
+            judged(outcome.model, shards, tmp_path / "scores.json")
+            if task == "classification"
+            else evaluate(outcome.model, shards=shards)
+        )
+        assert set(found.scores) == set(NAMES[task])
+        assert len(found.predictions) == len(ShardReader(f"{shards}/test"))
+        assert found.pretrained
 
 
-def judge(model: str, shards: str, task: str, out: Path) -> None:
-    """The model is scored by the command line."""
+def judged(model: str, shards: str, out: Path) -> Evaluation:
+    """As the command line evaluates the model."""
     command = [MPLUG, "evaluate", model, shards, "--out", str(out)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    evaluation = json.loads(out.read_text(encoding="utf-8"))
-    assert json.loads(ended.stdout) == evaluation["scores"]
-    assert set(evaluation["scores"]) == set(NAMES[task])
-    assert len(evaluation["predictions"]) == len(ShardReader(f"{shards}/test"))
-    assert evaluation["pretrained"]
+    evaluation = load_evaluation(str(out))
+    assert json.loads(ended.stdout) == evaluation.scores
+    return evaluation
