@@ -53,8 +53,7 @@ from model.mplug_video.processing import MEAN, STD, MPlugVideoProcessor, resized
 from pipelines.services import BUCKET, object_storage  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
-SIZE, FRAMES, ROUNDS, CLIPS = 224, 8, 5, 6
-LOADERS = 2
+SIZE, FRAMES, ROUNDS, CLIPS, LOADERS = 224, 8, 5, 6, 2
 NOISE = 2
 """Levels; gives the bit rate and the frame sizes of real clips (12 to 33 kB at 256 pixels, measured on eleven)."""
 CONFIG = DataConfig(workers=0, augment_ops=0)
@@ -267,8 +266,8 @@ def by_webdataset(split: str, *, decode: bool) -> None:
 
 
 def loading(folder: Path) -> dict[str, Any]:
-    """As the released presets read: loader processes, no clip cache. S3 is not on the loaders' cores in production, so
-    the server has one to itself, also while shards are read from disk; the last entry shows what sharing costs."""
+    """As the released presets read: by loader processes, without a clip cache. S3 is not on their cores in production:
+    the server has one to itself, also while shards are read from disk. The last entry shows what sharing costs."""
     raw = repeated_corpus(folder)
     found = {}
     with object_storage(folder / "s3"):
@@ -276,11 +275,10 @@ def loading(folder: Path) -> dict[str, Any]:
             splits = {"local": shard(raw, str(folder / "out"), kind), "s3": shard(raw, f"s3://{BUCKET}/out", kind)}
             taken: dict[str, list[float]] = {name: [] for name in splits}
             with server_apart() if is_apart else nullcontext():
-                for turn in range(ROUNDS + 1):
+                for _ in range(ROUNDS + 1):
                     for name, split in splits.items():
-                        seconds = read_by_processes(split, steps)
-                        if turn:
-                            taken[name].append(seconds)
+                        taken[name].append(read_by_processes(split, steps))
+            taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first round warms up
             found[kind if is_apart else f"{kind}, server on the same cores"] = {
                 "batches_per_s": {name: round(1 / statistics.median(each), 2) for name, each in taken.items()},
                 "s3_over_local": ratio(taken["s3"], taken["local"]),
@@ -311,8 +309,7 @@ def read_by_processes(split: str, steps: int) -> float:
     order = BatchSampler(size=600, seed=1, batch_size=24, steps=steps)
     config = CONFIG.model_copy(update={"workers": LOADERS})
     batches = iter(training_batches(source(split), order, collate, config))
-    begun = 2 * LOADERS  # which wait ready when the first one has come
-    for _ in range(begun):
+    for _ in range(2 * LOADERS):  # which wait ready when the first one has come
         next(batches)
     start = time.perf_counter()
     count = sum(1 for _ in batches)

@@ -89,7 +89,7 @@ def test_a_missing_object_is_one_line_that_names_it(base: str) -> None:
 def test_64_threads_may_be_the_first_to_read_in_a_process(s3: str) -> None:
     uri = storage.join(s3, "cold")
     storage.write(uri, b"data")
-    ended = subprocess.run([sys.executable, str(COLD_READERS), uri, "20"], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, str(COLD_READERS), uri, "10"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 

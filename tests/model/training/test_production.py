@@ -6,6 +6,8 @@ of one of the 8 GPUs that the presets are written for, and two read for it.
 
 import json
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,6 @@ SIZES = [
 LENGTH = ["training.steps=3", "optim.warmup_steps=1", "training.log_every=1", "checkpoint.every=1"]
 GPUS = 8
 RELEASED = [name for name in presets() if not name.startswith("tiny_")]
-FORMS = {"frames": Form(num_frames=16, short_side=72), "original": Form(kind="original")}
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +43,28 @@ def bases(decoder: str, pretrained: str, s3: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.fixture(scope="module")
+def stored(corpus: Path, shards: dict[str, str], s3: str) -> Callable[[str, str], str]:
+    """URI of a dataset's shards on S3, by dataset and form."""
+
+    @cache
+    def store(dataset: str, form: str) -> str:
+        root = storage.join(s3, "production", form)
+        if form == "frames":
+            return copied(shards[dataset], storage.join(root, dataset))
+        return build_shards(Settings(raw=str(corpus), root=root, dataset=dataset, form=Form(kind=form)))
+
+    return store
+
+
+@pytest.mark.parametrize("form", ["frames", "original"])
 @pytest.mark.parametrize("preset", RELEASED)
 def test_a_released_preset_trains_from_s3_is_killed_and_goes_on(
-    preset: str, form: str, corpus: Path, bases: dict[str, str], s3: str, tmp_path: Path
+    preset: str, form: str, stored: Callable[[str, str], str], bases: dict[str, str], s3: str, tmp_path: Path
 ) -> None:
     config = load(preset, ["data.shards=unused", "model.decoder=unused"])
     task, share = config.task, config.data.batch_size // GPUS
-    root = storage.join(s3, "production", preset, form)
-    shards = build_shards(Settings(raw=str(corpus), root=root, dataset=DATASETS[task], form=FORMS[form]))
+    root, shards = storage.join(s3, "production", preset, form), stored(DATASETS[task], form)
     base = "model.decoder" if task == "pretraining" else "model.init_from"
     settings = [*SIZES, "data.workers=2", f"data.batch_size={share}", f"data.shards={shards}", f"{base}={bases[base]}"]
     run = Training(root, settings, preset, LENGTH)

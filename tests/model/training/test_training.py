@@ -57,13 +57,10 @@ def plain_losses(preset: str, overrides: list[str]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_engine_trains_as_a_plain_pytorch_loop(
-    shards: dict[str, str], decoder: str, root: Path, accumulation: int
-) -> None:
+def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decoder: str, root: Path) -> None:
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", f"output={root}"]
-    settings += [*TINY, "training.steps=5", f"name=golden{accumulation}", "model.use_contrastive=false"]
-    settings += [f"training.gradient_accumulation={accumulation}", "optim.clip_grad_norm=0.5"]
+    settings += [*TINY, "training.steps=5", "name=golden", "model.use_contrastive=false"]
+    settings += ["training.gradient_accumulation=2", "optim.clip_grad_norm=0.5"]
     ours = history(train("tiny_pretraining", root, settings, steps=5))
     assert [point["train/loss"] for point in ours] == pytest.approx(
         plain_losses("tiny_pretraining", settings), rel=1e-4
