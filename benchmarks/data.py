@@ -289,7 +289,7 @@ def loading(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def server_apart() -> Iterator[None]:
-    """The S3 server has the last core, this process and the loaders' fork server have the others."""
+    """Pins the S3 server to the last core; this process and the loaders' fork server to the remaining cores."""
     cores = sorted(os.sched_getaffinity(0))
     members = [psutil.Process(), *psutil.Process().children()]
     for member in members:

@@ -89,7 +89,7 @@ def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[st
                 file.flush()
                 _show(line.decode(errors="replace").rstrip())
         if code := child.wait():
-            said = f"the pipeline failed; {log} says why. `mplug demo` goes on where it stopped."
+            said = f"the pipeline failed; {log} says why. Run `mplug demo` again to resume."
             raise ProcessFailedError(said, code)
     finally:
         stop(child)

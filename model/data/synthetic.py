@@ -116,7 +116,7 @@ def synthesize(out: Path, *, seed: int = 0, scale: float = 1.0, workers: int | N
             for _ in progress(done, total=len(jobs), desc="rendering clips", unit="clip"):
                 pass
         except BrokenProcessPool as error:
-            raise LostProcessError("a rendering process was killed, perhaps for want of memory.") from error
+            raise LostProcessError("a rendering process was killed, probably out of memory.") from error
     return out
 
 

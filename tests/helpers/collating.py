@@ -38,7 +38,7 @@ ERRORS = {
 
 
 class FailingReader(ShardReader):
-    """Reads the first batch and then fails, in the threads that read ahead."""
+    """Fails at every other clip, in the threads that read ahead."""
 
     failure = ""
 
