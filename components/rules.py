@@ -1,10 +1,15 @@
-"""What must hold of a manifest beyond its schema: the restricted Pod Security Standard, the operator's admission rules,
-and what a job of this platform needs in order to end when it should. Facts of training-operator 1.9 in k8s/README.md.
+"""What must hold of a manifest beyond its schema.
+
+The restricted Pod Security Standard (pod_security.py), the admission of training-operator, and what a job of this
+platform needs to end when it should. A problem names in brackets whose rule it breaks; without brackets it is this
+platform's own.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from components.pod_security import containers, violations
 
 Manifest = Mapping[str, Any]
 POD_PATHS: dict[str, tuple[str, ...]] = {
@@ -12,13 +17,12 @@ POD_PATHS: dict[str, tuple[str, ...]] = {
     "DaemonSet": ("spec", "template"), "Job": ("spec", "template"),
     "CronJob": ("spec", "jobTemplate", "spec", "template"),
 }  # fmt: skip
-RESTRICTED_VOLUMES = {
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
-}  # fmt: skip
 SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SAVING_S = 60
 """What a run takes at most to save when it is asked to end (components.torchrun.SHUTDOWN_S)."""
 LONGEST_LABEL = 63
+ADMISSION = "(admission of training-operator 1.9)"
+MANAGERS = ("kubeflow.org/training-operator", "kueue.x-k8s.io/multikueue")
 
 
 def problems(manifest: Manifest) -> list[str]:
@@ -41,7 +45,7 @@ def pods(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
         yield "pod", _at(manifest, *POD_PATHS[kind])
     elif kind == "PyTorchJob":
         for name, replica in _at(manifest, "spec", "pytorchReplicaSpecs").items():
-            yield name, replica.get("template", {})
+            yield name, _at(replica or {}, "template")
     elif kind == "TrainingRuntime":
         for replicated in _at(manifest, "spec", "template", "spec")["replicatedJobs"]:
             yield replicated["name"], _at(replicated, "template", "spec", "template")
@@ -53,54 +57,12 @@ def _at(tree: Manifest, *path: str) -> Manifest:
     return tree
 
 
-def _containers(pod: Manifest) -> list[Manifest]:
-    spec = _at(pod, "spec")
-    return [*(spec.get("initContainers") or []), *(spec.get("containers") or [])]
-
-
-def _restricted_pod(pod: Manifest) -> Iterator[str]:
-    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted, of the pod itself."""
-    spec = _at(pod, "spec")
-    for key in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(key):
-            yield f"{key} must be unset (restricted Pod Security Standard)."
-    for volume in spec.get("volumes") or []:
-        if other := set(volume) - {"name"} - RESTRICTED_VOLUMES:
-            yield f"volume {volume['name']} must not be {', '.join(sorted(other))} (restricted Pod Security Standard)."
-    if (spec.get("securityContext") or {}).get("sysctls"):
-        yield "sysctls must be unset (restricted Pod Security Standard)."
-
-
-def _restricted_containers(pod: Manifest) -> Iterator[str]:
-    """The same, of each container."""
-    outer = _at(pod, "spec", "securityContext")
-    for container in _containers(pod):
-        own = container.get("securityContext") or {}
-        both = {**outer, **own}
-        dropped = _at(own, "capabilities").get("drop") or []
-        added = set(_at(own, "capabilities").get("add") or []) - {"NET_BIND_SERVICE"}
-        rules = {
-            "privileged must be unset": not own.get("privileged"),
-            "allowPrivilegeEscalation must be false": own.get("allowPrivilegeEscalation") is False,
-            "capabilities.drop must hold ALL": "ALL" in dropped,
-            f"capabilities.add must not hold {', '.join(sorted(added))}": not added,
-            "runAsNonRoot must be true": both.get("runAsNonRoot") is True,
-            "runAsUser must not be 0": both.get("runAsUser") != 0,
-            "seccompProfile.type must be RuntimeDefault or Localhost":
-                (both.get("seccompProfile") or {}).get("type") in ("RuntimeDefault", "Localhost"),
-            "procMount must be unset": own.get("procMount", "Default") == "Default",
-        }  # fmt: skip
-        for rule, holds in rules.items():
-            if not holds:
-                yield f"container {container['name']}: {rule} (restricted Pod Security Standard)."
-
-
 def _hardened(pod: Manifest) -> Iterator[str]:
     """What this platform asks for beyond the standard."""
     spec = _at(pod, "spec")
     if spec.get("automountServiceAccountToken") is not False:
         yield "automountServiceAccountToken must be false: nothing in the pod talks to the API server."
-    for container in _containers(pod):
+    for container in containers(pod):
         name, resources = container["name"], container.get("resources") or {}
         if (container.get("securityContext") or {}).get("readOnlyRootFilesystem") is not True:
             yield f"container {name}: readOnlyRootFilesystem must be true."
@@ -118,27 +80,48 @@ def _hardened(pod: Manifest) -> Iterator[str]:
                 yield f"container {name}: {variable['name']} must come from a secret, it holds its value."
 
 
-POD_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (_restricted_pod, _restricted_containers, _hardened)
+POD_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (violations, _hardened)
 
 
 def _admitted(job: Manifest) -> Iterator[str]:
-    """What the operator's webhook refuses, and the schema does not know."""
-    replicas, name = _at(job, "spec", "pytorchReplicaSpecs"), str(job["metadata"].get("name", ""))
-    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        yield f"metadata.name must be a DNS-1035 label, got {name!r}."
-    for kind in set(replicas) - {"Master", "Worker"}:
-        yield f"{kind} is no replica type; there are Master and Worker."
-    if "Master" in replicas and replicas["Master"].get("replicas", 1) != 1:
-        yield f"Master must have 1 replica, got {replicas['Master']['replicas']}."
-    if "Worker" in replicas and replicas["Worker"].get("replicas", 1) < 1:
-        yield f"Worker must have 1 replica at least, got {replicas['Worker']['replicas']}."
+    yield from (f"{rule} {ADMISSION}." for rule in _refused(job))
+
+
+def _refused(job: Manifest) -> Iterator[str]:
+    """What the operator's webhook refuses, or the type of a field in its definition."""
+    spec, name = _at(job, "spec"), str(job["metadata"].get("name", ""))
+    replicas, elastic = _at(spec, "pytorchReplicaSpecs"), spec.get("elasticPolicy")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > LONGEST_LABEL:
+        yield f"metadata.name must be a DNS-1035 label of at most {LONGEST_LABEL} characters, got {name!r}"
+    if spec.get("pytorchReplicaSpecs") is None:
+        yield "pytorchReplicaSpecs must be given"
+    if not isinstance(spec.get("nprocPerNode", ""), str):
+        yield f"nprocPerNode must be a string, got {spec['nprocPerNode']!r}"
+    if elastic is not None and "Worker" not in replicas:
+        yield "elasticPolicy must go with a Worker"
+    if elastic and elastic.get("nProcPerNode") is not None and spec.get("nprocPerNode") is not None:
+        yield "elasticPolicy.nProcPerNode and nprocPerNode must not both be given"
+    manager = _at(spec, "runPolicy").get("managedBy")
+    if manager not in (None, *MANAGERS):
+        yield f"runPolicy.managedBy must be one of {', '.join(MANAGERS)}, got {manager!r}"
     for kind, replica in replicas.items():
-        containers = _at(replica, "template", "spec").get("containers") or []
-        own = [container for container in containers if container.get("name") == "pytorch"]
-        if not own:
-            yield f"{kind}: one container must be named pytorch."
-        elif not own[0].get("image"):
-            yield f"{kind}: container pytorch must name its image."
+        yield from (f"{kind}: {rule}" for rule in _refused_replica(kind, replica or {}))
+
+
+def _refused_replica(kind: str, replica: Manifest) -> Iterator[str]:
+    if kind not in ("Master", "Worker"):
+        yield "must be a replica type, Master or Worker"
+    count = replica.get("replicas")
+    if kind == "Master" and count != 1:
+        yield f"replicas must be given, and 1, got {count}"
+    elif kind != "Master" and count is not None and count < 1:
+        yield f"replicas must be 1 at least, got {count}"
+    own = _at(replica, "template", "spec").get("containers") or []
+    if not any(container.get("name") == "pytorch" for container in own):
+        yield "one container must be named pytorch"
+    for container in own:
+        if not container.get("image"):
+            yield f"container {container.get('name')} must name its image"
 
 
 def _meets(job: Manifest) -> Iterator[str]:

@@ -1,14 +1,17 @@
 """A table of what goes wrong on a cluster, and the rule that says so before."""
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from shapes import CPU
 
 from components.manifests import Launch, Manifest, render
-from components.rules import SAVING_S, problems
+from components.pod_security import STANDARD
+from components.rules import ADMISSION, SAVING_S, problems
 from components.torchrun import SHUTDOWN_S
 from model.config import ConfigError
 
@@ -54,9 +57,13 @@ CONTAINER = (*POD, "containers", 0)
         (put("spec", "nprocPerNode", value=None), "nprocPerNode must be a number"),
         (put("metadata", "name", value="1job"), "must be a DNS-1035 label"),
         (put("metadata", "name", value="j" * 60), "has more than 63 characters"),
-        (put(*MASTER, "replicas", value=2), "Master must have 1 replica"),
-        (put(*REPLICAS, "Worker", "replicas", value=0), "Worker must have 1 replica"),
-        (put(*REPLICAS, "Chief", value={"template": {"spec": {"containers": []}}}), "Chief is no replica type"),
+        (put("metadata", "name", value="j" * 64), "DNS-1035 label of at most 63 characters"),
+        (put("spec", "runPolicy", "managedBy", value="someone.else"), "managedBy must be one of"),
+        (put("spec", "elasticPolicy", value={"nProcPerNode": 2}), "must not both be given"),
+        (put("spec", "nprocPerNode", value=2), "nprocPerNode must be a string"),
+        (put(*MASTER, "replicas", value=2), "Master: replicas must be given, and 1, got 2"),
+        (put(*REPLICAS, "Worker", "replicas", value=0), "Worker: replicas must be 1 at least"),
+        (put(*REPLICAS, "Chief", value={"template": {"spec": {"containers": []}}}), "Chief: must be a replica type"),
         (put(*MASTER, value=None), "no pod is told where the first one is"),
         (put("spec", "elasticPolicy", value={"minReplicas": 1}), "elasticPolicy must go without a Master"),
         (put(*CONTAINER, "name", value="main"), "one container must be named pytorch"),
@@ -84,6 +91,44 @@ def test_a_job_that_would_go_wrong_is_told_apart(change: Callable[[Manifest], No
     changed = copy.deepcopy(job())
     change(changed)
     assert any(said in problem for problem in problems(changed)), problems(changed)
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+PODS = json.loads((FIXTURES / "psa_verdicts.json").read_text())
+JOBS = json.loads((FIXTURES / "pytorchjob_verdicts.json").read_text())
+
+
+@pytest.mark.parametrize("verdict", PODS, ids=[verdict["name"] for verdict in PODS])
+def test_pod_security_admission_and_the_rules_agree(verdict: dict[str, Any]) -> None:
+    found = [problem for problem in problems(verdict["pod"]) if STANDARD in problem]
+    assert bool(found) != verdict["accepted"], (found, verdict["reason"])
+
+
+@pytest.mark.parametrize("verdict", JOBS, ids=[verdict["name"] for verdict in JOBS])
+def test_the_operators_admission_and_the_rules_agree(verdict: dict[str, Any]) -> None:
+    found = [problem for problem in problems(verdict["job"]) if ADMISSION in problem]
+    assert bool(found) != verdict["accepted"], (found, verdict["reason"])
+
+
+HOST = {"httpGet": {"host": "10.0.0.1", "path": "/", "port": 80}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (put(*CONTAINER, "lifecycle", value={"preStop": HOST}), "lifecycle.preStop.httpGet must not name a host"),
+        (put(*CONTAINER, "livenessProbe", value={"tcpSocket": {"host": "x", "port": 1}}), "livenessProbe.tcpSocket"),
+        (put(*CONTAINER, "securityContext", "seLinuxOptions", value={"role": "r"}), "seLinuxOptions.role"),
+        (put(*CONTAINER, "securityContext", "appArmorProfile", value={"type": "Unconfined"}), "appArmorProfile.type"),
+        (put(*CONTAINER, "securityContext", "windowsOptions", value={"hostProcess": True}), "hostProcess"),
+        (put(*CONTAINER, "securityContext", "procMount", value="Unmasked"), "procMount must be unset"),
+        (put(*POD, "ephemeralContainers", value=[{"name": "debug", "image": "x:1"}]), "container debug: allowPriv"),
+    ],
+)  # fmt: skip
+def test_what_the_recorded_verdicts_leave_out_is_refused_as_well(change: Callable[[Manifest], None], said: str) -> None:
+    changed = copy.deepcopy(job())
+    change(changed)
+    assert any(said in problem and STANDARD in problem for problem in problems(changed)), problems(changed)
 
 
 def test_a_job_as_it_is_rendered_has_no_problems() -> None:
