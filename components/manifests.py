@@ -84,13 +84,18 @@ def render(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchj
 
 def shape_of(overlay: Path) -> tuple[Manifest, str]:
     """The PodTemplate that an overlay installs, and its namespace; needs kubectl, but no cluster."""
-    built = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True)
-    if built.returncode:
-        raise ConfigError(f"{overlay} is no overlay that kubectl can build: {' '.join(built.stderr.split())[:300]}")
-    for document in yaml.safe_load_all(built.stdout):
+    for document in overlay_documents(overlay):
         if document["kind"] == "PodTemplate" and document["metadata"]["name"] == SHAPE:
             return document, document["metadata"].get("namespace", "default")
     raise ConfigError(f"{overlay} must hold a PodTemplate named {SHAPE}, as k8s/base does; it holds none.")
+
+
+def overlay_documents(overlay: Path) -> list[Manifest]:
+    """All that an overlay installs. Raises ConfigError where kubectl cannot build it."""
+    built = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True)
+    if built.returncode:
+        raise ConfigError(f"{overlay} is no overlay that kubectl can build: {' '.join(built.stderr.split())[:300]}")
+    return list(yaml.safe_load_all(built.stdout))
 
 
 def _check_settings(launch: Launch, processes: int) -> None:
@@ -135,7 +140,7 @@ def _put_pod(template: Manifest, pod: Manifest) -> None:
 
 def _pod(launch: Launch, shape: Manifest) -> Manifest:
     pod: Manifest = copy.deepcopy(shape["template"])
-    container = _container(pod)
+    container = container_of(pod)
     container["command"], container["args"] = ["mplug"], list(_arguments(launch))
     if launch.image:
         container["image"] = launch.image
@@ -148,7 +153,8 @@ def _pod(launch: Launch, shape: Manifest) -> Manifest:
     return pod
 
 
-def _container(pod: Manifest) -> Manifest:
+def container_of(pod: Manifest) -> Manifest:
+    """A job's own container in the template of a pod."""
     found: list[Manifest] = [container for container in pod["spec"]["containers"] if container["name"] == CONTAINER]
     if not found:
         raise ConfigError(f"the PodTemplate {SHAPE} must have a container named {CONTAINER}.")
@@ -164,7 +170,7 @@ def _arguments(launch: Launch) -> tuple[str, ...]:
 
 def gpus_of(shape: Manifest) -> tuple[str, int]:
     """Name and number of the GPUs that a pod of this shape takes."""
-    limits = _container(shape["template"]).get("resources", {}).get("limits", {})
+    limits = container_of(shape["template"]).get("resources", {}).get("limits", {})
     return next(((name, int(count)) for name, count in limits.items() if name.endswith("/gpu")), ("", 0))
 
 
@@ -183,7 +189,7 @@ def _share_resources(launch: Launch, pod: Manifest) -> None:
     taken = 0 if launch.command[0] == "data" else _processes(launch, shape)
     if taken > gpus:
         raise ConfigError(f"processes must be at most the shape's GPUs, {gpus} per node, got {taken}. Raise the nodes.")
-    resources = _container(pod)["resources"]
+    resources = container_of(pod)["resources"]
     share = max(taken, 1) / gpus
     for amounts in resources.values():
         for key, amount in amounts.items():

@@ -19,7 +19,7 @@ from pipelines.catalog import parameters, pipeline, with_defaults
 
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
 FIXED = {"name", "task", "output", "data.shards", "model.decoder", "model.init_from"}
-HERE = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0, "image": ""}
+HERE = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0, "image": "", "cpu_image": ""}
 """Defaults of a pipeline's parameters on one machine."""
 
 

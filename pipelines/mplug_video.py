@@ -25,14 +25,13 @@ BENCHMARKS = [
     for task in ("classification", "retrieval", "captioning")
 ]
 """Each benchmark is fine-tuned twice: from the pre-trained model, and from fresh weights to show what that is worth."""
-SMALL = {"cpu": "2", "memory": "6Gi", "shm": "1Gi"}
 IN_THE_STEP = {"nodes": 0, "namespace": "", "deadline_hours": 0.0}
 """Trains where the step runs, without a job of its own."""
 
 
 @dsl.pipeline(name="mplug-video-benchmarks")
 def benchmarks(
-    shards: dict[str, str], decoder: str, pretrained: str, root: str, overrides: list[str],
+    shards: dict[str, str], decoder: str, pretrained: str, root: str, overrides: list[str], cpu: str, memory: str,
     tracking: dict[str, str], code_version: str, image: str,
 ) -> None:  # fmt: skip
     """Fine-tunes and judges every benchmark, registers the candidates and writes the report.
@@ -48,22 +47,22 @@ def benchmarks(
             pretrained=pretrained, init=benchmark.init, processes=1, overrides=overrides, image=image, **IN_THE_STEP,
             **common,
         )  # fmt: skip
-        give(place(tuned, image), **SMALL)
+        give(place(tuned, image), cpu=cpu, memory=memory)
         judged = evaluate(trained=tuned.output, config=benchmark.config, shards=shards, **common)
-        give(place(judged, image), **SMALL)
+        give(place(judged, image), cpu=cpu, memory=memory)
 
     # one Collected per consumer: the compiler rewrites it in place
     found = dsl.Collected(judged.outputs["Output"])
     place(register(evaluations=found, promote=False, **common), image)
     found = dsl.Collected(judged.outputs["Output"])
-    give(place(report(evaluations=found, shards=shards, root=root, **common), image), **SMALL)
+    give(place(report(evaluations=found, shards=shards, root=root, **common), image), cpu=cpu, memory=memory)
 
 
 @dsl.pipeline(name="mplug-video-stages")
 def stages(
     source: str, source_version: str, root: str, dataset: str, tracking_uri: str, experiment: str, run_name: str,
     code_version: str, processes: int, overrides: list[str], num_frames: int, short_side: int, vocab_size: int,
-    image: str,
+    cpu: str, memory: str, image: str,
 ) -> None:  # fmt: skip
     """All stages of a run, each under the pipeline's MLflow run."""
     opened = start_run(
@@ -93,8 +92,8 @@ def stages(
         processes=processes, **IN_THE_STEP, **training,
     )  # fmt: skip
     for task in (raw, shards, tokenizer, decoder, pretrained):
-        give(place(task, image), **SMALL)
-    benchmarks(decoder=decoder.output, pretrained=pretrained.output, **training)
+        give(place(task, image), cpu=cpu, memory=memory)
+    benchmarks(decoder=decoder.output, pretrained=pretrained.output, cpu=cpu, memory=memory, **training)
 
 
 @dsl.pipeline(name="mplug-video", description="Pre-trains mPLUG-Video, fine-tunes and judges it on three benchmarks.")
@@ -113,6 +112,8 @@ def mplug_video(
     num_frames: int = 16,
     short_side: int = 72,
     vocab_size: int = 448,
+    cpu: str = "500m",
+    memory: str = "4Gi",
 ) -> None:
     """The stages, and a last word to MLflow however they end.
 
@@ -131,6 +132,8 @@ def mplug_video(
         num_frames: Frames stored per clip.
         short_side: Height or width of stored frames, whichever is shorter, in pixels.
         vocab_size: Tokens of the tokenizer.
+        cpu: Cores of each step that computes, as Kubernetes writes them.
+        memory: Memory of each step that computes.
     """
     last = finish_run(
         tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages="register report"
@@ -141,5 +144,5 @@ def mplug_video(
             source=source, source_version=source_version, root=root, dataset=dataset, tracking_uri=tracking_uri,
             experiment=experiment, run_name=run_name, code_version=code_version, processes=processes,
             overrides=overrides, num_frames=num_frames, short_side=short_side, vocab_size=vocab_size,
-            image=image,
+            cpu=cpu, memory=memory, image=image,
         )  # fmt: skip

@@ -70,6 +70,9 @@ def compile_all(
 def submit(
     name: Name,
     items: Arguments = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Folder below k8s/overlays whose defaults to take; without: the cluster's.")
+    ] = None,
     host: Annotated[str, typer.Option(envvar="KFP_HOST", help="URL of Kubeflow Pipelines.")] = "http://localhost:8888",
     token: Annotated[str, typer.Option(envvar="KFP_TOKEN", help="Sent as a bearer token.")] = "",
     header: Annotated[
@@ -83,14 +86,18 @@ def submit(
 ) -> None:
     """Start a pipeline on Kubeflow Pipelines; prints the link to its run.
 
+    What is not given are the defaults of the cluster: image, addresses, and what each step takes (ConfigMap
+    mplug-pipelines).
+
     Example: `mplug pipeline submit pretrain image=… source=modelscope://… decoder=s3://… --wait`
     """
     from model.config import ConfigError
     from pipelines import submit as sending
-    from pipelines.catalog import arguments, with_defaults
-    from pipelines.local import code_version, refuse
+    from pipelines.catalog import with_defaults
+    from pipelines.cluster_defaults import arguments_on_cluster
+    from pipelines.local import refuse
 
-    given = {"code_version": code_version(), **arguments(name, items or [])}
+    given = arguments_on_cluster(name, items or [], overlay)
     values = with_defaults(name, given)
     refuse(values)
     pairs = [item.partition(":") for item in header or []]

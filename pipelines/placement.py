@@ -1,15 +1,22 @@
 """Where the steps of a pipeline run on a cluster, and with what; the local runner leaves all of it aside.
 
-Settings, credentials and user are those of k8s/: see its README.
+Settings, credentials and user are those of k8s/: see its README. What a step takes is a parameter of its pipeline; the
+defaults on a cluster are in the ConfigMap `mplug-pipelines` of its overlay (cluster_defaults.py).
 """
 
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
+from kfp.dsl.pipeline_channel import PipelineChannel
 
 CONFIG, SECRET = "mplug-config", "mplug-s3"
 CONFIG_KEYS = ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 USER = 10001
+SIZES = {
+    "download_cpu": "4", "download_memory": "8Gi", "shard_cpu": "30", "shard_memory": "60Gi",
+    "train_cpu": "500m", "train_memory": "2Gi", "evaluate_cpu": "8", "evaluate_memory": "48Gi",
+}  # fmt: skip
+"""Defaults where a run names no others, and no cluster does."""
 retries = 3
 """Of a step that has failed; the local runner's user is there, and does not wait for what will fail again."""
 
@@ -31,19 +38,21 @@ def place(task: PipelineTask, image: str) -> PipelineTask:
     return task
 
 
-def give(task: PipelineTask, *, cpu: str, memory: str, shm: str = "") -> PipelineTask:
-    """Cores and memory, and of it what goes through /dev/shm."""
+def give(task: PipelineTask, *, cpu: str, memory: str, gpus: int | None = None) -> PipelineTask:
+    """Cores, memory and GPUs of a step, as values or parameters; its loaders may fill /dev/shm up to its memory."""
     task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
-    if shm:
-        kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=shm)
+    if gpus is not None:
+        task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+    kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory")
+    # kfp 2.17 does not pass a parameter into a loop that only resources use, and the driver ends with "parent DAG does
+    # not have input parameter"
+    channels = [value for value in (cpu, memory, gpus) if isinstance(value, PipelineChannel)]
+    task.register_pipeline_channels(channels)
     return task
 
 
-def on_gpu(
-    task: PipelineTask, gpus: int, node_selector: dict[str, str], tolerations: list[dict[str, str]]
-) -> PipelineTask:
-    """Steps that compute: so many GPUs, on nodes with these labels, whose taints are tolerated."""
-    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+def put_on_nodes(task: PipelineTask, node_selector: dict[str, str], tolerations: list[dict[str, str]]) -> PipelineTask:
+    """On nodes with these labels, whose taints are tolerated."""
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)
-    return give(task, cpu="8", memory="48Gi", shm="16Gi")
+    return task

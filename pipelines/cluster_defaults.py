@@ -1,0 +1,66 @@
+"""Defaults of a pipeline's parameters on a cluster: what the overlay says that is installed there, or will be."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.cluster import Cluster
+from components.manifests import SHAPE, container_of, overlay_documents
+from model.config import ConfigError
+from model.exits import OutageError, StageError
+from pipelines.catalog import arguments, parameters
+from pipelines.local import code_version
+
+log = logging.getLogger("mplug")
+CONFIG, DEFAULTS = "mplug-config", "mplug-pipelines"
+ADDRESSES = {"root": "MPLUG_ROOT", "tracking_uri": "MLFLOW_TRACKING_URI"}
+"""Parameters, and the keys of the ConfigMap with a cluster's addresses that hold them."""
+PATIENCE_S = 5.0
+
+
+def arguments_on_cluster(name: str, items: Sequence[str], overlay: Path | None = None) -> dict[str, Any]:
+    """All arguments of a run of pipeline `name` that differ from the compiled defaults: given, or the cluster's."""
+    given, known = arguments(name, items), parameters(name)
+    namespace = given.get("namespace") or known.get("namespace", {}).get("defaultValue", "")
+    values = {"code_version": code_version(), **cluster_defaults(name, namespace, overlay), **given}
+    if "cpu_image" in known and "image" in given and "cpu_image" not in given:
+        values["cpu_image"] = given["image"]
+    return values
+
+
+def cluster_defaults(name: str, namespace: str, overlay: Path | None) -> dict[str, Any]:
+    """Arguments of pipeline `name` that an overlay knows, or else the current cluster.
+
+    Empty, with a warning, where no cluster can be asked. Raises ConfigError for a value that is none of the parameter.
+    """
+    try:
+        found, namespace = _of_overlay(overlay) if overlay else _of_cluster(namespace)
+    except (StageError, OutageError) as error:
+        log.warning("the pipeline's own defaults are used, the cluster does not tell its: %s", error)
+        return {}
+    addresses, defaults = found[CONFIG]["data"], found[DEFAULTS]["data"]
+    known = parameters(name)
+    image = container_of(found[SHAPE]["template"]).get("image", "")
+    values = {key: addresses[source] for key, source in ADDRESSES.items() if source in addresses}
+    values |= {"namespace": namespace, "image": image, "cpu_image": image, **defaults}
+    return arguments(name, [f"{key}={value}" for key, value in values.items() if key in known and value])
+
+
+def _of_cluster(namespace: str) -> tuple[dict[str, Any], str]:
+    cluster = Cluster(namespace, patience_s=PATIENCE_S)
+    path = f"/api/v1/namespaces/{cluster.namespace}/configmaps"
+    found = {name: cluster.read(f"{path}/{name}") for name in (CONFIG, DEFAULTS)}
+    return {**found, SHAPE: cluster.shape(SHAPE)}, cluster.namespace
+
+
+def _of_overlay(overlay: Path) -> tuple[dict[str, Any], str]:
+    wanted = {(CONFIG, "ConfigMap"), (DEFAULTS, "ConfigMap"), (SHAPE, "PodTemplate")}
+    found = {
+        document["metadata"]["name"]: document
+        for document in overlay_documents(overlay)
+        if (document["metadata"]["name"], document["kind"]) in wanted
+    }
+    if missing := {name for name, _ in wanted} - set(found):
+        raise ConfigError(f"{overlay} must hold {', '.join(sorted(missing))}, as the overlays of k8s/ do.")
+    return found, found[SHAPE]["metadata"].get("namespace", "default")
