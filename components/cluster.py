@@ -139,6 +139,15 @@ class Cluster:
             raise
         return found
 
+    def labelled(self, kind: str, selector: str) -> list[Manifest]:
+        """The objects with these labels."""
+        of = KINDS[kind]
+        found = self.call(
+            self.custom.list_namespaced_custom_object, of.group, of.version, self.namespace, of.plural,
+            label_selector=selector,
+        )  # fmt: skip
+        return list(found["items"])
+
     def patch(self, kind: str, name: str, changes: Manifest) -> None:
         of = KINDS[kind]
         self.call(
@@ -247,6 +256,12 @@ class Cluster:
         step = self._json(self.core.read_namespaced_pod, pod, self.namespace)
         references = step["metadata"].get("ownerReferences", [])
         return [{**reference, "controller": False, "blockOwnerDeletion": False} for reference in references[:1]]
+
+
+def condition(job: Manifest, name: str) -> Manifest | None:
+    """The condition of a job, where it is true."""
+    conditions = (job.get("status") or {}).get("conditions") or []
+    return next((item for item in conditions if item["type"] == name and item["status"] == "True"), None)
 
 
 def may_pass(error: BaseException) -> bool:

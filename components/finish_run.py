@@ -1,16 +1,20 @@
-"""Closes the pipeline's MLflow run with what became of its stages."""
+"""Ends a run: stops what it has started and still runs, and closes its run in MLflow."""
 
 from components.image import component
 
 
 @component()
-def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: str) -> None:
-    """The pipeline has succeeded where all its stages have, and the `last_stages` are among them.
+def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: str, namespace: str) -> str:
+    """Returns what became of the run in a line; Kubeflow's page shows it as the step's output.
 
-    kfp's own PipelineTaskFinalStatus is known only to backends newer than the oldest that these pipelines are for.
+    kfp's own PipelineTaskFinalStatus does not say that a run was cancelled.
     """
+    from components.run_end import end_run
     from model.exits import exit_codes
     from model.registry import finish_pipeline_run
 
     with exit_codes():
-        print(finish_pipeline_run(tracking_uri, experiment, run_name, last_stages.replace("_", "-").split()))
+        stages = last_stages.replace("_", "-").split()
+        said = finish_pipeline_run(tracking_uri, experiment, run_name, stages, end_run(namespace))
+        print(said)
+        return said

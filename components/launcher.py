@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -17,11 +18,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-from components.cluster import KINDS, Cluster, ClusterError
+from components.cluster import KINDS, Cluster, ClusterError, condition
 from components.job_log import log_shown
 from components.manifests import SHAPE, Launch, Manifest, render
+from components.run_end import GIVEN_UP, RUN_ID, RUN_LABEL
 from model.config import ConfigError
 from model.exits import ATTEMPTS, FAILED, AttemptsError, OutageError, ProcessFailedError
 from model.tracking import TERMINATED
@@ -29,8 +30,6 @@ from model.tracking import TERMINATED
 log = logging.getLogger("mplug")
 DIGEST = "mplug-video/digest"
 """Annotation of a job: of all that was asked for. The same name with another digest is another job."""
-GIVEN_UP = "mplug-video/given-up"
-"""Annotation of a job that was stopped: why."""
 LOOK_EVERY_S = 20
 GONE_WITHIN_S = 300.0
 
@@ -118,11 +117,13 @@ def _digest_of(job: Manifest) -> str:
 
 def ensure(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
     """Creates the job, or adopts the one of its name that has not failed."""
-    owner = cluster.owner()
+    owner, run_id = cluster.owner(), os.environ.get(RUN_ID, "")
     for manifest in manifests:
         manifest = copy.deepcopy(manifest)
         manifest["metadata"]["annotations"] = {DIGEST: digest(manifests)}
         manifest["metadata"]["ownerReferences"] = owner
+        if run_id:
+            manifest["metadata"]["labels"] = {**manifest["metadata"]["labels"], RUN_LABEL: run_id}
         job = _ensure_one(cluster, manifest)
     return job
 
@@ -143,8 +144,8 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
             continue
         if found["metadata"].get("deletionTimestamp"):
             _wait_until_gone(cluster, kind, name)
-        elif condition := _condition(found, "Failed"):
-            log.warning("%s %s has failed before and is replaced: %s", kind, name, condition.get("message"))
+        elif failed := condition(found, "Failed"):
+            log.warning("%s %s has failed before and is replaced: %s", kind, name, failed.get("message"))
             cluster.delete(kind, name, found["metadata"]["uid"])
             _wait_until_gone(cluster, kind, name)
         elif _digest_of(found) != _digest_of(manifest):
@@ -156,9 +157,10 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
             raise AttemptsError(f"{reason} `mplug job cancel {name}` lets it begin anew.")
         else:
             log.info("%s %s is there and is followed", kind, name)
-            owner = manifest["metadata"]["ownerReferences"]
-            if owner:  # the end of an older workflow is not the job's any more
-                cluster.patch(kind, name, {"metadata": {"ownerReferences": owner}})
+            metadata = {key: manifest["metadata"][key] for key in ("ownerReferences", "labels")}
+            if metadata["ownerReferences"] or RUN_LABEL in metadata["labels"]:
+                # the end of an older run, and of its workflow, is not the job's any more
+                cluster.patch(kind, name, {"metadata": {key: value for key, value in metadata.items() if value}})
             return found
 
 
@@ -216,23 +218,18 @@ class GivenUpError(JobFailedError, AttemptsError):
 
 def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: _Seen) -> bool:
     """Whether the job has succeeded. Raises JobFailedError where it has failed."""
-    for condition in (job.get("status") or {}).get("conditions") or []:
-        if condition["status"] == "True" and condition["type"] not in seen.conditions:
-            seen.conditions.add(condition["type"])
-            log.info("%s: %s", job["metadata"]["name"], condition["type"])
-    if condition := _condition(job, "Failed"):
+    for item in (job.get("status") or {}).get("conditions") or []:
+        if item["status"] == "True" and item["type"] not in seen.conditions:
+            seen.conditions.add(item["type"])
+            log.info("%s: %s", job["metadata"]["name"], item["type"])
+    if failed := condition(job, "Failed"):
         name = job["metadata"]["name"]
         pods = cluster.pods(kind, name)
-        reason = condition.get("message") or condition.get("reason")
+        reason = failed.get("message") or failed.get("reason")
         # a job that was restarted without success has failed, too
         code = next((code for _, code, _ in _ends(pods) if code < 128), FAILED)
         raise JobFailedError(f"{kind} {name} has failed: {reason} {_said_of(pods)}", code)
-    return bool(_condition(job, KINDS[kind].succeeded))
-
-
-def _condition(job: Manifest, name: str) -> dict[str, Any] | None:
-    conditions = (job.get("status") or {}).get("conditions") or []
-    return next((item for item in conditions if item["type"] == name and item["status"] == "True"), None)
+    return bool(condition(job, KINDS[kind].succeeded))
 
 
 def _look(cluster: Cluster, kind: str, job: Manifest, seen: _Seen, limits: Limits) -> None:
@@ -273,9 +270,9 @@ def _age_s(job: Manifest) -> float:
 def _waits(pod: Manifest) -> Iterator[str]:
     """Why a pod does not run, in the scheduler's or the kubelet's words."""
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
-    for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            yield f"pod {name} cannot be placed: {condition.get('message', '')}"
+    for item in status.get("conditions") or []:
+        if item["type"] == "PodScheduled" and item["status"] == "False":
+            yield f"pod {name} cannot be placed: {item.get('message', '')}"
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         waiting = container["state"].get("waiting") or {}
         if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
@@ -300,7 +297,7 @@ def follow_log(cluster: Cluster, kind: str, name: str) -> None:
     """Prints the log until the job has ended, however."""
     with log_shown(cluster, kind, name):
         while job := cluster.get(kind, name):
-            if _condition(job, "Failed") or _condition(job, KINDS[kind].succeeded):
+            if condition(job, "Failed") or condition(job, KINDS[kind].succeeded):
                 return
             time.sleep(2)
 

@@ -5,11 +5,11 @@ from components.image import component
 
 @component()
 def start_run(tracking_uri: str, experiment: str, run_name: str, source: str, root: str) -> dict[str, str]:
-    """Returns the tracking settings of all stages. The same `run_name` continues the same run."""
+    """Returns the tracking settings of all stages. A `run_name` that has not failed before continues the same run."""
     from model.data.http import shown
     from model.exits import exit_codes
-    from model.registry import pipeline_run
+    from model.registry import start_pipeline_run
 
     with exit_codes():
-        parent_run = pipeline_run(tracking_uri, experiment, run_name, {"source": shown(source), "root": root})
-        return {"uri": tracking_uri, "experiment": experiment, "parent_run": parent_run}
+        start_pipeline_run(tracking_uri, experiment, run_name, {"source": shown(source), "root": root})
+        return {"uri": tracking_uri, "experiment": experiment, "pipeline": run_name}

@@ -16,8 +16,11 @@ import subprocess
 import sys
 import time
 
-from model.exits import FAILURES, INTERRUPTED, LOST
+from model.config import RunConfig, load
+from model.exits import CODES, FAILURES, INTERRUPTED, LOST, clear_termination, code_of, note_termination
+from model.memory_limit import memory_kills, memory_limit
 from model.parent import PARENT_PID, signal_at_its_end
+from model.training.attempts import count_start
 
 RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
 GOOD_ATTEMPT_S = 60.0
@@ -36,16 +39,49 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
     """
     count = ["--nproc-per-node", str(processes)] if processes else []
     command = [sys.executable, "-m", "components.torchrun", *count, "-m", "model.training", config, *overrides]
-    failed = 0
+    failed, resolved, cause = 0, load(config, overrides), ""
     while True:
-        start = time.monotonic()
-        code, asked_to_end = _attempt(command)
+        start, kills = time.monotonic(), memory_kills()
+        clear_termination()
+        code, asked_to_end = _counted(resolved, cause) or _attempt(command)
         failed = 0 if time.monotonic() - start > GOOD_ATTEMPT_S else failed + 1
+        if code >= 128 and memory_kills() > kills:
+            cause = _killed_for_memory()
+            _say(code, cause)
         if code < 128 or code == INTERRUPTED or asked_to_end or failed == ATTEMPTS_IN_A_ROW:
             return code
         wait_s = min(RESTART_AFTER_S * 2 ** max(failed - 1, 0), LONGEST_WAIT_S)
         print(f"training ended with code {code}, it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
         time.sleep(wait_s)
+
+
+def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
+    """Counts this start, where this is the first node; the code of an attempt where the bucket does not answer."""
+    if not _is_first_node():
+        return None
+    try:
+        count_start(config, cause)
+    except tuple(CODES) as error:
+        if (code := code_of(error)) < 128:
+            raise
+        _say(code, str(error))
+        return code, False
+    return None
+
+
+def _killed_for_memory() -> str:
+    limit = memory_limit()
+    if not limit:
+        return "a process was killed for memory: this machine has too little."
+    return (
+        f"a process was killed for memory at the pod's limit of {limit / 2**20:.0f} MiB: raise it in the shape "
+        "(PodTemplate training)."
+    )
+
+
+def _say(code: int, why: str) -> None:
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    note_termination(code, why)
 
 
 def _attempt(command: list[str]) -> tuple[int, bool]:
@@ -105,15 +141,28 @@ def _place() -> list[str]:
     common = ["--max-restarts=0", f"--shutdown-timeout={SHUTDOWN_S}"]
     if "PET_NNODES" not in os.environ:
         return ["--standalone", *common]
-    static = f"{os.environ.get('PET_MASTER_ADDR')}:{os.environ.get('PET_MASTER_PORT')}"
-    endpoint = os.environ.get("PET_RDZV_ENDPOINT", static)
-    host, _, port = endpoint.partition(":")
-    is_first = os.environ.pop("PET_NODE_RANK", "") == "0" or host.partition(".")[0] == socket.gethostname()
+    endpoint = _endpoint()
+    host, _, port = endpoint.rpartition(":")
+    is_first = _is_first_node()
+    os.environ.pop("PET_NODE_RANK", None)
     if not is_first:
         _wait_for(host, int(port))
     conf = ",".join(filter(None, [os.environ.get("PET_RDZV_CONF", ""), f"is_host={int(is_first)}"]))
     name = os.environ.get("PET_RDZV_ID", "mplug")
     return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={name}", f"--rdzv-conf={conf}", *common]
+
+
+def _endpoint() -> str:
+    """Where the nodes meet, as host:port."""
+    static = f"{os.environ.get('PET_MASTER_ADDR')}:{os.environ.get('PET_MASTER_PORT')}"
+    return os.environ.get("PET_RDZV_ENDPOINT", static)
+
+
+def _is_first_node() -> bool:
+    """Whether the others meet at this node; also where there are no others."""
+    if "PET_NNODES" not in os.environ or os.environ.get("PET_NODE_RANK") == "0":
+        return True
+    return _endpoint().partition(":")[0].partition(".")[0] == socket.gethostname()
 
 
 def _wait_for(host: str, port: int) -> None:

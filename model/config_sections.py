@@ -185,7 +185,7 @@ class TrackingConfig(Section):
     uri: str = ""
     """Tracking server or sqlite:///file. Empty: no tracking, the journal only."""
     experiment: str = "mplug-video"
-    parent_run: str = ""
-    """Id of the pipeline's run, to nest this one under."""
+    pipeline: str = ""
+    """Name of a pipeline's run: this one is nested under the newest of that name."""
     patience_s: float = Field(120, ge=0)
     """How long an ended run waits for a server that is down to take the last points."""

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from model.config import ConfigError, ConversionError, TrackingError
 from model.data.annotations import DataError
@@ -17,6 +18,10 @@ FAILED, CONFIGURATION, DATA, ATTEMPTS, INTERRUPTED, OUTAGE, LOST = 1, 2, 3, 4, 1
 stands still. ATTEMPTS: restarting has not helped. (143, asked to end and saved, is model.tracking's TERMINATED.)"""
 FAILURES = "MPLUG_FAILURES"
 """Variable with the file in which a step of a pipeline notes its code and message: kfp's local runner drops both."""
+
+
+TERMINATION_LOG = Path("/dev/termination-log")
+"""What a container leaves there is its reason in `kubectl describe pod`, `mplug job watch` and Argo's workflow."""
 
 
 class StageError(RuntimeError):
@@ -70,23 +75,42 @@ def exit_codes() -> Iterator[None]:
     """Turns the errors above into lines and exit codes; any other is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    for noisy in ("botocore", "urllib3", "mlflow", "alembic", "deepspeed", "fontTools"):
+    for noisy in ("botocore", "mlflow", "alembic", "deepspeed", "fontTools", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each try of MLflow's client; ours say once what is away
     try:
         yield
     except tuple(CODES) as error:
         code = code_of(error)
-        _note(code, str(error))
         # every process of a run reads the same configuration
         if code != INTERRUPTED and (code != CONFIGURATION or os.environ.get("RANK", "0") == "0"):
-            print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
+            report(code, str(error))
         sys.exit(code)
     except Exception as error:
         _note(FAILED, f"{type(error).__name__}: {error}")
         raise
 
 
+def report(code: int, message: str) -> None:
+    """Prints a user error in lines, and notes it."""
+    _note(code, message)
+    print(*(f"error: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr, flush=True)
+
+
 def _note(code: int, message: str) -> None:
     if where := os.environ.get(FAILURES):
         with open(where, "a", encoding="utf-8") as file:
             file.write(json.dumps([code, message]) + "\n")
+    note_termination(code, message)
+
+
+def note_termination(code: int, message: str) -> None:
+    if os.access(TERMINATION_LOG, os.W_OK):
+        with TERMINATION_LOG.open("a", encoding="utf-8") as file:
+            file.write(f"exit code {code}: {' '.join(message.split())[:1000]}\n")
+
+
+def clear_termination() -> None:
+    """Removes what earlier attempts in this container have left."""
+    if os.access(TERMINATION_LOG, os.W_OK):
+        TERMINATION_LOG.write_text("")

@@ -1,4 +1,4 @@
-"""What outlives single runs in MLflow: a pipeline's own run, and registered models."""
+"""Pipeline runs and registered models in MLflow."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import mlflow
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from model import manifest
 from model.config import TrackingError
 from model.config_sections import TrackingConfig
+from model.pipeline_run import Outcome, close_pipeline_run, find_pipeline_run, open_pipeline_run
 from model.tracking import client, experiment_id
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PIPELINE_TAG = "mplug.pipeline"
 CHAMPION = "champion"
 
 
@@ -35,47 +35,25 @@ def _one_line(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_one_line
-def pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]) -> str:
-    """The parent run of a pipeline, opened or opened again: runs of one name continue each other.
-
-    Empty where no tracking server is configured.
-    """
-    if not uri:
-        return ""
-    server = client(uri)
-    found = find_pipeline_run(server, experiment, name)
-    if found:
-        server.update_run(found, "RUNNING")
-        return found
-    tags = {"mlflow.runName": name, PIPELINE_TAG: name}
-    run_id: str = server.create_run(experiment_id(server, experiment), tags=tags).info.run_id
-    server.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
-    return run_id
+def start_pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]) -> None:
+    """Opens the run of a pipeline, where a tracking server is configured."""
+    if uri:
+        server = client(uri)
+        open_pipeline_run(server, experiment_id(server, experiment), name, params)
 
 
 @_one_line
-def finish_pipeline_run(uri: str, experiment: str, name: str, last_stages: Sequence[str]) -> str:
-    """Closes a pipeline's run by the newest run of each of its stages; says what became of it in a line."""
-    server = client(uri) if uri else None
-    found = find_pipeline_run(server, experiment, name) if server else ""
-    if not server or not found:
+def finish_pipeline_run(
+    uri: str, experiment: str, name: str, last_stages: Sequence[str], outcome: Outcome | None
+) -> str:
+    """Closes the newest run of a pipeline; says in a line what became of it."""
+    if not uri:
         return f"{name} has ended; there is no tracking server to tell."
-    of_it = f"tags.`mlflow.parentRunId` = '{found}'"
-    stages = server.search_runs([experiment_id(server, experiment)], of_it, order_by=["attributes.start_time ASC"])
-    newest = {run.info.run_name: run.info.status for run in stages}
-    missing = [stage for stage in last_stages if stage not in newest]
-    failed = sorted(stage for stage, status in newest.items() if status != "FINISHED")
-    server.set_tag(found, "pipeline.failed", " ".join(failed))
-    server.set_tag(found, "pipeline.missing", " ".join(missing))
-    server.set_terminated(found, "FAILED" if failed or missing else "FINISHED")
-    said = f"failed: {', '.join(failed) or 'nothing'}; never started: {', '.join(missing) or 'nothing'}"
-    return f"{name} has ended; {said}."
-
-
-def find_pipeline_run(server: mlflow.MlflowClient, experiment: str, name: str) -> str:
-    """Id of a pipeline's run, or nothing."""
-    runs = server.search_runs([experiment_id(server, experiment)], f"tags.`{PIPELINE_TAG}` = '{name}'", max_results=1)
-    return runs[0].info.run_id if runs else ""
+    server = client(uri)
+    found = find_pipeline_run(server, experiment_id(server, experiment), name)
+    if not found:
+        return f"{name} has ended: {outcome or 'failed'}; it was never opened in MLflow."
+    return f"{name} has ended: {close_pipeline_run(server, found, last_stages, outcome)}."
 
 
 @_one_line
@@ -131,9 +109,10 @@ def champion_scores(uri: str, name: str) -> dict[str, float]:
 @_one_line
 def attach_artifacts(config: TrackingConfig, paths: Sequence[Path], metrics: Mapping[str, float]) -> None:
     """Puts files and final metrics on the page of the pipeline's own run."""
-    if config.uri and config.parent_run:
-        server = client(config.uri)
+    server = client(config.uri) if config.uri and config.pipeline else None
+    found = find_pipeline_run(server, experiment_id(server, config.experiment), config.pipeline) if server else None
+    if server and found:
         for path in paths:
-            server.log_artifact(config.parent_run, str(path))
+            server.log_artifact(found.info.run_id, str(path))
         now_ms = int(time.time() * 1000)
-        server.log_batch(config.parent_run, metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items()])
+        server.log_batch(found.info.run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items()])

@@ -2,8 +2,8 @@
 
 Everything goes to a journal first and to the server from a background thread, in order. A server that is slow, down or
 answering nonsense delays the picture, never the run; where it answers again, or where a restarted run finds it, it gets
-what is missing and nothing twice. With model/registry.py the only file that imports mlflow, and only where a server is
-configured: one process of a run speaks to it, and the import takes 0.8 s.
+what is missing and nothing twice. With registry.py and pipeline_run.py the only file that imports mlflow, and only
+where a server is configured: one process of a run speaks to it, and the import takes 0.8 s.
 """
 
 import json
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.config_sections import TrackingConfig
 from model.manifest import cache_folder
+from model.pipeline_run import close_after_retry, find_pipeline_run, reopen
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,7 +60,7 @@ class Run:
         self.lines: list[str] = []
         """The metrics so far, as the journal has them."""
         self.client = client(config.uri) if config.uri else None
-        self.run_id = ""
+        self.run_id, self.pipeline_id = "", ""
         self.sent: dict[str, int] = {}
         """Last step of each metric that an earlier process has sent."""
         self.resumed = False
@@ -126,6 +127,7 @@ class Run:
         """Sends what is left, for as long as the configuration has patience, and closes the run."""
         patience_s = self.config.patience_s
         self._later(lambda server, run_id: server.set_terminated(run_id, status))
+        self._later(lambda server, _: close_after_retry(server, self.pipeline_id) if self.pipeline_id else None)
         self.deadline = time.monotonic() + (patience_s if status == "FINISHED" else min(patience_s, SHORT_PATIENCE_S))
         self.stopped.set()
         self.sender.join()
@@ -188,6 +190,10 @@ class Run:
 
     def _open(self, server: "MlflowClient") -> None:
         experiment = experiment_id(server, self.config.experiment)
+        pipeline = find_pipeline_run(server, experiment, self.config.pipeline) if self.config.pipeline else None
+        if pipeline:  # one that is retried was closed
+            reopen(server, pipeline)
+            self.pipeline_id = pipeline.info.run_id
         found = server.search_runs([experiment], f"tags.`{RUN_TAG}` = '{self.key}'", max_results=1)
         if found:
             server.update_run(found[0].info.run_id, "RUNNING")
@@ -195,8 +201,8 @@ class Run:
             self.run_id = found[0].info.run_id
             return
         tags = {"mlflow.runName": self.name, RUN_TAG: self.key}
-        if self.config.parent_run:
-            tags["mlflow.parentRunId"] = self.config.parent_run
+        if self.pipeline_id:
+            tags["mlflow.parentRunId"] = self.pipeline_id
         self.run_id = server.create_run(experiment, tags=tags).info.run_id
 
     def _send_first(self, server: "MlflowClient") -> None:

@@ -147,7 +147,7 @@ def evaluate(
         split=split,
         preset=preset,
         batch_size=batch_size,
-        tracking={"uri": tracking_uri, "parent_run": ""},
+        tracking={"uri": tracking_uri, "pipeline": ""},
     )
     if out:
         runner.save(evaluation, out)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from model import registry, storage, tracking
+from model import storage
 from model.config import ConfigError
 from model.data.synthetic import synthesize
 from model.exits import INTERRUPTED, ProcessFailedError, StageError
@@ -108,8 +108,7 @@ def _show(line: str) -> None:
 
 def _fetch_report(folder: Path, made: Settings) -> tuple[Path, list[dict[str, Any]]]:
     """Copies the report of this run out of S3, which stops with the demo."""
-    run_id = registry.find_pipeline_run(tracking.client(made.tracking_uri), EXPERIMENT, RUN_NAME)
-    uri = storage.join(ROOT, "reports", run_id)
+    uri = storage.join(ROOT, "reports", RUN_NAME)
     storage.download(storage.join(uri, "report.html"), folder / "report.html")
     return folder / "report.html", json.loads(storage.read(storage.join(uri, "results.json")))
 

@@ -148,7 +148,11 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
             run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
         """
         last = finish_run(
-            tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages="gate register"
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            run_name=run_name,
+            last_stages="gate register",
+            namespace=namespace,
         )
         place(last, cpu_image).set_caching_options(False)
         with dsl.ExitHandler(last, name="stages"):

@@ -136,7 +136,11 @@ def mplug_video(
         memory: Memory of each step that computes.
     """
     last = finish_run(
-        tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages="register report"
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        run_name=run_name,
+        last_stages="register report",
+        namespace="",
     )
     place(last, image).set_caching_options(False)
     with dsl.ExitHandler(last, name="stages"):

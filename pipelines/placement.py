@@ -8,6 +8,8 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 from kfp.dsl.pipeline_channel import PipelineChannel
 
+from components.run_end import RUN_ID, WORKFLOW
+
 CONFIG, SECRET = "mplug-config", "mplug-s3"
 CONFIG_KEYS = ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -30,6 +32,8 @@ def place(task: PipelineTask, image: str) -> PipelineTask:
         task.set_retry(num_retries=retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="2592000s")
     task.set_env_variable("HOME", "/tmp")
     task.set_env_variable("MPLUG_CACHE", "/cache")
+    kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
+    kubernetes.use_field_path_as_env(task, WORKFLOW, "metadata.labels['workflows.argoproj.io/workflow']")
     kubernetes.use_config_map_as_env(task, CONFIG, {key: key for key in CONFIG_KEYS})
     kubernetes.use_secret_as_env(task, SECRET, {key: key for key in SECRET_KEYS}, optional=True)
     kubernetes.empty_dir_mount(task, volume_name="cache", mount_path="/cache")

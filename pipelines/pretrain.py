@@ -118,7 +118,11 @@ def pretrain(
         run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
     """
     last = finish_run(
-        tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, last_stages=f"{config}-scratch"
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        run_name=run_name,
+        last_stages=f"{config}-scratch",
+        namespace=namespace,
     )
     place(last, cpu_image).set_caching_options(False)
     with dsl.ExitHandler(last, name="stages"):

@@ -65,7 +65,7 @@ def gate(
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "comparison.json"
         table.write_text(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1))
-        storage.upload(table, storage.join(root, "reports", tracking.parent_run or "local", table.name))
+        storage.upload(table, storage.join(root, "reports", tracking.pipeline or "local", table.name))
         attach_artifacts(tracking, [table], {f"{row.task}/{row.metric}": row.value for row in rows})
     missed = [row for row in rows if not row.passed]
     if missed:

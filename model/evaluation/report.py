@@ -42,7 +42,7 @@ def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, wh
     evaluations = [load(uri) for uri in uris]
     results = list(requirements(evaluations))
     tracking = TrackingConfig(**where)
-    uri = storage.join(root, "reports", tracking.parent_run or "local")
+    uri = storage.join(root, "reports", tracking.pipeline or "local")
     rows = json.dumps([{**asdict(result), "passed": result.passed} for result in results], indent=1)
     with tempfile.TemporaryDirectory() as folder:
         html, table = Path(folder) / "report.html", Path(folder) / "results.json"

@@ -1,10 +1,14 @@
-"""How often a run was started, and how it ended: run.json beside its checkpoints.
+"""Where a run keeps its checkpoints, how often it was started, and how it ended: run.json beside them.
 
-A cluster restarts what ends with a code of 128 or more, for ever. A run that is started again and again without getting
-any further ends itself, with a code that is not restarted.
+A cluster restarts what ends with a code of 128 or more, for ever. `mplug train` counts each start before it makes the
+training processes: what kills them, or the whole pod, does not lose the count, and after `checkpoint.max_attempts`
+starts without a new checkpoint the code is one that is not restarted. No torch here: the process that counts stays
+small.
 """
 
+import hashlib
 import json
+import re
 import uuid
 from dataclasses import asdict, dataclass, replace
 
@@ -14,9 +18,26 @@ from model.config_sections import CheckpointConfig
 from model.data.shards import describe
 from model.exits import AttemptsError
 from model.storage import NotFoundError
-from model.training.checkpoint import run_folder, saved_steps
 
 FILE = "run.json"
+STEP = re.compile(r"step-(\d{8})/manifest\.json")
+MACHINE_KEYS = {
+    "data": {"workers", "read_ahead", "cache_gb", "decoder", "decode_deadline_s", "max_read_failures"},
+    "training": {"zero_stage", "gradient_accumulation", "activation_checkpointing", "compile", "log_every", "profile"},
+}
+"""Settings that may differ between the starts of one run: none changes what is learned from which clip when."""
+
+
+def run_folder(config: RunConfig) -> str:
+    """Where a run keeps its checkpoints. Another experiment has another folder: nothing is ever mixed up."""
+    tree = config.model_dump(mode="json", include={"task", "seed", "trial", "model", "data", "optim", "training"})
+    for section, keys in MACHINE_KEYS.items():
+        tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    tree["pipeline"] = config.tracking.pipeline  # for another pipeline's run it is another training
+    if config.code_version:
+        tree["code_version"] = config.code_version
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    return storage.join(config.output, "checkpoints", f"{config.name}-{digest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,36 +52,49 @@ class Attempt:
     """Starts since the newest checkpoint."""
     step: int = 0
     """Step of the newest checkpoint when it started."""
+    cause: str = ""
+    """Why a start since the newest checkpoint ended, where that is known."""
     model: str = ""
     """URI of the published model; empty while the run is not finished."""
     is_told: bool = False
     """Whether MLflow has everything of the finished run."""
 
 
-def begin(folder: str, config: CheckpointConfig) -> Attempt:
-    """Counts a start. Raises AttemptsError where restarting has not helped."""
+def count_start(config: RunConfig, cause: str = "") -> None:
+    """Counts a start of a run. Raises AttemptsError where restarting has not helped."""
+    begin(run_folder(_in_steps(config)), config.checkpoint, cause)
+
+
+def begin(folder: str, config: CheckpointConfig, cause: str = "") -> Attempt:
+    """Counts a start, the one before it having ended for `cause`; a finished run is not counted."""
     where = storage.join(folder, FILE)
-    last = Attempt(key=uuid.uuid4().hex)
-    if storage.exists(where):
-        last = Attempt(**json.loads(storage.read(where)))
+    last = _read(where) if storage.exists(where) else Attempt(key=uuid.uuid4().hex)
     if last.model:
         return last
     step = next(iter(saved_steps(folder)), 0)
-    attempt = replace(last, number=last.number + 1, step=step, fruitless=last.fruitless + 1 if step == last.step else 1)
+    attempt = replace(
+        last, number=last.number + 1, step=step, fruitless=last.fruitless + 1 if step == last.step else 1,
+        cause=cause or (last.cause if step == last.step else ""),
+    )  # fmt: skip
     if attempt.fruitless > config.max_attempts:
+        why = attempt.cause or "the log of those starts says why."
         raise AttemptsError(
             f"the run was started {last.fruitless} times without a checkpoint after step {step} (at most "
-            f"checkpoint.max_attempts = {config.max_attempts}). The log of those starts says why; once it is mended, "
-            f"remove {where}."
+            f"checkpoint.max_attempts = {config.max_attempts}): {why} Once it is mended, remove {where}."
         )
     _write(where, attempt)
     return attempt
 
 
+def current(folder: str) -> Attempt:
+    """The start that was counted last."""
+    return _read(storage.join(folder, FILE))
+
+
 def published(config: RunConfig) -> str:
     """URI of the model that this run has published. Raises NotFoundError where it has not finished."""
-    folder = run_folder(in_steps(config, describe(config.data.shards)["clips"]["train"]))
-    attempt = Attempt(**json.loads(storage.read(storage.join(folder, FILE))))
+    folder = run_folder(_in_steps(config))
+    attempt = current(folder)
     if not attempt.model:
         raise NotFoundError(f"{folder}: the run has not published a model.")
     return attempt.model
@@ -71,5 +105,19 @@ def finish(folder: str, attempt: Attempt) -> None:
     _write(storage.join(folder, FILE), attempt)
 
 
+def _in_steps(config: RunConfig) -> RunConfig:
+    return in_steps(config, describe(config.data.shards)["clips"]["train"])
+
+
+def _read(where: str) -> Attempt:
+    return Attempt(**json.loads(storage.read(where)))
+
+
 def _write(where: str, attempt: Attempt) -> None:
     storage.write(where, json.dumps(asdict(attempt), indent=1).encode())
+
+
+def saved_steps(folder: str) -> list[int]:
+    """Steps of the checkpoints in a run's folder, the newest first."""
+    found = (STEP.fullmatch(entry.path) for entry in storage.walk(folder))
+    return sorted((int(match[1]) for match in found if match), reverse=True)

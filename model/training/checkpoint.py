@@ -11,7 +11,6 @@ without it there is no checkpoint. Frozen weights are not in it, their hash is.
 import hashlib
 import json
 import logging
-import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -22,35 +21,18 @@ import torch.distributed as dist
 from torch import nn
 
 from model import manifest, storage
-from model.config import ConfigError, RunConfig
+from model.config import ConfigError
 from model.config_sections import CheckpointConfig
 from model.data.annotations import DataError
 from model.exits import LostProcessError
 from model.storage import NotFoundError, StorageError
+from model.training.attempts import saved_steps
 from model.training.distributed import Processes, named
 from model.training.engine import Engine
 from model.training.snapshot import Snapshot
 
 log = logging.getLogger("mplug")
 HISTORY = "history.jsonl"
-STEP = re.compile(r"step-(\d{8})/manifest\.json")
-MACHINE_KEYS = {
-    "data": {"workers", "read_ahead", "cache_gb", "decoder", "decode_deadline_s", "max_read_failures"},
-    "training": {"zero_stage", "gradient_accumulation", "activation_checkpointing", "compile", "log_every", "profile"},
-}
-"""Settings that may differ between the starts of one run: none changes what is learned from which clip when."""
-
-
-def run_folder(config: RunConfig) -> str:
-    """Where a run keeps its checkpoints. Another experiment has another folder: nothing is ever mixed up."""
-    tree = config.model_dump(mode="json", include={"task", "seed", "trial", "model", "data", "optim", "training"})
-    for section, keys in MACHINE_KEYS.items():
-        tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
-    tree["parent_run"] = config.tracking.parent_run  # in another pipeline run it is another training
-    if config.code_version:
-        tree["code_version"] = config.code_version
-    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
-    return storage.join(config.output, "checkpoints", f"{config.name}-{digest}")
 
 
 class DamagedError(Exception):
@@ -226,12 +208,6 @@ def _verified(uri: str, name: str, files: Mapping[str, Mapping[str, Any]]) -> by
     if manifest.entry(data) != files[name]:
         raise DamagedError(f"{name} must have sha256 {files[name]['sha256']}, got {manifest.entry(data)['sha256']}")
     return data
-
-
-def saved_steps(folder: str) -> list[int]:
-    """Steps of the checkpoints in a run's folder, the newest first."""
-    found = (STEP.fullmatch(entry.path) for entry in storage.walk(folder))
-    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def frozen_sha256(network: nn.Module) -> str:

@@ -27,8 +27,8 @@ from model.progress import progress
 from model.tasks import Task, build_task
 from model.tracking import TERMINATED, Run, flat, tracked
 from model.training import attempts
-from model.training.attempts import Attempt
-from model.training.checkpoint import HISTORY, Checkpoints, frozen_sha256, run_folder
+from model.training.attempts import Attempt, run_folder
+from model.training.checkpoint import HISTORY, Checkpoints, frozen_sha256
 from model.training.clock import Clock
 from model.training.distributed import Processes, mean_over_processes, processes
 from model.training.engine import Engine, StepResult
@@ -56,7 +56,7 @@ def train(config: RunConfig) -> None:
         config = in_steps(config, len(reader))
         micro_batch_of(config, group.world_size)  # refuses what cannot be shared
         folder = run_folder(config)
-        attempt = group.from_main(lambda: attempts.begin(folder, config.checkpoint))
+        attempt = group.from_main(lambda: attempts.current(folder))
         if attempt.model:
             is_told = attempt.is_told or group.from_main(lambda: _tell(config, attempt))
             attempt = replace(attempt, is_told=is_told)

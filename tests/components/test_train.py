@@ -31,14 +31,14 @@ def test_the_step_of_a_pipeline_trains_on_the_cluster_and_returns_what_came_of_i
     uri = train.python_func(
         config="tiny_pretraining", shards=shards, root=str(tmp_path), decoder="s3://d", pretrained="", init="scratch",
         nodes=2, processes=0, image="registry.example/training:2", namespace="mplug", deadline_hours=1.0,
-        overrides=["training.steps=9", "optim.warmup_steps=1"], tracking={"uri": "http://m", "parent_run": "r1"},
+        overrides=["training.steps=9", "optim.warmup_steps=1"], tracking={"uri": "http://m", "pipeline": "r1"},
         code_version="abc",
     )  # fmt: skip
     assert uri == "the/model"
     (job,) = kube.wait_for("pytorchjobs")
     container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
     assert container["image"] == "registry.example/training:2"
-    assert {"tracking.uri=http://m", "tracking.parent_run=r1", "code_version=abc", f"output={tmp_path}"} <= set(
+    assert {"tracking.uri=http://m", "tracking.pipeline=r1", "code_version=abc", f"output={tmp_path}"} <= set(
         container["args"]
     )
     assert job["spec"]["runPolicy"]["activeDeadlineSeconds"] == 3600

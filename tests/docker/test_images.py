@@ -77,7 +77,7 @@ def test_the_training_image_runs_a_step_as_kubeflow_pipelines_starts_it(tmp_path
     command = [part.replace("{{$}}", asked) for part in container["command"] + container["args"]]
     run(TRAINING, *command, volumes=(f"{tmp_path}:/out",))
     answered = json.loads((tmp_path / "executor_output.json").read_text())
-    assert answered["parameterValues"]["Output"] == {"uri": "", "experiment": "e", "parent_run": ""}
+    assert answered["parameterValues"]["Output"] == {"uri": "", "experiment": "e", "pipeline": "r"}
 
 
 @pytest.fixture

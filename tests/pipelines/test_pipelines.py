@@ -199,7 +199,7 @@ def test_a_task_is_fine_tuned_judged_and_kept_out_where_it_falls_short(
     assert "Inner task failed: 'gate'" in re.sub(r"\x1b\[\d+m|\x1b\[\d+;\d+m", "", ended.stderr)
     assert "error: classification: top1 must be at least 1.0100" in ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
-    (row,) = json.loads((tmp_path / "work" / "reports" / "local" / "comparison.json").read_text())
+    (row,) = json.loads((tmp_path / "work" / "reports" / "finetune" / "comparison.json").read_text())
     assert (row["task"], row["passed"], row["champion"]) == ("classification", False, None)
     again = run("finetune", tmp_path, *items, "minimum={classification: 0.0}")
     assert again.returncode == 0, again.stderr[-2000:]

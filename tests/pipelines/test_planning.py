@@ -10,7 +10,7 @@ from killing import MPLUG
 from safetensors.torch import load_file
 
 from model.config import PRESETS, load
-from model.training.checkpoint import saved_steps
+from model.training.attempts import saved_steps
 from model.training.plan import plan
 
 WIDE = [

@@ -12,7 +12,8 @@ from model.config import ConfigError, RunConfig, load
 from model.config_sections import CheckpointConfig, WatchdogConfig
 from model.data.annotations import DataError
 from model.tasks import build_task
-from model.training.checkpoint import Checkpoints, frozen_sha256, run_folder, saved_steps
+from model.training.attempts import run_folder, saved_steps
+from model.training.checkpoint import Checkpoints, frozen_sha256
 from model.training.distributed import ALONE, Processes, processes
 from model.training.engine import Engine
 from model.training.state import Progress
@@ -225,7 +226,7 @@ def test_a_run_has_a_folder_of_its_own_until_what_it_learns_is_another(decoder: 
         "seed=1",
         "trial=2",
         "data.batch_size=4",
-        "tracking.parent_run=p",
+        "tracking.pipeline=p",
         "training.steps=9",
     ):
         assert run_folder(settings(decoder, other)) != first

@@ -12,7 +12,7 @@ from killing import STEPS, Outcome, Training, workers
 from model.config_sections import CheckpointConfig
 from model.exits import AttemptsError
 from model.training import attempts
-from model.training.checkpoint import saved_steps
+from model.training.attempts import saved_steps
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from running import TINY
 from model.config import ConfigError, load
 from model.evaluation.runner import evaluate
 from model.tasks import build_task
-from model.training.checkpoint import saved_steps
+from model.training.attempts import saved_steps
 from model.training.distributed import Processes
 from model.training.validation import Validation
 

@@ -1,0 +1,72 @@
+"""The end of a pipeline's run on Kubeflow Pipelines, as its exit handler sees it. No kfp here.
+
+Kubeflow Pipelines ends a step half a second after it has asked it to: the container goes, and a job that the step has
+started runs on. So the exit handler, which runs after success, failure and cancellation, stops the jobs of its run.
+"""
+
+import logging
+import os
+import time
+
+from components.cluster import KINDS, OWN_NAMESPACE, Cluster, ClusterError, condition
+from components.manifests import Manifest
+from model.pipeline_run import Outcome
+
+log = logging.getLogger("mplug")
+RUN_ID, WORKFLOW = "MPLUG_KFP_RUN", "MPLUG_KFP_WORKFLOW"
+"""Variables of a step that Kubernetes fills in: id of its run, name of the workflow that Argo runs for it."""
+RUN_LABEL = "mplug-video/run"
+"""Label of a job: id of the pipeline's run that has started it, or taken it over."""
+GIVEN_UP = "mplug-video/given-up"
+"""Annotation of a job that was stopped: why."""
+SAVED_WITHIN_S = 180.0
+"""For the last checkpoint: the pods' grace period of 120 s, and the kubelet."""
+
+
+def end_run(namespace: str) -> Outcome | None:
+    """Stops the jobs of this run that still run, each of which saves a checkpoint; says how the run has ended.
+
+    None outside Kubeflow Pipelines, and where the workflow may not be looked at.
+    """
+    run_id = os.environ.get(RUN_ID, "")
+    if not run_id:
+        return None
+    cluster = Cluster(namespace)
+    stopped = [job for job in cluster.labelled("PyTorchJob", f"{RUN_LABEL}={run_id}") if _is_running(job)]
+    for job in stopped:
+        log.warning("%s still runs and is stopped; it saves a checkpoint", job["metadata"]["name"])
+        cluster.delete("PyTorchJob", job["metadata"]["name"], job["metadata"]["uid"])
+    deadline = time.monotonic() + SAVED_WITHIN_S
+    while any(cluster.pods("PyTorchJob", job["metadata"]["name"]) for job in stopped):
+        if time.monotonic() > deadline:
+            log.warning("pods of the run are still there after %g s", SAVED_WITHIN_S)
+            break
+        time.sleep(1)
+    return _outcome(cluster)
+
+
+def _is_running(job: Manifest) -> bool:
+    if GIVEN_UP in (job["metadata"].get("annotations") or {}):
+        return False
+    return not (condition(job, "Failed") or condition(job, KINDS["PyTorchJob"].succeeded))
+
+
+def _outcome(cluster: Cluster) -> Outcome | None:
+    """How Argo's workflow of this run has ended, of which the exit handler is all that still runs."""
+    path = f"/apis/argoproj.io/v1alpha1/namespaces/{OWN_NAMESPACE.read_text(encoding='utf-8')}/workflows"
+    try:
+        workflow = cluster.read(f"{path}/{os.environ.get(WORKFLOW)}")
+    except ClusterError as error:
+        log.warning("the stages alone say how the run has ended: %s", error)
+        return None
+    if workflow["spec"].get("activeDeadlineSeconds") == 0 or workflow["spec"].get("shutdown"):
+        return "cancelled"
+    stages = [node for node in workflow.get("status", {}).get("nodes", {}).values() if _is_stages(node)]
+    if not stages:
+        return None
+    return "succeeded" if all(node.get("phase") == "Succeeded" for node in stages) else "failed"
+
+
+def _is_stages(node: Manifest) -> bool:
+    """Whether a node of the workflow is all that the exit handler was waiting for, not an attempt at it."""
+    return str(node.get("displayName", "")) == "exit-handler-1"

@@ -1,0 +1,96 @@
+"""What the exit handler of a pipeline finds on a cluster, and what it leaves."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_kube import FakeKube
+from jobs import LAUNCH
+from shapes import CPU
+
+from components.cluster import Cluster
+from components.launcher import ensure
+from components.manifests import Launch, render
+from components.run_end import GIVEN_UP, RUN_ID, RUN_LABEL, WORKFLOW, end_run
+
+
+@pytest.fixture(autouse=True)
+def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Kubernetes fills in a step's variables."""
+    (tmp_path / "namespace").write_text("kubeflow")
+    monkeypatch.setattr("components.run_end.OWN_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setenv(RUN_ID, "run-1")
+    monkeypatch.setenv(WORKFLOW, "pretrain-x2x4z")
+
+
+def workflow(kube: FakeKube, phase: str = "Failed", **spec: Any) -> None:
+    nodes = {
+        "a": {"displayName": "exit-handler-1", "type": "Retry", "phase": phase},
+        "b": {"displayName": "exit-handler-1(0)", "type": "DAG", "phase": "Failed"},
+    }
+    kube.put(
+        "workflows", {"metadata": {"name": "pretrain-x2x4z"}, "spec": spec, "status": {"nodes": nodes}}, "kubeflow"
+    )
+
+
+def start(cluster: Cluster, name: str) -> str:
+    launch = Launch(command=LAUNCH.command, name=name)
+    return str(ensure(cluster, render(launch, CPU, "mplug"))["metadata"]["name"])
+
+
+def test_jobs_of_the_run_that_still_run_are_stopped_and_have_time_to_save(
+    kube: FakeKube, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("running", "finished", "given-up"):
+        start(cluster, name)
+    monkeypatch.setenv(RUN_ID, "run-2")
+    start(cluster, "of-another-run")
+    monkeypatch.setenv(RUN_ID, "run-1")
+    kube.conclude("pytorchjobs", "finished", "Succeeded")
+    cluster.patch("PyTorchJob", "given-up", {"metadata": {"annotations": {GIVEN_UP: "too slow"}}})
+    workflow(kube)
+    kube.pod("running-master-0", {"training.kubeflow.org/job-name": "running"})
+    threading.Timer(1.5, kube.remove, ("pods", "running-master-0")).start()  # it saves a checkpoint
+    begun = time.monotonic()
+    assert end_run("mplug") == "failed"
+    assert time.monotonic() - begun > 1.4
+    assert sorted(name for _, kind, name in kube.objects if kind == "pytorchjobs") == [
+        "finished", "given-up", "of-another-run",
+    ]  # fmt: skip
+
+
+def test_a_job_that_another_run_takes_over_is_that_runs(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure(cluster, job)
+    monkeypatch.setenv(RUN_ID, "run-2")
+    ensure(cluster, job)
+    assert kube.objects["mplug", "pytorchjobs", "job"]["metadata"]["labels"][RUN_LABEL] == "run-2"
+    monkeypatch.setenv(RUN_ID, "run-1")
+    end_run("mplug")
+    assert ("mplug", "pytorchjobs", "job") in kube.objects
+
+
+@pytest.mark.parametrize("spec", [{"activeDeadlineSeconds": 0}, {"shutdown": "Terminate"}])
+def test_a_run_that_was_cancelled_is_told_from_one_that_failed(kube: FakeKube, spec: dict[str, Any]) -> None:
+    workflow(kube, **spec)
+    assert end_run("mplug") == "cancelled"
+
+
+def test_a_run_whose_second_attempt_succeeded_has_succeeded(kube: FakeKube) -> None:
+    workflow(kube, "Succeeded", activeDeadlineSeconds=3600)
+    assert end_run("mplug") == "succeeded"
+
+
+def test_a_workflow_that_may_not_be_looked_at_says_nothing(kube: FakeKube, caplog: pytest.LogCaptureFixture) -> None:
+    kube.faults.append(lambda _method, path: 403 if "workflows" in path else None)
+    assert end_run("mplug") is None
+    assert "the stages alone say how the run has ended" in caplog.text
+
+
+def test_outside_kubeflow_pipelines_nothing_is_asked(kube: FakeKube, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUN_ID)
+    assert end_run("mplug") is None
+    assert kube.requests == []

@@ -1,0 +1,130 @@
+"""The state of a pipeline's run in a real MLflow, through success, failure, cancellation and retry."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from model import registry
+from model.pipeline_run import CONTINUES, LAST_STAGES, find_pipeline_run
+from model.tracking import experiment_id, stage
+
+EXPERIMENT, NAME = "tests", "nightly"
+LAST = ["gate", "register"]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[mlflow.MlflowClient]:
+    yield mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture
+def uri(server: mlflow.MlflowClient) -> str:
+    return str(server.tracking_uri)
+
+
+def start(uri: str) -> None:
+    registry.start_pipeline_run(uri, EXPERIMENT, NAME, {"root": "s3://x"})
+
+
+def run_stages(uri: str, *names: str, fails: bool = False) -> None:
+    for name in names:
+        try:
+            with stage(name, {"uri": uri, "experiment": EXPERIMENT, "pipeline": NAME}, {}):
+                if fails:
+                    raise ValueError(name)
+        except ValueError:
+            pass
+
+
+def newest(server: mlflow.MlflowClient) -> mlflow.entities.Run:
+    found = find_pipeline_run(server, experiment_id(server, EXPERIMENT), NAME)
+    assert found
+    return found
+
+
+def finish(uri: str, outcome: str | None = None) -> str:
+    return registry.finish_pipeline_run(uri, EXPERIMENT, NAME, LAST, outcome)  # type: ignore[arg-type]
+
+
+def test_a_pipeline_has_finished_with_its_last_stages(server: mlflow.MlflowClient, uri: str) -> None:
+    start(uri)
+    run_stages(uri, "train", *LAST)
+    assert finish(uri) == "nightly has ended: succeeded."
+    first = newest(server)
+    assert first.info.status == "FINISHED"
+    start(uri)  # again, under the same name
+    assert newest(server).info.run_id == first.info.run_id
+    assert newest(server).info.status == "RUNNING"
+    assert LAST_STAGES not in newest(server).data.tags
+
+
+def test_a_failed_stage_and_one_that_never_started_are_named(server: mlflow.MlflowClient, uri: str) -> None:
+    start(uri)
+    run_stages(uri, "train")
+    run_stages(uri, "gate", fails=True)
+    assert finish(uri) == "nightly has ended: failed; failed: gate; never started: register."
+    assert newest(server).info.status == "FAILED"
+    assert newest(server).data.tags["pipeline.failed"] == "gate"
+
+
+def test_a_cancelled_pipeline_is_killed_and_so_is_a_stage_that_was_cut_off(
+    server: mlflow.MlflowClient, uri: str
+) -> None:
+    start(uri)
+    tags = {"mlflow.parentRunId": newest(server).info.run_id, "mlflow.runName": "evaluate"}
+    cut_off = server.create_run(experiment_id(server, EXPERIMENT), tags=tags).info.run_id
+    assert finish(uri, "cancelled").startswith("nightly has ended: cancelled; failed: evaluate;")
+    assert newest(server).info.status == "KILLED"
+    assert server.get_run(cut_off).info.status == "KILLED"
+
+
+def test_the_workflow_decides_where_the_stages_say_less(server: mlflow.MlflowClient, uri: str) -> None:
+    start(uri)
+    run_stages(uri, *LAST)
+    finish(uri, "failed")  # a driver, which has no run of its own in MLflow
+    assert newest(server).info.status == "FAILED"
+
+
+def test_a_name_that_is_used_again_does_not_hide_a_failure(server: mlflow.MlflowClient, uri: str) -> None:
+    start(uri)
+    run_stages(uri, "gate", fails=True)
+    finish(uri, "failed")
+    failed = newest(server)
+    start(uri)
+    assert newest(server).data.tags[CONTINUES] == failed.info.run_id
+    run_stages(uri, *LAST)
+    finish(uri, "succeeded")
+    assert newest(server).info.status == "FINISHED"
+    assert server.get_run(failed.info.run_id).info.status == "FAILED"
+
+
+def test_a_last_stage_from_the_cache_counts(server: mlflow.MlflowClient, uri: str) -> None:
+    start(uri)
+    run_stages(uri, *LAST)
+    run_stages(uri, "train", fails=True)
+    finish(uri)
+    start(uri)
+    run_stages(uri, "train")
+    assert finish(uri) == "nightly has ended: succeeded."
+
+
+def test_the_state_follows_a_retry_although_the_exit_handler_does_not_run_again(
+    server: mlflow.MlflowClient, uri: str
+) -> None:
+    start(uri)
+    run_stages(uri, "train", fails=True)
+    finish(uri, "failed")
+    with stage("train", {"uri": uri, "experiment": EXPERIMENT, "pipeline": NAME}, {"seed": 1}) as run:
+        run.opened_id()
+        assert newest(server).info.status == "RUNNING"
+    assert newest(server).info.status == "RUNNING"  # the last stages are still to come
+    run_stages(uri, "gate")
+    run_stages(uri, "register", fails=True)
+    assert newest(server).info.status == "FAILED"
+    run_stages(uri, "register")
+    assert newest(server).info.status == "FINISHED"
+    assert newest(server).data.tags["pipeline.failed"] == ""
