@@ -216,6 +216,14 @@ class Cluster:
         if rest:
             yield _timed(rest)
 
+    def log_end(self, pod: str, container: str, lines: int) -> list[str]:
+        """The last lines of a container's log."""
+        answer = self.call(
+            self.core.read_namespaced_pod_log, pod, self.namespace, container=container, tail_lines=lines,
+            _preload_content=False,
+        )  # fmt: skip
+        return str(answer.data.decode(errors="replace")).splitlines()
+
     def read(self, path: str) -> Manifest:
         """Any object or list of the API, by its path."""
         return self._json(self.api.call_api, path, "GET", auth_settings=["BearerToken"], _return_http_data_only=True)

@@ -241,7 +241,7 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: _Seen, limits: Limit
         if uids and pod["metadata"]["uid"] not in uids:
             log.warning("pod %s was started again", pod["metadata"]["name"])
         uids.add(pod["metadata"]["uid"])
-    for complaint in {*cluster.warnings(name), *(line for pod in pods for line in _waits(pod))} - seen.warnings:
+    for complaint in {*cluster.warnings(name), *(line for pod in pods for line in waits(pod))} - seen.warnings:
         seen.warnings.add(complaint)
         log.warning("%s: %s", name, complaint)
     if seen.restarts > limits.restarts:
@@ -267,7 +267,7 @@ def _age_s(job: Manifest) -> float:
     return time.time() - calendar.timegm(time.strptime(started, "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _waits(pod: Manifest) -> Iterator[str]:
+def waits(pod: Manifest) -> Iterator[str]:
     """Why a pod does not run, in the scheduler's or the kubelet's words."""
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
     for item in status.get("conditions") or []:

@@ -8,13 +8,14 @@ import logging
 import os
 import time
 
-from components.cluster import KINDS, OWN_NAMESPACE, Cluster, ClusterError, condition
+from components.cluster import KINDS, Cluster, ClusterError, condition
 from components.manifests import Manifest
+from components.workflow import outcome
 from model.pipeline_run import Outcome
 
 log = logging.getLogger("mplug")
-RUN_ID, WORKFLOW = "MPLUG_KFP_RUN", "MPLUG_KFP_WORKFLOW"
-"""Variables of a step that Kubernetes fills in: id of its run, name of the workflow that Argo runs for it."""
+RUN_ID, WORKFLOW, NAMESPACE = "MPLUG_KFP_RUN", "MPLUG_KFP_WORKFLOW", "MPLUG_KFP_NAMESPACE"
+"""Variables of a step that Kubernetes fills in: id of its run, name and namespace of Argo's workflow for it."""
 RUN_LABEL = "mplug-video/run"
 """Label of a job: id of the pipeline's run that has started it, or taken it over."""
 GIVEN_UP = "mplug-video/given-up"
@@ -52,21 +53,9 @@ def _is_running(job: Manifest) -> bool:
 
 
 def _outcome(cluster: Cluster) -> Outcome | None:
-    """How Argo's workflow of this run has ended, of which the exit handler is all that still runs."""
-    path = f"/apis/argoproj.io/v1alpha1/namespaces/{OWN_NAMESPACE.read_text(encoding='utf-8')}/workflows"
+    path = f"/apis/argoproj.io/v1alpha1/namespaces/{os.environ.get(NAMESPACE)}/workflows/{os.environ.get(WORKFLOW)}"
     try:
-        workflow = cluster.read(f"{path}/{os.environ.get(WORKFLOW)}")
+        return outcome(cluster.read(path))
     except ClusterError as error:
         log.warning("the stages alone say how the run has ended: %s", error)
         return None
-    if workflow["spec"].get("activeDeadlineSeconds") == 0 or workflow["spec"].get("shutdown"):
-        return "cancelled"
-    stages = [node for node in workflow.get("status", {}).get("nodes", {}).values() if _is_stages(node)]
-    if not stages:
-        return None
-    return "succeeded" if all(node.get("phase") == "Succeeded" for node in stages) else "failed"
-
-
-def _is_stages(node: Manifest) -> bool:
-    """Whether a node of the workflow is all that the exit handler was waiting for, not an attempt at it."""
-    return str(node.get("displayName", "")) == "exit-handler-1"

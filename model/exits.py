@@ -20,8 +20,8 @@ FAILURES = "MPLUG_FAILURES"
 """Variable with the file in which a step of a pipeline notes its code and message: kfp's local runner drops both."""
 
 
-TERMINATION_LOG = Path("/dev/termination-log")
-"""What a container leaves there is its reason in `kubectl describe pod`, `mplug job watch` and Argo's workflow."""
+TERMINATION_LOG = Path(os.environ.get("MPLUG_TERMINATION_LOG", "/dev/termination-log"))
+"""A pod's terminationMessagePath: what a container leaves there is its reason in Kubernetes and Argo."""
 
 
 class StageError(RuntimeError):

@@ -33,9 +33,6 @@ def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
     refuse(with_defaults(name, values))
     from kfp import local  # a second of imports: only where a pipeline runs
 
-    from pipelines import placement
-
-    placement.retries = 0  # before the pipeline's own file is read
     folder.mkdir(parents=True, exist_ok=True)
     for category in (UserWarning, RuntimeWarning):  # what has no effect here, and the name of the image
         warnings.filterwarnings("ignore", category=category, module="kfp")

@@ -1,9 +1,12 @@
 """The commands `mplug pipeline …`: run here, compile, submit. Each is a call into the package."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipelines.kfp_host import Host
 
 pipeline = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
@@ -66,6 +69,24 @@ def compile_all(
         print(compile_to(name, folder))
 
 
+Url = Annotated[str, typer.Option("--host", envvar="KFP_HOST", help="URL of Kubeflow Pipelines.")]
+Token = Annotated[str, typer.Option(envvar="KFP_TOKEN", help="Sent as a bearer token.")]
+Headers = Annotated[
+    list[str] | None, typer.Option("--header", help="'name: value', sent with every request; repeatable.")
+]
+Profile = Annotated[str, typer.Option("--namespace", help="Profile, in a Kubeflow that has them.")]
+Wait = Annotated[
+    bool,
+    typer.Option(
+        help="Wait for the end: show the current steps, why they wait, what has failed. Exit code 0: it has succeeded."
+    ),
+]
+Retries = Annotated[
+    int, typer.Option(min=0, help="While waiting, run what has failed again so often; what is permanent never.")
+]
+LOCAL = "http://localhost:8888"
+
+
 @pipeline.command()
 def submit(
     name: Name,
@@ -73,42 +94,73 @@ def submit(
     overlay: Annotated[
         Path | None, typer.Option(help="Folder below k8s/overlays whose defaults to take; without: the cluster's.")
     ] = None,
-    host: Annotated[str, typer.Option(envvar="KFP_HOST", help="URL of Kubeflow Pipelines.")] = "http://localhost:8888",
-    token: Annotated[str, typer.Option(envvar="KFP_TOKEN", help="Sent as a bearer token.")] = "",
-    header: Annotated[
-        list[str] | None, typer.Option(help="'name: value', sent with every request; repeatable.")
-    ] = None,
-    namespace: Annotated[str, typer.Option(help="Profile, in a Kubeflow that has them.")] = "",
+    url: Url = LOCAL,
+    token: Token = "",
+    headers: Headers = None,
+    profile: Profile = "",
     experiment: Annotated[str, typer.Option(help="Experiment in Kubeflow Pipelines.")] = "mplug-video",
     service_account: Annotated[str, typer.Option(help="Of the steps; without, the backend's default.")] = "",
     cache: Annotated[bool, typer.Option(help="Take finished steps from the cache.")] = True,
-    wait: Annotated[bool, typer.Option(help="Wait for the end; exit code 0 says that the run has succeeded.")] = False,
+    wait: Wait = False,
+    retries: Retries = 0,
 ) -> None:
     """Start a pipeline on Kubeflow Pipelines; prints the link to its run.
 
     What is not given are the defaults of the cluster: image, addresses, and what each step takes (ConfigMap
     mplug-pipelines).
 
-    Example: `mplug pipeline submit pretrain image=… source=modelscope://… decoder=s3://… --wait`
+    Example: `mplug pipeline submit pretrain source=modelscope://… decoder=s3://… --wait --retries 3`
     """
-    from model.config import ConfigError
     from pipelines import submit as sending
     from pipelines.catalog import with_defaults
     from pipelines.cluster_defaults import arguments_on_cluster
+    from pipelines.follow_run import follow
     from pipelines.local import refuse
 
     given = arguments_on_cluster(name, items or [], overlay)
     values = with_defaults(name, given)
     refuse(values)
-    pairs = [item.partition(":") for item in header or []]
+    host = _host(url, token, headers, profile)
+    run_id = sending.submit(
+        host, name, given, run_name=values["run_name"], experiment=experiment, service_account=service_account,
+        caching=cache,
+    )  # fmt: skip
+    print(host.link(run_id), flush=True)
+    if wait or retries:
+        follow(host, run_id, values.get("namespace", ""), retries)
+
+
+@pipeline.command()
+def retry(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, the end of the link to it.")],
+    url: Url = LOCAL,
+    token: Token = "",
+    headers: Headers = None,
+    profile: Profile = "",
+    namespace: Annotated[str, typer.Option("--jobs-in", help="Namespace of its training jobs.")] = "mplug",
+    wait: Wait = False,
+    retries: Retries = 0,
+) -> None:
+    """Run again what has failed of a run; what has succeeded stays, and a training job goes on from its checkpoint.
+
+    Example: `mplug pipeline retry 0c2f5c8e-… --wait`
+    """
+    from pipelines.follow_run import follow
+    from pipelines.follow_run import retry as start_again
+
+    host = _host(url, token, headers, profile)
+    start_again(host, run_id)
+    print(host.link(run_id), flush=True)
+    if wait or retries:
+        follow(host, run_id, namespace, retries)
+
+
+def _host(url: str, token: str, headers: list[str] | None, profile: str) -> "Host":
+    from model.config import ConfigError
+    from pipelines.kfp_host import Host
+
+    pairs = [item.partition(":") for item in headers or []]
     if wrong := [name for name, separator, _ in pairs if not separator]:
         raise ConfigError(f"--header must be 'name: value', got {wrong[0]!r}.")
-    headers = {name.strip(): value.strip() for name, _, value in pairs}
-    target = sending.Host(url=host, token=token, headers=headers, namespace=namespace)
-    run_id = sending.submit(
-        target, name, given, run_name=values["run_name"], experiment=experiment,
-        service_account=service_account, caching=cache,
-    )  # fmt: skip
-    print(target.link(run_id), flush=True)
-    if wait:
-        sending.wait(target, run_id)
+    sent = {name.strip(): value.strip() for name, _, value in pairs}
+    return Host(url=url, token=token, headers=sent, namespace=profile)

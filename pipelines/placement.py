@@ -8,7 +8,7 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 from kfp.dsl.pipeline_channel import PipelineChannel
 
-from components.run_end import RUN_ID, WORKFLOW
+from components.run_end import NAMESPACE, RUN_ID, WORKFLOW
 
 CONFIG, SECRET = "mplug-config", "mplug-s3"
 CONFIG_KEYS = ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
@@ -19,21 +19,20 @@ SIZES = {
     "train_cpu": "500m", "train_memory": "2Gi", "evaluate_cpu": "8", "evaluate_memory": "48Gi",
 }  # fmt: skip
 """Defaults where a run names no others, and no cluster does."""
-retries = 3
-"""Of a step that has failed; the local runner's user is there, and does not wait for what will fail again."""
 
 
 def place(task: PipelineTask, image: str) -> PipelineTask:
-    """A step in `image` that reaches the bucket, and is tried again where trying again may help."""
+    """A step in `image` that reaches the bucket.
+
+    Without `set_retry`: Kubeflow Pipelines merges Argo's policy OnError into it, which repeats no exit code; with the
+    policy Always it repeats what is permanent as well. `mplug pipeline retry` repeats a step that has failed.
+    """
     task.set_container_image(image)
-    if retries:
-        # the backend leaves it out inside loops (kubeflow/pipelines#13897); there, steps try again what they call.
-        # Argo counts backoff_max_duration from the first start, and ends what runs longer: it bounds nothing here
-        task.set_retry(num_retries=retries, backoff_duration="60s", backoff_factor=2, backoff_max_duration="2592000s")
     task.set_env_variable("HOME", "/tmp")
     task.set_env_variable("MPLUG_CACHE", "/cache")
     kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
     kubernetes.use_field_path_as_env(task, WORKFLOW, "metadata.labels['workflows.argoproj.io/workflow']")
+    kubernetes.use_field_path_as_env(task, NAMESPACE, "metadata.namespace")
     kubernetes.use_config_map_as_env(task, CONFIG, {key: key for key in CONFIG_KEYS})
     kubernetes.use_secret_as_env(task, SECRET, {key: key for key in SECRET_KEYS}, optional=True)
     kubernetes.empty_dir_mount(task, volume_name="cache", mount_path="/cache")

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +12,13 @@ from shapes import CPU
 from components.cluster import Cluster
 from components.launcher import ensure
 from components.manifests import Launch, render
-from components.run_end import GIVEN_UP, RUN_ID, RUN_LABEL, WORKFLOW, end_run
+from components.run_end import GIVEN_UP, NAMESPACE, RUN_ID, RUN_LABEL, WORKFLOW, end_run
 
 
 @pytest.fixture(autouse=True)
-def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Kubernetes fills in a step's variables."""
-    (tmp_path / "namespace").write_text("kubeflow")
-    monkeypatch.setattr("components.run_end.OWN_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setenv(NAMESPACE, "kubeflow")
     monkeypatch.setenv(RUN_ID, "run-1")
     monkeypatch.setenv(WORKFLOW, "pretrain-x2x4z")
 

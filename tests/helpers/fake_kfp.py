@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import kfp_server_api as kfp
+from kfp_backend import Backend
 
 
 @dataclass
@@ -21,6 +22,10 @@ class FakeKfp:
     """What a run is, each time somebody looks; the last one stays."""
     failed_steps: list[str] = field(default_factory=list)
     faults: list[int] = field(default_factory=list)
+    version: str = "2.17.0"
+    """Empty: a server that does not tell it."""
+    backend: Backend | None = None
+    """Which really runs what is submitted; without, a run has the `states` in turn."""
     headers: dict[str, str] = field(default_factory=dict)
     """Of the last request."""
 
@@ -51,20 +56,40 @@ class Handler(BaseHTTPRequestHandler):
             case "POST", ["runs"]:
                 run = kfp.V2beta1Run(run_id=f"r{len(fake.runs)}", state="PENDING", **self.known(body, "Run"))
                 fake.runs.append(run)
+                if fake.backend:
+                    spec = run.pipeline_spec
+                    parameters = run.runtime_config["parameters"]
+                    fake.backend.start(run.run_id, spec["pipeline_spec"], spec["platform_spec"], parameters)
                 self.say(200, run)
+            case "GET", ["healthz"]:
+                self.say(200, {"multi_user": False} | ({"tag_name": fake.version} if fake.version else {}))
+            case "POST", ["runs", call]:
+                run_id, _, verb = call.partition(":")
+                self.act(verb, next(run for run in fake.runs if run.run_id == run_id))
             case "GET", ["runs", run_id]:
                 run = next(run for run in fake.runs if run.run_id == run_id)
-                run.state = fake.states.pop(0) if len(fake.states) > 1 else fake.states[0]
-                if run.state == "FAILED":
-                    details = [
-                        kfp.V2beta1PipelineTaskDetail(display_name=name, state="FAILED") for name in fake.failed_steps
-                    ]
-                    run.run_details = kfp.V2beta1RunDetails(task_details=details)
+                shown = [(name, "FAILED") for name in fake.failed_steps]
+                if fake.backend:
+                    run.state, shown = fake.backend.runs[run_id].state, fake.backend.task_details(run_id)
+                else:
+                    run.state = fake.states.pop(0) if len(fake.states) > 1 else fake.states[0]
+                details = [kfp.V2beta1PipelineTaskDetail(display_name=name, state=state) for name, state in shown]
+                run.run_details = kfp.V2beta1RunDetails(task_details=details)
                 self.say(200, run)
             case _:
                 self.say(404, {"message": "not found"})
 
     do_GET = do_POST = serve  # noqa: N815
+
+    def act(self, verb: str, run: kfp.V2beta1Run) -> None:
+        """`:terminate` and `:retry`."""
+        fake, backend = self.fake, self.fake.backend
+        if verb == "terminate" and backend:
+            backend.terminate(run.run_id)
+        elif verb == "retry" and not (backend.retry(run.run_id) if backend else fake.failed_steps):
+            message = f"Workflow cannot be retried. Workflow must be Failed/Error to retry. State: {run.state}"
+            return self.say(400, {"code": 9, "message": message})
+        self.say(200, {})
 
     def known(self, body: dict[str, Any], model: str) -> dict[str, Any]:
         """What the model takes; a key that it does not know is an error, as in the server."""
@@ -90,8 +115,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def fake_kfp() -> Iterator[FakeKfp]:
-    fake = FakeKfp()
+def fake_kfp(backend: Backend | None = None) -> Iterator[FakeKfp]:
+    fake = FakeKfp(backend=backend)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"fake": fake}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

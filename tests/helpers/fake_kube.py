@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, match: re.Match[str], query: dict[str, str], body: Object) -> None:
         kube, (namespace, plural, name) = self.kube, match.group("namespace", "plural", "name")
         if match["sub"] == "log":
-            return self.stream_log(name, follow=query.get("follow") == "True")
+            return self.stream_log(namespace, name, query)
         if self.command == "GET" and query.get("watch") == "True":
             return self.stream_changes(namespace, plural, query)
         with kube.changed:
@@ -241,14 +241,15 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
-    def stream_log(self, pod: str, *, follow: bool) -> None:
-        kube, sent = self.kube, 0
-        uid = kube.find("mplug", "pods", pod)["metadata"]["uid"]
+    def stream_log(self, namespace: str, pod: str, query: dict[str, str]) -> None:
+        kube, follow, is_timed = self.kube, query.get("follow") == "True", query.get("timestamps") == "True"
+        uid = kube.find(namespace, "pods", pod)["metadata"]["uid"]
+        sent = max(0, len(kube.logs.get(pod, [])) - int(query["tailLines"])) if "tailLines" in query else 0
         self.begin_stream()
         try:
             while True:
                 with kube.changed:
-                    found = kube.objects.get(("mplug", "pods", pod))
+                    found = kube.objects.get((namespace, "pods", pod))
                     is_same = found and found["metadata"]["uid"] == uid
                     new = kube.logs.get(pod, [])[sent:] if is_same else []
                     running = is_same and found["status"]["phase"] == "Running"
@@ -259,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
                     break
                 for when, line in new:
                     sent += 1
-                    self.chunk(f"{when} {line}\n".encode())
+                    self.chunk(f"{when + ' ' if is_timed else ''}{line}\n".encode())
             self.chunk(b"")
         except OSError:
             self.close_connection = True

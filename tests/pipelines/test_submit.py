@@ -8,8 +8,10 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from typer.testing import CliRunner
 
 from model.exits import OutageError, StageError
+from pipelines.follow_run import follow, retry, step_names
+from pipelines.kfp_host import Host
 from pipelines.pipeline_cli import pipeline
-from pipelines.submit import Host, submit, wait
+from pipelines.submit import submit
 
 GIVEN = {
     "source": "s3://x",
@@ -22,8 +24,8 @@ GIVEN = {
 
 @pytest.fixture
 def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKfp]:
-    monkeypatch.setattr("pipelines.submit.LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr("pipelines.submit.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("pipelines.kfp_host.time.sleep", lambda _seconds: None)  # of all modules
+    monkeypatch.setenv("KUBECONFIG", "/none")
     with fake_kfp() as fake:
         yield fake
 
@@ -75,15 +77,44 @@ def test_without_the_cache_no_step_at_any_depth_is_taken_from_it(kfp: FakeKfp) -
 def test_waiting_goes_through_outages_and_ends_with_the_run(kfp: FakeKfp) -> None:
     run_id = start(Host(url=kfp.url))
     kfp.faults = [503, 0, 500, 429, 0, 0]
-    wait(Host(url=kfp.url), run_id)
+    follow(Host(url=kfp.url), run_id)
     assert kfp.states == ["SUCCEEDED"]
 
 
-def test_a_failed_run_names_its_failed_steps(kfp: FakeKfp) -> None:
+def test_a_failed_run_names_its_steps_and_no_nodes_of_argo(kfp: FakeKfp) -> None:
     run_id = start(Host(url=kfp.url))
-    kfp.states, kfp.failed_steps = ["RUNNING", "FAILED"], ["train", "gate"]
+    kfp.states = ["RUNNING", "FAILED"]
+    kfp.failed_steps = ["train", "gate", "executor(0)", "iteration-iterations(1:1)(0)", "train-driver(0)", "root(0)"]
     with pytest.raises(StageError, match=r"ended as FAILED\. Failed: gate, train\. http://.*/#/runs/details/r0"):
-        wait(Host(url=kfp.url), run_id)
+        follow(Host(url=kfp.url), run_id)
+
+
+def test_a_run_that_did_not_fail_cannot_be_retried(kfp: FakeKfp) -> None:
+    run_id = start(Host(url=kfp.url))
+    with pytest.raises(StageError, match=r"400 .*cannot be retried"):
+        retry(Host(url=kfp.url), run_id)
+
+
+@pytest.mark.parametrize("version", ["2.4.1", "v2.15.2", "1.8.5"])
+def test_a_backend_that_is_too_old_is_refused_before_anything_is_sent(kfp: FakeKfp, version: str) -> None:
+    kfp.version = version
+    with pytest.raises(StageError, match=f"must be 2.16 or newer, {kfp.url} is {version}"):
+        start(Host(url=kfp.url))
+    assert kfp.runs == kfp.experiments == []
+
+
+@pytest.mark.parametrize("version", ["", "unknown", "dev"])
+def test_a_backend_that_does_not_tell_its_version_is_a_warning(
+    kfp: FakeKfp, version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kfp.version = version
+    assert start(Host(url=kfp.url))
+    assert "does not tell its version" in caplog.text
+
+
+def test_the_steps_of_all_pipelines_are_known() -> None:
+    assert step_names() >= {"start-run", "download", "shard", "train", "evaluate", "gate", "register", "finish-run"}
+    assert not [name for name in step_names() if "loop" in name or "stages" in name]
 
 
 @pytest.mark.parametrize("code", [401, 403])
@@ -95,7 +126,7 @@ def test_a_refusal_says_what_to_give(kfp: FakeKfp, code: int) -> None:
 
 def test_a_run_is_never_started_twice(kfp: FakeKfp) -> None:
     """After an answer that was lost nobody knows whether there is one."""
-    kfp.faults = [0, 0, 503]
+    kfp.faults = [0, 0, 0, 503]
     with pytest.raises(OutageError):
         start(Host(url=kfp.url))
     assert kfp.runs == []

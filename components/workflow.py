@@ -1,0 +1,102 @@
+"""A run of Kubeflow Pipelines as Argo's workflow shows it on the cluster: its steps, why they wait and how they ended.
+
+The API of Kubeflow Pipelines names Argo's nodes (`executor(0)`) and neither pods nor reasons. No kfp here.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from components.cluster import Cluster, ClusterError
+from components.manifests import Manifest
+from model.exits import ATTEMPTS, LOST
+from model.pipeline_run import Outcome
+
+ENDED_BADLY = ("Failed", "Error")
+NOTED = re.compile(r"exit code (\d+): (.+)")
+"""What a step notes where Kubernetes takes a container's last words (model.exits.TERMINATION_LOG)."""
+ENDED = re.compile(r"\(exit code (\d+)\)")
+STAGES = ("exit-handler-1", "stages")
+"""Name and title of all that the exit handler waits for."""
+LOG_LINES = 15
+FOR_MEMORY = "OOMKilled"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that waits, runs or has ended, in the words of the pipeline."""
+
+    name: str
+    phase: str
+    message: str
+    node: str
+    """Name of the node in the workflow."""
+
+    @property
+    def code(self) -> int:
+        """Exit code of the step's command. Argo knows only that of the launcher around it, which is 1 for all of them.
+
+        A pod that was evicted or whose node is gone has none. What was killed for memory is killed again: permanent.
+        """
+        if FOR_MEMORY in self.message:
+            return ATTEMPTS
+        found = NOTED.search(self.message) or ENDED.search(self.message)
+        return int(found[1]) if found else LOST
+
+    @property
+    def reason(self) -> str:
+        if FOR_MEMORY in self.message:
+            return "killed for memory at the limit of its pod: give the step more (…_memory), as k8s/README.md says."
+        noted = NOTED.search(self.message)
+        return noted[2].strip() if noted else self.message or "no reason is known."
+
+
+def workflow_of_run(cluster: Cluster, run_id: str) -> Manifest | None:
+    """None where the run is not of this cluster. Raises ClusterError where workflows may not be looked at."""
+    path = f"/apis/argoproj.io/v1alpha1/namespaces/{cluster.namespace}/workflows"
+    found = cluster.read(f"{path}?labelSelector=pipeline%2Frunid%3D{run_id}")["items"]
+    return found[0] if found else None
+
+
+def outcome(workflow: Manifest) -> Outcome | None:
+    """How the stages have ended, as the exit handler sees it; None where the workflow's nodes do not tell."""
+    if workflow["spec"].get("activeDeadlineSeconds") == 0 or workflow["spec"].get("shutdown"):
+        return "cancelled"
+    stages = [node for node in _nodes(workflow) if node.get("displayName") in STAGES]
+    if not stages:
+        return None
+    return "succeeded" if all(node.get("phase") == "Succeeded" for node in stages) else "failed"
+
+
+def steps(workflow: Manifest, known: Collection[str]) -> Iterator[Step]:
+    """What has a pod, and the step that it is for; of a step that was repeated the last attempt alone."""
+    attempts = {
+        child for node in _nodes(workflow) if node.get("type") == "Retry" for child in node.get("children", [])[:-1]
+    }
+    for node in _nodes(workflow):
+        name = step_name(node["name"], known)
+        if node.get("type") == "Pod" and name and node.get("id") not in attempts:
+            yield Step(name, node.get("phase", ""), " ".join(str(node.get("message", "")).split()), node["name"])
+
+
+def step_name(node: str, known: Collection[str]) -> str:
+    """`train` of `run-x2x4z.root(0).tasks(0).iteration(1:1)(0).train(0).executor(0)`; empty where none is known."""
+    parts = [re.sub(r"\(.*", "", part).removesuffix("-driver") for part in re.split(r"\.(?![^(]*\))", node)]
+    return next((part for part in reversed(parts) if part in known), "")
+
+
+def last_lines(cluster: Cluster, workflow: Manifest, step: Step) -> list[str]:
+    """The end of a step's log; empty where its pod is gone."""
+    selector = f"workflows.argoproj.io%2Fworkflow%3D{workflow['metadata']['name']}"
+    try:
+        pods = cluster.read(f"/api/v1/namespaces/{cluster.namespace}/pods?labelSelector={selector}")["items"]
+        for pod in pods:
+            if (pod["metadata"].get("annotations") or {}).get("workflows.argoproj.io/node-name") == step.node:
+                return cluster.log_end(pod["metadata"]["name"], "main", LOG_LINES)
+    except ClusterError:  # gone meanwhile, or not ours to read
+        pass
+    return []
+
+
+def _nodes(workflow: Manifest) -> list[Manifest]:
+    return list(((workflow.get("status") or {}).get("nodes") or {}).values())

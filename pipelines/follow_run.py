@@ -1,0 +1,170 @@
+"""Follows a run of Kubeflow Pipelines to its end, and repeats what has failed where that may help."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import kfp_server_api
+
+from components.cluster import Cluster, ClusterError
+from components.launcher import waits
+from components.manifests import Manifest
+from components.run_end import RUN_LABEL
+from components.workflow import ENDED_BADLY, Step, last_lines, outcome, steps, workflow_of_run
+from model.exits import FAILED, OutageError, ProcessFailedError
+from pipelines.catalog import PIPELINES, documents
+from pipelines.kfp_host import Host, call
+
+log = logging.getLogger("mplug")
+ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
+LOOK_EVERY_S = 10.0
+RESTARTED_WITHIN_S = 120.0
+KUBEFLOW = "kubeflow"
+"""Where steps run in a Kubeflow without profiles."""
+
+
+@dataclass
+class Followed:
+    """A run, and where its pods are; without a `cluster` only Kubeflow Pipelines itself is asked."""
+
+    host: Host
+    run_id: str
+    known: frozenset[str]
+    """Names of steps."""
+    cluster: Cluster | None
+    jobs: Cluster | None
+    """The namespace of its training jobs."""
+    said: set[str] = field(default_factory=set)
+    running: str = ""
+
+    def run(self) -> Any:
+        return call(kfp_server_api.RunServiceApi(self.host.api()).run_service_get_run, self.run_id)
+
+    def workflow(self) -> Manifest | None:
+        try:
+            return workflow_of_run(self.cluster, self.run_id) if self.cluster else None
+        except (ClusterError, OutageError) as error:
+            self.say(f"reasons and logs are on Kubeflow's page alone: {error}")
+            return None
+
+    def say(self, line: str) -> None:
+        """Says it once."""
+        if line not in self.said:
+            self.said.add(line)
+            log.info("%s", line)
+
+
+def follow(host: Host, run_id: str, job_namespace: str = "mplug", retries: int = 0) -> None:
+    """Returns when the run has succeeded. Raises ProcessFailedError with the step that has failed, and why.
+
+    A failure that is not permanent is repeated up to `retries` times: what has succeeded is not run again.
+    """
+    cluster, jobs = _cluster(host.namespace or KUBEFLOW), _cluster(job_namespace)
+    followed = Followed(host, run_id, step_names(), cluster, jobs)
+    while True:
+        run, workflow = followed.run(), followed.workflow()
+        _report(followed, run, workflow)
+        if run.state == "SUCCEEDED":
+            log.info("run %s has succeeded", run_id)
+            return
+        if run.state in ENDED:
+            failure = _failure(followed, run, workflow)
+            if not retries or failure.code < 128:
+                raise failure
+            retries -= 1
+            log.warning("%s", failure)
+            log.warning("what has failed is run again, %d more times", retries)
+            retry(host, run_id)
+        time.sleep(LOOK_EVERY_S)
+
+
+def retry(host: Host, run_id: str) -> None:
+    """Runs again what has failed of a run; returns when the run goes on."""
+    service = kfp_server_api.RunServiceApi(host.api())
+    call(service.run_service_retry_run, run_id, patience_s=0)
+    deadline = time.monotonic() + RESTARTED_WITHIN_S
+    while call(service.run_service_get_run, run_id).state in ENDED:
+        if time.monotonic() > deadline:
+            raise OutageError(f"run {run_id} does not go on within {RESTARTED_WITHIN_S:g} s. {host.link(run_id)}")
+        time.sleep(1)
+
+
+def step_names() -> frozenset[str]:
+    """Of all pipelines."""
+    found: set[str] = set()
+    for name in PIPELINES:
+        spec = documents(name)[0]
+        for part in (spec["root"], *spec["components"].values()):
+            for step, task in part.get("dag", {}).get("tasks", {}).items():
+                if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
+                    found.add(step)
+    return frozenset(found)
+
+
+def _cluster(namespace: str) -> Cluster | None:
+    try:
+        return Cluster(namespace, patience_s=5)
+    except ClusterError as error:
+        log.info("reasons and logs are on Kubeflow's page alone: %s", error)
+        return None
+
+
+def _report(followed: Followed, run: Any, workflow: Manifest | None) -> None:
+    """What runs, where that has changed; and what waits, and why."""
+    if workflow:
+        found = list(steps(workflow, followed.known))
+        names = sorted({step.name for step in found if step.phase in ("Running", "Pending")})
+        for step in found:
+            if step.phase == "Pending" and step.message:
+                followed.say(f"{step.name} waits: {step.message}")
+    else:
+        details = (run.run_details.task_details if run.run_details else None) or []
+        shown = {task.display_name for task in details if task.state == "RUNNING"}
+        names = sorted(shown & followed.known)
+    for line in _waiting_jobs(followed):
+        followed.say(line)
+    running = ", ".join(names)
+    if running and running != followed.running:
+        followed.running = running
+        log.info("running: %s", running)
+
+
+def _waiting_jobs(followed: Followed) -> Iterator[str]:
+    """Why pods of the run's training jobs wait."""
+    if not followed.jobs:
+        return
+    try:
+        for job in followed.jobs.labelled("PyTorchJob", f"{RUN_LABEL}={followed.run_id}"):
+            name = job["metadata"]["name"]
+            yield from followed.jobs.warnings(name)
+            for pod in followed.jobs.pods("PyTorchJob", name):
+                yield from waits(pod)
+    except (ClusterError, OutageError) as error:
+        yield f"training jobs cannot be looked at: {error}"
+
+
+def _failure(followed: Followed, run: Any, workflow: Manifest | None) -> ProcessFailedError:
+    link = followed.host.link(followed.run_id)
+    if run.state == "CANCELED" or (workflow and outcome(workflow) == "cancelled"):
+        return ProcessFailedError(f"run {followed.run_id} was cancelled. {link}")
+    failed = [step for step in steps(workflow, followed.known) if step.phase in ENDED_BADLY] if workflow else []
+    if not workflow or not failed:
+        details = (run.run_details.task_details if run.run_details else None) or []
+        names = sorted({task.display_name for task in details if task.state == "FAILED"} & followed.known)
+        said = f"Failed: {', '.join(names)}." if names else ""
+        return ProcessFailedError(f"run {followed.run_id} has ended as {run.state}. {said} {link}")
+    worst = min(failed, key=lambda step: (step.code >= 128, step.node))  # what is permanent is the cause
+    for step in failed:
+        _show_log(followed, workflow, step)
+    reasons = "\n".join(f"{step.name}: {step.reason}" for step in failed)
+    return ProcessFailedError(f"{reasons}\n{link}", worst.code or FAILED)
+
+
+def _show_log(followed: Followed, workflow: Manifest, step: Step) -> None:
+    lines = last_lines(followed.cluster, workflow, step) if followed.cluster else []
+    if lines:
+        log.info("the end of the log of %s:", step.name)
+        for line in lines:
+            log.info("  %s", line)

@@ -1,0 +1,87 @@
+"""Kubeflow Pipelines' API, through outages, and what has to be known of the server before it is used."""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import kfp_server_api
+import urllib3
+from kfp_server_api import ApiException
+
+from model.exits import OutageError, StageError
+
+log = logging.getLogger("mplug")
+T = TypeVar("T")
+PATIENCE_S = 300.0
+"""With a host that does not answer."""
+OLDEST = (2, 16)
+"""What compiled pipelines use and came last: `runAsNonRoot` of a step, and optional secrets before it (2.15)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Where Kubeflow Pipelines is, and who asks."""
+
+    url: str
+    token: str = ""
+    """Sent as a bearer token."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    namespace: str = ""
+    """Of a Kubeflow with profiles; empty where there are none."""
+
+    def api(self) -> kfp_server_api.ApiClient:
+        settings = kfp_server_api.Configuration(host=self.url.rstrip("/"))
+        settings.retries = False
+        if self.token:
+            settings.api_key["authorization"] = self.token
+            settings.api_key_prefix["authorization"] = "Bearer"
+        api = kfp_server_api.ApiClient(settings)
+        for name, value in self.headers.items():
+            api.set_default_header(name, value)
+        return api
+
+    def link(self, run_id: str) -> str:
+        return f"{self.url.rstrip('/')}/#/runs/details/{run_id}"
+
+
+def check_version(host: Host) -> None:
+    """Raises StageError for a server that would leave out what the compiled pipelines say, or would not run them."""
+    service = kfp_server_api.HealthzServiceApi(host.api())
+    answer: Any = call(service.healthz_service_get_healthz, _preload_content=False)  # its model leaves the version out
+    try:
+        tag = str(json.loads(answer.data).get("tag_name", ""))
+    except (ValueError, AttributeError):
+        raise StageError(f"{host.url} is not Kubeflow Pipelines: {answer.data[:100]!r}.") from None
+    needed = ".".join(map(str, OLDEST))
+    version = re.match(r"v?(\d+)\.(\d+)", tag)
+    if not version:
+        log.warning("Kubeflow Pipelines does not tell its version (%s); these pipelines need %s.", tag or "-", needed)
+    elif tuple(map(int, version.groups())) < OLDEST:
+        raise StageError(f"Kubeflow Pipelines must be {needed} or newer, {host.url} is {tag}.")
+
+
+def call(function: Callable[..., T], *arguments: Any, patience_s: float | None = None, **options: Any) -> T:
+    """A call that is made again while the host does not answer."""
+    options = {key: value for key, value in options.items() if value is not None}
+    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
+    wait_s = 1.0
+    while True:
+        try:
+            return function(*arguments, _request_timeout=(5, 60), **options)
+        except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+            status = getattr(error, "status", 0) or 0
+            said = f"{status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}"
+            if status in (401, 403):
+                raise StageError(f"Kubeflow Pipelines refuses who asks: {said}. Give --token or --header.") from error
+            if 400 <= status < 500 and status != 429:
+                body = " ".join(str(getattr(error, "body", "")).split())[:300]
+                raise StageError(f"Kubeflow Pipelines: {said}: {body}") from error
+            if time.monotonic() >= deadline:
+                raise OutageError(f"Kubeflow Pipelines does not answer: {said}.") from error
+            log.warning("Kubeflow Pipelines does not answer, tried again in %g s: %s", wait_s, said)
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 30.0)

@@ -1,0 +1,166 @@
+"""A compiled pipeline on the double of Kubeflow Pipelines: real steps, a real S3 server and MLflow, one small node."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from fake_kfp import FakeKfp, fake_kfp
+from fake_kube import FakeKube, fake_kube
+from kfp_backend import NAMESPACE, Backend
+from shapes import CPU
+
+from components.run_end import RUN_LABEL
+from model.config import in_steps, load
+from model.data.shards import describe
+from model.tracking import tracked
+from model.training import attempts
+
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+SHORT = "[training.steps=2,optim.warmup_steps=1,data.batch_size=8,data.workers=0]"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    kube: FakeKube
+    kfp: FakeKfp
+    backend: Backend
+    mlflow: mlflow.MlflowClient
+    items: list[str]
+
+    def start(self, *items: str, options: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+        command = [MPLUG, "pipeline", "submit", "pretrain", *self.items, *items, "--host", self.kfp.url, *options]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def job(self, seconds: float = 90) -> dict[str, Any]:
+        (job,) = self.kube.wait_for("pytorchjobs", seconds=seconds)
+        return job
+
+    def states(self) -> list[str]:
+        """Of the pipeline's runs in MLflow, the oldest first."""
+        experiment = self.mlflow.get_experiment_by_name("mplug-video")
+        assert experiment
+        found = self.mlflow.search_runs(
+            [experiment.experiment_id], "tags.`mplug.pipeline` = 'pretrain'", order_by=["attributes.start_time ASC"]
+        )
+        return [run.info.status for run in found]
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    s3: str, corpus: Path, decoder: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:  # fmt: skip
+    folder = tmp_path_factory.mktemp("backend")
+    before = dict(os.environ)
+    os.environ["KUBECONFIG"] = str(folder / "kubeconfig")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    with fake_kube(folder / "kubeconfig") as kube, fake_kfp(Backend(kube, folder, cores=2)) as kfp:
+        kube.put("podtemplates", CPU)
+        sizes = {"download_cpu": "100m", "shard_cpu": "30", "train_cpu": "50m", "nodes": "2"}
+        addresses = {"MPLUG_ROOT": f"{s3}/backend", "MLFLOW_TRACKING_URI": uri}
+        kube.put("configmaps", {"metadata": {"name": "mplug-config"}, "data": addresses})
+        kube.put("configmaps", {"metadata": {"name": "mplug-pipelines"}, "data": sizes})
+        items = [
+            f"source={corpus}", "source_version=1", f"decoder={decoder}", "config=tiny_pretraining", "num_frames=8",
+            "short_side=72", f"overrides={SHORT}",
+        ]  # fmt: skip
+        assert kfp.backend
+        yield Cluster(kube, kfp, kfp.backend, mlflow.MlflowClient(uri), items)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def publish(cluster: Cluster) -> None:
+    """What the operator and the pods of the job would do."""
+    job = cluster.job()
+    arguments = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["args"]
+    config = load(arguments[1], arguments[2:])
+    config = in_steps(config, describe(config.data.shards)["clips"]["train"])
+    with tracked(config.tracking, config.name) as run:
+        run.params({"seed": config.seed})
+    attempts.finish(attempts.run_folder(config), attempts.Attempt(key="k", model="s3://the/model"))
+    cluster.kube.conclude("pytorchjobs", job["metadata"]["name"], "Succeeded")
+
+
+def running_pod(cluster: Cluster, step: str) -> str:
+    """The pod of a step, once its command runs."""
+    for _ in range(600):
+        for (_, kind, name), pod in list(cluster.kube.objects.items()):
+            node = pod["metadata"].get("annotations", {}).get("workflows.argoproj.io/node-name", "")
+            if kind == "pods" and f".{step}(0)" in node and name in cluster.backend.processes:
+                return name
+        time.sleep(0.1)
+    raise AssertionError(f"no pod of {step}")
+
+
+def test_a_step_that_no_node_has_room_for_is_named_and_a_cancelled_run_leaves_nothing(cluster: Cluster) -> None:
+    submitted = cluster.start(options=("--wait",))
+    said = []
+    assert submitted.stdout
+    for line in submitted.stdout:
+        said.append(line)
+        if "shard waits" in line:
+            cluster.backend.terminate("r0")
+    assert submitted.wait() == 1
+    text = "".join(said)
+    assert "running: start-run" in text
+    assert "shard waits: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu." in text
+    assert re.search(r"^error: run r0 was cancelled\. http", text, re.MULTILINE)
+    assert cluster.backend.runs["r0"].state == "FAILED"  # what Kubeflow calls it
+    assert cluster.states() == ["KILLED"]
+
+
+def test_a_drained_step_is_repeated_and_the_state_in_mlflow_follows(cluster: Cluster) -> None:
+    submitted = cluster.start("shard_cpu=100m", options=("--wait", "--retries", "1"))
+    first = cluster.job()
+    assert first["metadata"]["labels"][RUN_LABEL] == "r1"
+    cluster.backend.drain(running_pod(cluster, "train"))
+    for _ in range(300):  # the exit handler has run
+        if cluster.backend.runs["r1"].state == "FAILED" or cluster.states()[-1] == "FAILED":
+            break
+        time.sleep(0.1)
+    assert cluster.states()[-1] == "FAILED"
+    again = cluster.job()
+    assert again["metadata"]["uid"] != first["metadata"]["uid"]  # stopped by the exit handler, with a checkpoint
+    publish(cluster)
+    text, _ = submitted.communicate(timeout=120)
+    assert submitted.returncode == 0, text
+    assert "train: Error (exit code 143)" in text
+    assert "what has failed is run again, 0 more times" in text
+    assert "run r1 has succeeded" in text
+    assert cluster.states() == ["KILLED", "FINISHED"]
+
+
+def test_a_permanent_failure_is_one_line_and_never_repeated(cluster: Cluster) -> None:
+    options = ("--retries", "3")
+    submitted = cluster.start("shard_cpu=100m", "dataset=other", "source=/no/such/folder", options=options)
+    text, _ = submitted.communicate(timeout=120)
+    assert submitted.returncode == 3, text
+    assert re.search(r"^error: download: .*/no/such/folder", text, re.MULTILINE)
+    assert "run again" not in text
+    assert "the end of the log of download:" in text
+    assert "Traceback" not in text
+    assert not re.search(r"executor|iteration|driver", text)
+
+
+def test_an_unknown_input_ends_the_run(cluster: Cluster) -> None:
+    """As the driver of Kubeflow Pipelines does, which is why the compiled files are checked."""
+    from pipelines.catalog import documents, with_defaults
+
+    spec, platform = documents("pretrain")
+    loop = spec["components"]["comp-for-loop-1"]
+    del loop["inputDefinitions"]["parameters"]["pipelinechannel--download_cpu"]
+    given = {"source": "s", "decoder": "d", "image": "i", "cpu_image": "i", "code_version": "1", "run_name": "none"}
+    values = {**with_defaults("pretrain", given), "tracking_uri": "", "root": "/none"}
+    cluster.backend.start("r9", spec, platform, values)
+    while cluster.backend.runs["r9"].state in ("PENDING", "RUNNING"):
+        time.sleep(0.1)
+    nodes = cluster.kube.find(NAMESPACE, "workflows", "wf-r9")["status"]["nodes"].values()
+    assert any("parent DAG does not have input parameter" in node["message"] for node in nodes)
