@@ -1,5 +1,6 @@
-"""Progress of long work: a bar on a terminal, a line every quarter of a minute in a log."""
+"""Progress of long work: a bar on a terminal, a line at most every ten seconds elsewhere."""
 
+import io
 import sys
 from collections.abc import Iterable
 from typing import TypeVar
@@ -7,7 +8,18 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-LOG_EVERY_S = 15.0
+LINE_EVERY_S = 10.0
+
+
+class Lines(io.StringIO):
+    """Standard error, on which each state of a bar is a line: a container's log is read line by line, and a carriage
+    return ends none."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        return len(text)
 
 
 def progress(
@@ -17,9 +29,10 @@ def progress(
 
     Without `items`, as a context whose `update` says what is done.
     """
-    interval_s = 0.5 if sys.stderr.isatty() else LOG_EVERY_S
+    is_terminal = sys.stderr.isatty()
+    interval_s = 0.5 if is_terminal else LINE_EVERY_S
     bar: tqdm[T] = tqdm(
         items, total=total, desc=desc, unit=unit, disable=not show, initial=initial,
-        mininterval=interval_s, maxinterval=interval_s, miniters=0,
+        file=sys.stderr if is_terminal else Lines(), mininterval=interval_s, maxinterval=interval_s, miniters=0,
     )  # type: ignore[assignment] # fmt: skip
     return bar

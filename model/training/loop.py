@@ -151,8 +151,9 @@ class Training:
                 is_checkpoint_step = is_evaluation_step or (every and done % every == 0) or is_last
 
                 if is_log_step:
-                    self._log(result, batches, meter, micro_batches)
-                    bar.set_postfix(loss=f"{self.last_losses['loss']:.3f}", refresh=False)
+                    clips_per_s = self._log(result, batches, meter, micro_batches)
+                    loss = f"{self.last_losses['loss']:.3f}"
+                    bar.set_postfix({"loss": loss, "clips/s": f"{clips_per_s:.1f}"}, refresh=False)
                 if is_evaluation_step:
                     self._evaluate()
                 if is_checkpoint_step:
@@ -196,7 +197,8 @@ class Training:
         elif self.group.is_main:
             log.warning("weights are those of step %d again", restored["step"])
 
-    def _log(self, result: StepResult, batches: Batches, meter: Meter, micro_batches: list[Batch]) -> None:
+    def _log(self, result: StepResult, batches: Batches, meter: Meter, micro_batches: list[Batch]) -> float:
+        """Returns the clips per second since the last time."""
         losses = self.last_losses = mean_over_processes(result.losses)
         state = self.progress
         state.read_failures += sum(self.group.gathered(batches.take_failures()))
@@ -208,6 +210,7 @@ class Training:
         metrics |= meter.flush(self.total - state.step, flops)
         self.tracking.metrics(metrics, state.step)
         self.exporter.show(metrics, state.step)
+        return metrics["perf/clips_per_s"]
 
     def _flops(self, batch: Batch) -> float:
         clips, _ = micro_batch_of(self.config, self.group.world_size)

@@ -1,0 +1,54 @@
+"""Progress where nobody sees a terminal: as a container's log delivers it."""
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
+
+SCRIPT = """
+import sys, time
+from model import progress
+progress.LINE_EVERY_S = float(sys.argv[1])
+bar = progress.progress(range(40), total=40, desc="sharding", unit="clip")
+for number in bar:
+    bar.set_postfix(loss=number, refresh=False)
+    time.sleep(0.05)
+"""
+
+
+def test_a_log_gets_whole_lines_while_the_work_goes_on() -> None:
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT, "0.5"], stderr=subprocess.PIPE, bufsize=0)
+    assert child.stderr
+    begun, lines = time.monotonic(), list[tuple[float, bytes]]()
+    for line in child.stderr:
+        lines.append((time.monotonic() - begun, line))
+    assert 4 <= len(lines) <= 7, lines
+    assert all(b"\r" not in line and line.startswith(b"sharding:") for _, line in lines)
+    assert any(b"loss=" in line and b"<00:" in line and b"clip/s" in line for _, line in lines[1:-1])
+    assert lines[1][0] < lines[-1][0] - 0.4  # not everything at its end
+    assert b"40/40" in lines[-1][1]
+
+
+def test_a_line_comes_at_most_every_ten_seconds() -> None:
+    from model.progress import LINE_EVERY_S
+
+    assert LINE_EVERY_S == 10
+    ended = subprocess.run([sys.executable, "-c", SCRIPT, "10"], capture_output=True, text=True)
+    assert len(ended.stderr.splitlines()) == 2  # its start and its end
+
+
+def test_a_terminal_gets_a_bar_that_is_drawn_anew() -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, "10"], stderr=theirs):
+        os.close(theirs)
+        said = b""
+        try:
+            while data := os.read(ours, 4096):
+                said += data
+        except OSError:  # the other end is closed
+            pass
+    os.close(ours)
+    assert said.count(b"\r") > 3
