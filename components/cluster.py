@@ -7,6 +7,7 @@ OutageError. What is refused is a ClusterError in one line.
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ TIMEOUT_S = (5, 30)
 LOG_SILENCE_S = 300
 """After which a log is asked for again."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:")
 
 
 class ClusterError(StageError):
@@ -65,6 +67,7 @@ KINDS = {
         "jobset.sigs.k8s.io/jobset-name={}", "batch.kubernetes.io/job-completion-index=0",
     ),
     "TrainingRuntime": Kind("trainer.kubeflow.org", "v1alpha1", "trainingruntimes", "", "", ""),
+    "Workload": Kind("kueue.x-k8s.io", "v1beta2", "workloads", "", "", ""),
 }  # fmt: skip
 
 
@@ -203,7 +206,7 @@ class Cluster:
         return [f"{event.get('reason')}: {event.get('message')}" for event in found["items"]]
 
     def log_lines(self, pod: str, *, follow: bool) -> Iterator[tuple[str, str]]:
-        """Lines of a pod's log, each with its time."""
+        """Lines of a pod's log, each with its time. What the kubelet says in their place has none, and is left out."""
         stream = self.core.read_namespaced_pod_log(
             pod, self.namespace, follow=follow, timestamps=True, _preload_content=False,
             _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S),
@@ -211,10 +214,9 @@ class Cluster:
         rest = b""
         for chunk in stream.stream():
             *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                yield _timed(line)
-        if rest:
-            yield _timed(rest)
+            yield from filter(None, map(_timed, lines))
+        if timed := _timed(rest):
+            yield timed
 
     def log_end(self, pod: str, container: str, lines: int) -> list[str]:
         """The last lines of a container's log."""
@@ -296,6 +298,6 @@ def _refused(error: BaseException) -> ClusterError:
     return ClusterError(f"Kubernetes: {said(error)}", getattr(error, "status", 0) or 0)
 
 
-def _timed(line: bytes) -> tuple[str, str]:
+def _timed(line: bytes) -> tuple[str, str] | None:
     when, _, text = line.decode(errors="replace").partition(" ")
-    return when, text
+    return (when, text) if MOMENT.match(when) else None

@@ -5,7 +5,6 @@ replaced. The operator restarts pods without end, and its deadline does not fire
 bounded here.
 """
 
-import calendar
 import copy
 import hashlib
 import json
@@ -17,21 +16,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from components.cluster import KINDS, Cluster, ClusterError, condition
 from components.job_log import log_shown
 from components.manifests import SHAPE, Launch, Manifest, render
+from components.pod_status import Seen, ends, exit_codes_of, seconds, waits
 from components.run_end import GIVEN_UP, RUN_ID, RUN_LABEL
 from model.config import ConfigError
 from model.exits import ATTEMPTS, FAILED, AttemptsError, OutageError, ProcessFailedError
 from model.tracking import TERMINATED
 
 log = logging.getLogger("mplug")
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DIGEST = "mplug-video/digest"
 """Annotation of a job: of all that was asked for. The same name with another digest is another job."""
 LOOK_EVERY_S = 20
 GONE_WITHIN_S = 300.0
+RESUMES_WITHIN_S = 180.0
 
 
 class JobFailedError(ProcessFailedError):
@@ -88,9 +90,19 @@ def run(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
 
 
 def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
-    """Ends its pods, and notes why; `ensure` does not take it up again."""
-    suspended = {"suspend": True}
-    spec = {"runPolicy": suspended} if kind == "PyTorchJob" else suspended
+    """Ends its pods, and notes why; `ensure` does not take it up again.
+
+    Kueue resumes what another hand has suspended, while it admits it: there it is Kueue that is told.
+    """
+    job = cluster.get(kind, name)
+    if not job:
+        return
+    spec: Manifest = {}
+    if QUEUE_LABEL in (job["metadata"].get("labels") or {}):
+        for workload in cluster.labelled("Workload", f"kueue.x-k8s.io/job-uid={job['metadata']['uid']}"):
+            cluster.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
+    else:
+        spec = {"runPolicy": {"suspend": True}} if kind == "PyTorchJob" else {"suspend": True}
     cluster.patch(kind, name, {"metadata": {"annotations": {GIVEN_UP: reason[:1000]}}, "spec": spec})
 
 
@@ -174,12 +186,12 @@ def _wait_until_gone(cluster: Cluster, kind: str, name: str) -> None:
 
 def attend(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
     """Returns when the job has succeeded; shows its log, and what happens to it in between."""
-    with log_shown(cluster, kind, name):
-        _follow(cluster, kind, name, limits)
+    seen = Seen()
+    with log_shown(cluster, kind, name, seen.resumed):
+        _follow(cluster, kind, name, limits, seen)
 
 
-def _follow(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
-    seen = _Seen()
+def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: Seen) -> None:
     while True:
         job = cluster.get(kind, name)
         if job is None:
@@ -190,19 +202,7 @@ def _follow(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
         for changed in cluster.changes(kind, name, job["metadata"]["resourceVersion"], _patience(job, limits)):
             if changed is None or _is_done(cluster, kind, changed, seen):
                 break
-
-
-@dataclass
-class _Seen:
-    """What was said already, and which pods there were."""
-
-    conditions: set[str] = field(default_factory=set)
-    warnings: set[str] = field(default_factory=set)
-    pods: dict[str, set[str]] = field(default_factory=dict)
-
-    @property
-    def restarts(self) -> int:
-        return max((len(uids) - 1 for uids in self.pods.values()), default=0)
+            _look(cluster, kind, changed, seen, limits)
 
 
 class _AskedToEndError(BaseException):
@@ -216,7 +216,7 @@ class GivenUpError(JobFailedError, AttemptsError):
         super().__init__(message, ATTEMPTS)
 
 
-def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: _Seen) -> bool:
+def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: Seen) -> bool:
     """Whether the job has succeeded. Raises JobFailedError where it has failed."""
     for item in (job.get("status") or {}).get("conditions") or []:
         if item["status"] == "True" and item["type"] not in seen.conditions:
@@ -227,27 +227,26 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: _Seen) -> bool:
         pods = cluster.pods(kind, name)
         reason = failed.get("message") or failed.get("reason")
         # a job that was restarted without success has failed, too
-        code = next((code for _, code, _ in _ends(pods) if code < 128), FAILED)
-        raise JobFailedError(f"{kind} {name} has failed: {reason} {_said_of(pods)}", code)
+        code = next((code for code in exit_codes_of(pods) if code < 128), FAILED)
+        raise JobFailedError(f"{kind} {name} has failed: {reason} {ends(pods)}", code)
     return bool(condition(job, KINDS[kind].succeeded))
 
 
-def _look(cluster: Cluster, kind: str, job: Manifest, seen: _Seen, limits: Limits) -> None:
+def _look(cluster: Cluster, kind: str, job: Manifest, seen: Seen, limits: Limits) -> None:
     """At what the job's conditions do not say: pods that cannot be made or placed, restarts, time."""
     name = job["metadata"]["name"]
     pods = cluster.pods(kind, name)
     for pod in pods:
-        uids = seen.pods.setdefault(pod["metadata"]["name"], set())
-        if uids and pod["metadata"]["uid"] not in uids:
-            log.warning("pod %s was started again", pod["metadata"]["name"])
-        uids.add(pod["metadata"]["uid"])
+        seen.note(pod)
+    if seen.replaced and time.monotonic() - min(seen.replaced.values()) > RESUMES_WITHIN_S:
+        seen.tell("Training has not resumed yet.")
     for complaint in {*cluster.warnings(name), *(line for pod in pods for line in waits(pod))} - seen.warnings:
         seen.warnings.add(complaint)
         log.warning("%s: %s", name, complaint)
     if seen.restarts > limits.restarts:
         raise GivenUpError(
             f"{kind} {name} is given up: a pod was started again {seen.restarts} times, at most {limits.restarts} are "
-            f"allowed. {_said_of(pods)}"
+            f"allowed. {ends(pods)}"
         )
     if limits.deadline_s and _age_s(job) > limits.deadline_s:
         raise GivenUpError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
@@ -264,38 +263,12 @@ def _age_s(job: Manifest) -> float:
     if job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"):
         return 0.0
     started = (job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]
-    return time.time() - calendar.timegm(time.strptime(started, "%Y-%m-%dT%H:%M:%SZ"))
-
-
-def waits(pod: Manifest) -> Iterator[str]:
-    """Why a pod does not run, in the scheduler's or the kubelet's words."""
-    status, name = pod.get("status") or {}, pod["metadata"]["name"]
-    for item in status.get("conditions") or []:
-        if item["type"] == "PodScheduled" and item["status"] == "False":
-            yield f"pod {name} cannot be placed: {item.get('message', '')}"
-    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-        waiting = container["state"].get("waiting") or {}
-        if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
-            yield f"pod {name} does not start: {waiting['reason']}: {waiting.get('message', '')}"
-
-
-def _said_of(pods: list[Manifest]) -> str:
-    return "; ".join(f"pod {name} ended with exit code {code} ({reason})" for name, code, reason in _ends(pods))
-
-
-def _ends(pods: list[Manifest]) -> list[tuple[str, int, str]]:
-    """Pod, exit code and reason of the containers that did not end well."""
-    return [
-        (pod["metadata"]["name"], ended["exitCode"], ended.get("reason", ""))
-        for pod in pods
-        for container in (pod.get("status") or {}).get("containerStatuses") or []
-        if (ended := container["state"].get("terminated")) and ended["exitCode"]
-    ]
+    return time.time() - seconds(started)
 
 
 def follow_log(cluster: Cluster, kind: str, name: str) -> None:
     """Prints the log until the job has ended, however."""
-    with log_shown(cluster, kind, name):
+    with log_shown(cluster, kind, name, lambda _line: None):
         while job := cluster.get(kind, name):
             if condition(job, "Failed") or condition(job, KINDS[kind].succeeded):
                 return

@@ -142,6 +142,7 @@ def _pod(launch: Launch, shape: Manifest) -> Manifest:
     pod: Manifest = copy.deepcopy(shape["template"])
     container = container_of(pod)
     container["command"], container["args"] = ["mplug"], list(_arguments(launch))
+    pod["spec"].pop("restartPolicy", None)  # which the API server has filled in; the job's own policy decides
     if launch.image:
         container["image"] = launch.image
     if launch.command[:2] == ("data", "download"):

@@ -3,7 +3,8 @@
 #   mplug-postgres   a random password of MLflow's database
 #   mplug-s3         keys of the bucket: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment, or random ones
 #                    for the S3 server of overlays/local, which takes whatever it is started with
-# k8s/secrets.sh --copy-to NAMESPACE gives another namespace the keys and addresses of mplug, for pipelines that run there.
+# k8s/secrets.sh --copy-to NAMESPACE [FROM] gives another namespace the keys and addresses of FROM (mplug), for pipelines
+# whose steps run there.
 set -euo pipefail
 
 secret() { # NAME KEY=VALUE…, by way of a pipe: arguments are readable from outside
@@ -19,7 +20,7 @@ secret() { # NAME KEY=VALUE…, by way of a pipe: arguments are readable from ou
 random() { head -c "$1" /dev/urandom | od -An -tx1 | tr -d ' \n'; }
 
 copy() { # KIND NAME DECODING, into $namespace
-  kubectl --namespace mplug get "$1" "$2" \
+  kubectl --namespace "$from" get "$1" "$2" \
     --output "go-template={{range \$key, \$value := .data}}{{\$key}}={{\$value$3}}{{\"\\n\"}}{{end}}" |
     kubectl --namespace "$namespace" create ${1/secret/secret generic} "$2" --from-env-file=/dev/stdin \
       --dry-run=client --output yaml | kubectl --namespace "$namespace" apply --filename -
@@ -27,6 +28,7 @@ copy() { # KIND NAME DECODING, into $namespace
 
 if [ "${1:-}" = --copy-to ]; then
   namespace=${2:?NAMESPACE is missing}
+  from=${3:-mplug}
   copy configmap mplug-config ""
   copy secret mplug-s3 " | base64decode"
   exit

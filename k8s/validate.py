@@ -54,7 +54,8 @@ def builds() -> Iterator[tuple[str, list[Document]]]:
             known = yaml.safe_load((overlay / "kustomization.yaml").read_text()).get("components", [])
             if f"../../components/{component.name}" not in known:
                 yield f"overlays/{overlay.name} + {component.name}", with_component(overlay, component)
-    yield "operator", kustomize(HERE / "operator")
+    for folder in ("operator", "kueue", "volcano"):
+        yield folder, kustomize(HERE / folder)
     for job in sorted((HERE / "jobs").glob("*.yaml")):
         yield f"jobs/{job.name}", list(yaml.safe_load_all(job.read_text(encoding="utf-8")))
 

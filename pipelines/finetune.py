@@ -108,7 +108,7 @@ def tasks_pipeline(name: str, description: str, presets: list[str]) -> Any:
         gpus: int = 1,
         node_selector: dict[str, str] = {},  # noqa: B006
         tolerations: list[dict[str, str]] = [],  # noqa: B006
-        tracking_uri: str = "http://mlflow.mplug:5000",
+        tracking_uri: str = "http://mlflow.mplug.svc:5000",
         experiment: str = "mplug-video",
         run_name: str = name,
     ) -> None:

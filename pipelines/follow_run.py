@@ -9,8 +9,8 @@ from typing import Any
 import kfp_server_api
 
 from components.cluster import Cluster, ClusterError
-from components.launcher import waits
 from components.manifests import Manifest
+from components.pod_status import waits
 from components.run_end import RUN_LABEL
 from components.workflow import ENDED_BADLY, Step, last_lines, outcome, steps, workflow_of_run
 from model.exits import FAILED, OutageError, ProcessFailedError

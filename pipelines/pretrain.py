@@ -83,7 +83,7 @@ def pretrain(
     shard_memory: str = SIZES["shard_memory"],
     train_cpu: str = SIZES["train_cpu"],
     train_memory: str = SIZES["train_memory"],
-    tracking_uri: str = "http://mlflow.mplug:5000",
+    tracking_uri: str = "http://mlflow.mplug.svc:5000",
     experiment: str = "mplug-video",
     run_name: str = "pretrain",
 ) -> None:

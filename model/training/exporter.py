@@ -5,12 +5,16 @@ The first process of each node serves it; the numbers of the run are at the firs
 
 import logging
 import os
+import socket
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, start_http_server
 
 log = logging.getLogger("mplug")
 PORT = "MPLUG_METRICS_PORT"
+
+EVERYWHERE = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+"""All addresses, of IPv6 too where the kernel has it."""
 
 
 class Exporter:
@@ -24,7 +28,7 @@ class Exporter:
         port = os.environ.get(PORT, "")
         if port and os.environ.get("LOCAL_RANK", "0") == "0":
             try:
-                start_http_server(int(port), registry=self.registry)
+                start_http_server(int(port), EVERYWHERE, registry=self.registry)
             except OSError as error:
                 log.warning("metrics are not served on port %s: %s", port, error.strerror)
 

@@ -81,6 +81,8 @@ def _train(
     restored = checkpoints.restore()
     state = Progress(**restored["progress"]) if restored else Progress()
     history = checkpoints.history() if restored and group.is_main else []
+    if attempt.number > 1 and group.is_main:
+        log.info("training resumes from step %d", state.step)
     # one process speaks to MLflow; the others keep a journal of their own
     tracking = config.tracking if group.is_main else TrackingConfig()
     with tracked(tracking, config.name, attempt.key, history) as run, termination() as asked:

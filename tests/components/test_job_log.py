@@ -9,6 +9,7 @@ from fake_kube import FakeKube
 from jobs import LIMITS, MASTER, started, succeed
 
 from components.cluster import Cluster
+from components.job_log import print_log
 from components.launcher import ensure, follow_log, run
 
 
@@ -52,6 +53,17 @@ def test_a_log_goes_on_after_a_broken_connection_and_a_new_pod(
     started(act)
     run(cluster, job, LIMITS)
     assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 1 again"]
+
+
+def test_what_the_kubelet_says_in_place_of_a_log_is_not_shown(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ensure(cluster, job)
+    kube.pod("job-master-0", MASTER, phase="Succeeded")
+    kube.log("job-master-0", "step 1")
+    kube.kubelet_says = "unable to retrieve container logs for containerd://6a5f"
+    print_log(cluster, "PyTorchJob", "job", {}, follow=False)
+    assert capsys.readouterr().out == "step 1\n"
 
 
 def test_the_logs_of_several_pods_are_shown_once(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shapes import CPU
 from components.cluster import Cluster, ClusterError
 from components.launcher import DIGEST, JobFailedError, Limits, attend, ensure, run
 from components.manifests import Launch, render
+from components.run_end import GIVEN_UP
 from model.config import ConfigError
 from model.exits import AttemptsError, OutageError, code_of
 
@@ -82,7 +84,7 @@ def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster,
         kube.conclude("pytorchjobs", "job", "Failed", "job failed because 1 Master replica(s) failed.")
 
     started(act)
-    with pytest.raises(JobFailedError, match=r"1 Master replica.*job-master-0 ended with exit code 2") as caught:
+    with pytest.raises(JobFailedError, match=r"1 Master replica.*job-master-0: it ended with exit code 2") as caught:
         run(cluster, job, LIMITS)
     assert code_of(caught.value) == 2
 
@@ -215,6 +217,79 @@ def test_why_pods_wait_is_said(
     run(cluster, job, LIMITS)
     assert "Insufficient nvidia.com/gpu" in caplog.text
     assert "FailedCreatePod: violates PodSecurity" in caplog.text
+
+
+def test_a_replaced_pod_is_one_line_which_why_and_from_where(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = {**MASTER, "training.kubeflow.org/replica-type": "worker"}
+
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        kube.pod("job-master-0", MASTER)
+        ended = {"name": "pytorch", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+        kube.pod("job-worker-0", worker, phase="Failed", containerStatuses=[ended])
+        kube.conclude("pytorchjobs", "job", "Restarting")
+        time.sleep(1.5)
+        kube.remove("pods", "job-worker-0")
+        kube.pod("job-worker-0", worker)
+        time.sleep(1.5)
+        kube.log("job-master-0", "training resumes from step 30")
+        time.sleep(1)
+        succeed(kube)
+
+    started(act)
+    run(cluster, job, LIMITS)
+    (line,) = [record.message for record in caplog.records if "worker-0" in record.message]
+    assert line == (
+        "pod job-worker-0 was replaced: it was killed for memory at the pod's limit of its node: raise it in the shape "
+        "(PodTemplate training). Training resumes from step 30."
+    )
+
+
+def test_a_pod_that_stays_in_an_init_container_is_named(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        for name, minutes in (("job-worker-0", 4), ("job-worker-1", 0)):
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 60 * minutes))
+            initial = {"name": "init-pytorch", "state": {"running": {"startedAt": since}}}
+            kube.pod(name, MASTER, phase="Pending", initContainerStatuses=[initial])
+        time.sleep(2)
+        succeed(kube)
+
+    started(act)
+    run(cluster, job, LIMITS)
+    assert "pod job-worker-0 stays in init container init-pytorch" in caplog.text
+    assert "job-worker-1" not in caplog.text
+
+
+def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    """Kueue resumes a job that another hand has suspended, while its Workload is active."""
+    job[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+    stopped = threading.Event()
+
+    def kueue() -> None:
+        made = kube.wait_for("pytorchjobs")[0]["metadata"]
+        labels = {"kueue.x-k8s.io/job-uid": made["uid"]}
+        kube.put("workloads", {"metadata": {"name": "pytorchjob-job-1", "labels": labels}, "spec": {"active": True}})
+        while not stopped.wait(0.1):
+            with kube.changed:
+                is_active = kube.find("mplug", "workloads", "pytorchjob-job-1")["spec"]["active"]
+                kube.find("mplug", "pytorchjobs", "job")["spec"]["runPolicy"]["suspend"] = not is_active
+
+    watcher = started(kueue)
+    with pytest.raises(AttemptsError, match="has not finished within 1 s"):
+        run(cluster, job, Limits(deadline_s=1))
+    time.sleep(0.5)
+    stopped.set()
+    watcher.join()
+    stopped_job = kube.objects["mplug", "pytorchjobs", "job"]
+    assert stopped_job["spec"]["runPolicy"]["suspend"]
+    assert "has not finished" in stopped_job["metadata"]["annotations"][GIVEN_UP]
 
 
 def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:

@@ -28,6 +28,14 @@ def test_a_training_job_has_a_master_and_its_workers() -> None:
     assert set(render(Launch(command=TRAIN), GPU, "mplug")[0]["spec"]["pytorchReplicaSpecs"]) == {"Master"}
 
 
+def test_what_the_api_server_fills_into_the_shape_is_no_restart_policy_of_the_job() -> None:
+    """training-operator warns about each job whose pods name one."""
+    shape = copy.deepcopy(CPU)
+    shape["template"]["spec"]["restartPolicy"] = "Always"
+    assert "restartPolicy" not in pod_of(render(Launch(command=TRAIN), shape, "mplug")[0])["spec"]
+    assert pod_of(render(Launch(command=("evaluate", "m", "s")), shape, "mplug")[0])["spec"]["restartPolicy"] == "Never"
+
+
 def test_a_training_pod_runs_the_laptops_command_with_the_clusters_addresses() -> None:
     (job,) = render(Launch(command=(*TRAIN, "output=s3://mine/work")), CPU, "mplug")
     container = pod_of(job)["spec"]["containers"][0]

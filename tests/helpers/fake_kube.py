@@ -50,6 +50,8 @@ class FakeKube:
         """So many watches are cut off in the middle of a line."""
         self.pages: dict[str, Object] = {"/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.1"}}
         """What is answered for other paths."""
+        self.kubelet_says = ""
+        """A line that has no time, at the end of each log, as where a container is gone."""
         self.denied: set[tuple[str, str]] = set()
         """(verb, resource) that whoever asks may not do."""
 
@@ -257,6 +259,8 @@ class Handler(BaseHTTPRequestHandler):
                         kube.changed.wait(0.1)
                         continue
                 if not new:
+                    if kube.kubelet_says:
+                        self.chunk(kube.kubelet_says.encode())
                     break
                 for when, line in new:
                     sent += 1

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,37 @@ def test_the_namespace_enforces_the_restricted_standard(builds: dict[str, list[D
                 assert item["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted", name
 
 
+def test_what_belongs_to_the_whole_cluster_has_no_namespace(builds: dict[str, list[Document]]) -> None:
+    found = 0
+    for name, documents in builds.items():
+        for item in documents:
+            if item["kind"] in ("ClusterQueue", "ResourceFlavor", "Queue", "Namespace"):
+                assert "namespace" not in item["metadata"], (name, item["kind"])
+                found += 1
+    assert found >= 5
+
+
+@pytest.mark.parametrize("overlay", ["local", "production"])
+def test_another_namespace_is_one_setting(overlay: str) -> None:
+    """The `namespace:` of an overlay's kustomization."""
+    folder = Path(tempfile.mkdtemp(dir=K8S / "overlays", prefix=".build-"))
+    try:
+        shutil.copytree(K8S / "overlays" / overlay, folder, dirs_exist_ok=True)
+        file = folder / "kustomization.yaml"
+        file.write_text(file.read_text().replace("namespace: mplug ", "namespace: team-a "))
+        documents = validate.kustomize(folder)
+    finally:
+        shutil.rmtree(folder)
+    text = yaml.safe_dump_all(documents)
+    assert not re.search(r"\bmplug\.svc|namespace: mplug\b|\.mplug:", text)
+    config = next(item["data"] for item in documents if item["metadata"]["name"] == "mplug-config")
+    assert config["MLFLOW_TRACKING_URI"] == "http://mlflow.team-a.svc:5000"
+    assert overlay == "production" or config["AWS_ENDPOINT_URL_S3"] == "http://s3.team-a.svc:8333"
+    (hosts,) = re.findall("name: MLFLOW_SERVER_ALLOWED_HOSTS\n *value: (.*)", text)
+    assert "mlflow.$(NAMESPACE).svc:5000" in hosts
+    assert {item["metadata"]["name"] for item in documents if item["kind"] == "Namespace"} == {"team-a"}
+
+
 # ---- the network
 
 
@@ -135,7 +167,8 @@ def test_no_pod_reaches_a_nodes_metadata_service(builds: dict[str, list[Document
                 for rule in item["spec"].get("egress", []):
                     for peer in rule.get("to", []):
                         if "ipBlock" in peer and item["metadata"]["name"] != "dns":
-                            assert "169.254.0.0/16" in peer["ipBlock"]["except"]
+                            forbidden = {"169.254.0.0/16", "fe80::/10"} & set(peer["ipBlock"]["except"])
+                            assert forbidden, item["metadata"]["name"]
 
 
 # ---- rights
@@ -151,6 +184,7 @@ def test_the_launcher_may_do_what_it_does_and_nothing_more(builds: dict[str, lis
     }
     assert may == {
         ("kubeflow.org", "pytorchjobs"): {"get", "list", "watch", "create", "patch", "delete"},
+        ("kueue.x-k8s.io", "workloads"): {"list", "patch"},
         ("", "podtemplates"): {"get"},
         ("", "pods"): {"get", "list", "watch"},
         ("", "pods/log"): {"get"},
