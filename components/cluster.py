@@ -230,6 +230,14 @@ class Cluster:
         """Any object or list of the API, by its path."""
         return self._json(self.api.call_api, path, "GET", auth_settings=["BearerToken"], _return_http_data_only=True)
 
+    def refuses_pod(self, pod: Manifest) -> str:
+        """Why admission would refuse a pod, in a line; empty where it would not. Nothing is made."""
+        try:
+            self.call(self.core.create_namespaced_pod, self.namespace, pod, dry_run="All", _preload_content=False)
+        except ClusterError as error:
+            return str(error)
+        return ""
+
     def may(self, verb: str, group: str, resource: str) -> bool:
         """Whether who asks has this right in the namespace."""
         name, _, part = resource.partition("/")

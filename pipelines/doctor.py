@@ -11,6 +11,7 @@ from typing import Literal
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from model import storage
@@ -24,6 +25,7 @@ LEAST_DISK_GB = 10.0
 MOST_SKEW_S = 60.0
 """S3 refuses requests whose time is 15 minutes off; clocks that drift get there."""
 PROBE_BYTES = 2**20
+NAME_WIDTH = len("NCCL_SOCKET_IFNAME")
 REPORTED: tuple[type[BaseException], ...] = (OSError, *CODES)
 
 
@@ -63,17 +65,20 @@ def examine(question: Question) -> Iterator[Finding]:
 
 
 def show(question: Question) -> bool:
-    """Prints the findings; whether all is well."""
-    console, table, fits = Console(highlight=False), Table(box=None, pad_edge=False), True
-    for column in ("", "", "", "what to do"):
-        table.add_column(column, overflow="fold")
+    """Prints the findings; whether all is well. What to do stands below what it is for: 80 columns are enough."""
+    console, fits = Console(highlight=False), True
     marks: dict[Literal["ok", "warning", "failure"], str] = {
         "ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"
     }  # fmt: skip
     for finding in examine(question):
         fits = fits and finding.kind != "failure"
-        table.add_row(marks[finding.kind], finding.what, finding.said, finding.remedy)
-    console.print(table)
+        table = Table.grid(padding=(0, 2))
+        for width in (1, NAME_WIDTH, None):
+            table.add_column(width=width)
+        table.add_row(marks[finding.kind], escape(finding.what), escape(finding.said))
+        if finding.remedy:
+            table.add_row("", "", f"[bold]→[/] {escape(finding.remedy)}")
+        console.print(table)
     return fits
 
 

@@ -8,6 +8,7 @@ from components.cluster import Cluster, ClusterError, amount
 from components.launcher import Limits, run
 from components.manifests import SHAPE, Launch, gpus_of, render
 from model.config import ConfigError
+from pipelines.doctor_controllers import init_container, kueue, retry_policy
 from pipelines.doctor_finding import Finding, failed, fine, warned
 
 OLDEST = (1, 27)
@@ -17,7 +18,6 @@ RIGHTS = [
     ("delete", "kubeflow.org", "pytorchjobs"), ("create", "batch", "jobs"), ("get", "", "podtemplates"),
     ("list", "", "pods"), ("get", "", "pods/log"), ("list", "", "events"),
 ]  # fmt: skip
-INIT_CONTAINER = "training-operator-init-container"
 APPLY = "kubectl apply -k k8s/overlays/<yours>"
 
 
@@ -43,8 +43,10 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
         yield failed("shape", " ".join(str(error).split()), "Mend the overlay, and apply it again.")
         return
     yield fine("shape", f"{nodes} pods of {processes or gpus_of(shape)[1] or 1} processes, by every rule")
-    yield from _init_container(cluster, nodes)
     pod = next(pod for _, pod in rules.pods(job))
+    yield from init_container(cluster, dict(pod), nodes)
+    yield from kueue(cluster, shape)
+    yield from retry_policy(cluster)
     yield from _quota(cluster, pod, nodes)
     yield from _nodes(cluster, gpus_of({"template": pod}), nodes)
 
@@ -92,23 +94,6 @@ def _installed(cluster: Cluster) -> Iterator[Finding]:
                 yield failed(name, "is not there", APPLY)
         else:
             yield fine(name, "is there")
-
-
-def _init_container(cluster: Cluster, nodes: int) -> Iterator[Finding]:
-    """The operator's own init container is refused where the restricted standard is enforced."""
-    if nodes == 1:
-        return
-    try:
-        labels = cluster.read(f"/api/v1/namespaces/{cluster.namespace}")["metadata"].get("labels", {})
-        cluster.read(f"/api/v1/namespaces/kubeflow/configmaps/{INIT_CONTAINER}")
-    except ClusterError as error:
-        if error.status == 404 and labels.get("pod-security.kubernetes.io/enforce") == "restricted":
-            remedy = "Workers will be refused: `kubectl apply -k k8s/operator`, and its mount.yaml (k8s/README.md)."
-            yield failed("init container", "the operator's is not the one that the restricted standard accepts", remedy)
-        elif error.status == 403:
-            yield warned("init container", "may not be looked at", "k8s/README.md, The operator.")
-    else:
-        yield fine("init container", f"{INIT_CONTAINER} is there")
 
 
 def _quota(cluster: Cluster, pod: Any, nodes: int) -> Iterator[Finding]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from components.pod_security import violations
+
 Object = dict[str, Any]
 PATH = re.compile(
     r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))/namespaces/(?P<namespace>[^/]+)/(?P<plural>[a-z]+)"
@@ -172,6 +174,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and query.get("watch") == "True":
             return self.stream_changes(namespace, plural, query)
         with kube.changed:
+            if self.command == "POST" and query.get("dryRun") == "All":
+                return self.say(201, self.admitted(namespace, plural, body))
             if self.command == "POST":
                 if (namespace, plural, body["metadata"]["name"]) in kube.objects:
                     raise StatusError(409, "AlreadyExists", f'{plural} "{body["metadata"]["name"]}" already exists')
@@ -187,6 +191,16 @@ class Handler(BaseHTTPRequestHandler):
             chosen = [item for item in items if selected(item, query)]
             kind = "List"
             return self.say(200, {"kind": kind, "apiVersion": "v1", "metadata": {}, "items": chosen})
+
+    def admitted(self, namespace: str, plural: str, body: Object) -> Object:
+        """As Pod Security admission does it, where a namespace enforces the restricted standard."""
+        labels = self.kube.pages.get(f"/api/v1/namespaces/{namespace}", {}).get("metadata", {}).get("labels", {})
+        is_restricted = plural == "pods" and labels.get("pod-security.kubernetes.io/enforce") == "restricted"
+        if is_restricted and (broken := list(violations(body))):
+            name = body["metadata"].get("name") or body["metadata"]["generateName"]
+            said = f'pods "{name}" is forbidden: violates PodSecurity "restricted:latest": {"; ".join(broken)}'
+            raise StatusError(403, "Forbidden", said)
+        return body
 
     def delete(self, namespace: str, plural: str, name: str, options: Object) -> Object:
         kube, found = self.kube, self.kube.find(namespace, plural, name)

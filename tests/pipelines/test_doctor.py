@@ -10,12 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from fake_kube import FakeKube, fake_kube
 from shapes import GPU
 
 from components.cluster import amount
 from pipelines.doctor import Question, examine, show
 from pipelines.doctor_finding import Finding
+
+K8S = Path(__file__).parents[2] / "k8s"
 
 
 def found(question: Question, what: str) -> Finding:
@@ -107,7 +110,10 @@ def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
         server.put("podtemplates", GPU)
         server.put("configmaps", {"metadata": {"name": "mplug-config"}})
         server.put("secrets", {"metadata": {"name": "mplug-s3"}})
-        server.put("configmaps", {"metadata": {"name": "training-operator-init-container"}}, "kubeflow")
+        data = {"initContainer.yaml": (K8S / "operator" / "initContainer.yaml").read_text()}
+        server.put("configmaps", {"metadata": {"name": "training-operator-init-container"}, "data": data}, "kubeflow")
+        patch = yaml.safe_load((K8S / "operator" / "mount.yaml").read_text())["spec"]
+        server.put("deployments", {"metadata": {"name": "training-operator"}, "spec": patch}, "kubeflow")
         server.pages["/apis/kubeflow.org/v1"] = {"resources": [{"kind": "PyTorchJob"}]}
         restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
         server.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": restricted}}
@@ -150,11 +156,82 @@ def test_a_shape_that_breaks_a_rule_is_named(kube: FakeKube) -> None:
     assert "other than latest" in found(CLUSTER, "shape").said
 
 
+def operator_pod(kube: FakeKube) -> dict[str, Any]:
+    pod: dict[str, Any] = kube.objects["kubeflow", "deployments", "training-operator"]["spec"]["template"]["spec"]
+    return pod
+
+
 def test_the_operators_own_init_container_is_a_failure_under_the_restricted_standard(kube: FakeKube) -> None:
-    kube.remove("configmaps", "training-operator-init-container", "kubeflow")
-    assert found(CLUSTER, "init container").kind == "failure"
+    """The ConfigMap is there, but nothing mounts it."""
+    assert found(CLUSTER, "init container").kind == "ok"
+    operator_pod(kube)["volumes"] = []
+    finding = found(CLUSTER, "init container")
+    assert finding.kind == "failure"
+    assert "nothing is mounted. A worker would be refused" in finding.said
+    assert 'violates PodSecurity "restricted:latest": container init-pytorch' in finding.said
+    assert not [name for _, kind, name in kube.objects if kind == "pods"]  # asked, not made
     kube.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": {}}}
-    assert "init container" not in {finding.what for finding in examine(CLUSTER)}
+    assert found(CLUSTER, "init container").kind == "warning"  # admitted, but it waits for a name
+
+
+def test_a_template_of_ones_own_is_asked_about_with_the_operators_image(kube: FakeKube) -> None:
+    operator_pod(kube)["containers"][0]["args"] = ["--pytorch-init-container-image=registry.example/busybox:1"]
+    config = kube.objects["kubeflow", "configmaps", "training-operator-init-container"]["data"]
+    config["initContainer.yaml"] = "- {name: mine, image: '{{.InitContainerImage}}', command: ['true']}"
+    finding = found(CLUSTER, "init container")
+    assert finding.kind == "failure"
+    assert "container mine: allowPrivilegeEscalation must be false" in finding.said
+
+
+def test_an_operator_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
+    kube.faults.append(lambda _method, path: 403 if "deployments" in path else None)
+    assert found(CLUSTER, "init container").kind == "warning"
+
+
+@pytest.mark.parametrize(
+    ("frameworks", "kind"), [(["batch/job"], "failure"), (["batch/job", "kubeflow.org/pytorchjob"], "ok")]
+)
+def test_a_kueue_that_does_not_know_pytorchjobs_is_a_failure(
+    kube: FakeKube, frameworks: list[str], kind: str
+) -> None:  # fmt: skip
+    shape = copy.deepcopy(GPU)
+    shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
+    kube.put("podtemplates", shape)
+    assert found(CLUSTER, "Kueue").kind == "failure"  # there is none
+    settings = yaml.safe_dump({"integrations": {"frameworks": frameworks}})
+    data = {"controller_manager_config.yaml": settings}
+    kube.put("configmaps", {"metadata": {"name": "kueue-manager-config"}, "data": data}, "kueue-system")
+    kube.put("localqueues", {"metadata": {"name": "training"}})
+    assert found(CLUSTER, "Kueue").kind == kind
+
+
+STOCK = "spec: {templateDefaults: {retryStrategy: {limit: 2, retryPolicy: OnError}}}"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "said"),
+    [
+        ({"workflowDefaults": STOCK, "artifactRepository": "s3: {}"}, "ok", "Argo's retryPolicy is OnError"),
+        ({"config": f"workflowDefaults: {{{STOCK}}}"}, "ok", "Argo's retryPolicy is OnError"),
+        ({"workflowDefaults": STOCK.replace("OnError", "Always")}, "warning", "also what is permanent"),
+        ({}, "ok", "is its default"),
+    ],
+)
+def test_what_argo_repeats_is_said(kube: FakeKube, data: dict[str, str], kind: str, said: str) -> None:
+    kube.put("configmaps", {"metadata": {"name": "workflow-controller-configmap"}, "data": data}, "kubeflow")
+    finding = found(CLUSTER, "pipeline steps")
+    assert finding.kind == kind
+    assert said in finding.said
+
+
+def test_the_findings_fit_80_columns(kube: FakeKube, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    operator_pod(kube)["volumes"] = []
+    assert not show(CLUSTER)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("✗  init container      ") for line in lines), lines
+    assert any(line.split()[:1] == ["→"] for line in lines)
 
 
 def test_a_quota_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
