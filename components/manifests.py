@@ -60,7 +60,7 @@ def render(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchj
     """The manifests of a job, the job itself last. Raises ConfigError, also for a shape that no job should have."""
     if launch.is_training:
         _check_settings(launch, launch.nodes * _processes(launch, shape))
-    pod, name = _pod(launch, shape), _name(launch, shape)
+    pod, name = _pod(launch, shape), _name(launch, shape, api)
     if not launch.is_training:
         documents = _read("job.yaml")
         _put_pod(documents[0]["spec"]["template"], pod)
@@ -211,17 +211,18 @@ def _scaled(quantity: str | int, share: float) -> str:
     return str(quantity) if share == 1 else f"{-int(-scaled // 1)}{unit}"
 
 
-def _name(launch: Launch, shape: Manifest) -> str:
+def _name(launch: Launch, shape: Manifest, api: Api) -> str:
+    longest = rules.longest_trainjob_name(launch.nodes) if api == "trainjob" else LONGEST_NAME
     if launch.name:
-        if not NAME.fullmatch(launch.name) or len(launch.name) > LONGEST_NAME:
-            rule = f"lower-case letters, digits and dashes, a letter first, at most {LONGEST_NAME} of them"
+        if not NAME.fullmatch(launch.name) or len(launch.name) > longest:
+            rule = f"lower-case letters, digits and dashes, a letter first, at most {longest} of them"
             raise ConfigError(f"the name of a job must be {rule}, got {launch.name!r}.")
         return launch.name
     facts = [launch.command, launch.nodes, _processes(launch, shape), launch.image]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     words = [word for word in launch.command if "=" not in word and not word.startswith("-")][:2]
     stem = re.sub(r"[^a-z0-9]+", "-", "-".join(word.rpartition("/")[2] for word in words).lower())
-    return f"{stem.strip('-')[: LONGEST_NAME - 9].strip('-')}-{digest}"
+    return f"{stem.strip('-')[: longest - 9].strip('-')}-{digest}"
 
 
 def _read(file: str) -> list[Manifest]:

@@ -32,6 +32,8 @@ def problems(manifest: Manifest) -> list[str]:
         found += [f"{place}: {problem}" for rule in POD_RULES for problem in rule(pod)]
     if manifest["kind"] == "PyTorchJob":
         found += [problem for rule in JOB_RULES for problem in rule(manifest)]
+    if manifest["kind"] == "TrainJob":
+        found += _fits_jobset(manifest)
     if manifest["kind"] == "Job":
         found += _fails_for_good(manifest)
     name = f"{manifest['kind']} {manifest['metadata'].get('name', '?')}"
@@ -194,6 +196,17 @@ def _survives(replica: Manifest) -> Iterator[str]:
                 "this job restarts forever on OOM: 137 counts as worth a restart, and nothing counts them. `mplug "
                 "train` does (checkpoint.max_attempts, at most 100 here)."
             )
+
+
+def longest_trainjob_name(nodes: int) -> int:
+    """JobSet refuses a job whose pods, <name>-node-0-<index>-<five letters>, are no label; its own name then stays."""
+    return LONGEST_LABEL - len(f"-node-0-{nodes - 1}-abcde")
+
+
+def _fits_jobset(job: Manifest) -> Iterator[str]:
+    name, nodes = job["metadata"].get("name", ""), _at(job, "spec", "trainer").get("numNodes") or 1
+    if len(name) > longest_trainjob_name(nodes):
+        yield f"metadata.name must have at most {longest_trainjob_name(nodes)} characters for JobSet, got {len(name)}."
 
 
 def _fails_for_good(job: Manifest) -> Iterator[str]:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Builds every overlay, alone and with each component, and checks what comes out, and the jobs: k8s/validate.py
 
-Checked are the strict schemas of three versions of Kubernetes, the schema of PyTorchJob, and components/rules.py. Kinds
-of other projects (Kueue, Volcano, Prometheus) have no schema here; they are listed. Needs kubectl, but no cluster.
+Checked are the strict schemas of three versions of Kubernetes, those of PyTorchJob and TrainJob, and the rules in
+components/. Kinds of other projects (Kueue, Volcano, Prometheus) have no schema here; they are listed. Needs kubectl,
+but no cluster.
 """
 
 import copy
@@ -24,11 +25,10 @@ from components import rules
 
 HERE = Path(__file__).resolve().parent
 VERSIONS = ("1.30", "1.34", "1.37")
-SCHEMA = HERE / "pytorchjob-schema.json"
-"""Of PyTorchJob in training-operator 1.9, made strict: without descriptions, unknown fields refused."""
+SCHEMAS = {kind: HERE / "schemas" / f"{kind.lower()}.json" for kind in ("PyTorchJob", "TrainJob", "TrainingRuntime")}
+"""Of training-operator 1.9 and of Trainer 2.3, made strict: without descriptions, unknown fields refused."""
 FOREIGN = {
     "ClusterQueue", "LocalQueue", "ResourceFlavor", "Queue", "PodMonitor", "ServiceMonitor", "PrometheusRule",
-    "TrainJob", "TrainingRuntime",
 }  # fmt: skip
 Document = dict[str, Any]
 
@@ -86,7 +86,7 @@ def check(document: Document) -> list[str]:
 def _check(text: str) -> list[str]:
     document = json.loads(text)
     name = f"{document['kind']} {document['metadata']['name']}"
-    if document["kind"] == "PyTorchJob":
+    if document["kind"] in SCHEMAS:
         found = [
             f"{name}: {'.'.join(map(str, error.path))}: {error.message[:200]}" for error in schema_errors(document)
         ]
@@ -108,7 +108,7 @@ def core(document: Document, version: str) -> list[str]:
 
 
 def schema_errors(document: Document) -> Iterator[jsonschema.ValidationError]:
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    schema = json.loads(SCHEMAS[document["kind"]].read_text(encoding="utf-8"))
     return jsonschema.Draft202012Validator(schema).iter_errors(document)
 
 

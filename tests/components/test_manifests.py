@@ -7,6 +7,7 @@ import yaml
 from shapes import CPU, GPU
 
 from components.manifests import LONGEST_NAME, Launch, render
+from components.rules import problems
 from model.config import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -111,6 +112,17 @@ def test_queues_come_from_the_shape() -> None:
     (job,) = render(Launch(command=TRAIN), shape, "mplug")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
     assert job["spec"]["runPolicy"]["schedulingPolicy"] == {"queue": "mplug"}
+
+
+@pytest.mark.parametrize(("nodes", "longest"), [(1, 48), (10, 48), (11, 47), (1000, 46)])
+def test_the_name_of_a_trainjob_leaves_room_for_the_names_of_its_pods(nodes: int, longest: int) -> None:
+    launch = {"command": (*TRAIN, f"data.batch_size={nodes}"), "nodes": nodes}
+    assert render(Launch(name="j" * longest, **launch), CPU, "mplug", "trainjob")
+    with pytest.raises(ConfigError, match=f"at most {longest} of them"):
+        render(Launch(name="j" * (longest + 1), **launch), CPU, "mplug", "trainjob")
+    job = render(Launch(name="j", **launch), CPU, "mplug", "trainjob")[-1]
+    job["metadata"]["name"] = "j" * (longest + 1)
+    assert f"at most {longest} characters for JobSet" in problems(job)[0]
 
 
 def test_trainer_2_gets_a_runtime_and_a_job_that_uses_it() -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from shapes import GPU
+
+from components.manifests import Launch, render
 
 ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
@@ -49,6 +52,18 @@ def test_a_wrong_manifest_is_named_with_its_place(builds: dict[str, list[Documen
     problems = validate.check(deployment)
     assert len(problems) == len(validate.VERSIONS)
     assert all("Deployment mlflow" in problem and "imagePullPolicie" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("nodes", [1, 8])
+def test_a_trainjob_is_what_trainer_2_takes(nodes: int) -> None:
+    command = ("train", "pretrain_1.3b", "data.shards=s", "model.decoder=d")
+    launch = Launch(command=command, nodes=nodes, processes=8, deadline_s=3600)
+    runtime, job = render(launch, GPU, "mplug", "trainjob")
+    assert validate.check(runtime) + validate.check(job) == []
+    job["spec"]["trainer"]["numProcPerNode"] = "8"
+    runtime["spec"]["mlPolicy"]["torch"] = {"numProcPerNode": 8}  # as Trainer 2.1 took it
+    assert validate.check(job)
+    assert validate.check(runtime)
 
 
 def test_the_jobs_are_what_their_script_writes(tmp_path: Path) -> None:
