@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test e2e-cluster check format lock images sbom manifests pipelines screenshots clean
+.PHONY: help install demo ui test e2e-cluster check format lock images cpu-image sbom manifests pipelines screenshots clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,13 @@ images: ## container images, with podman or docker; BUILD_FLAGS="…" are its ow
 	    --build-arg REVISION=$$(git rev-parse HEAD) --file docker/$$name.Dockerfile \
 	    --tag localhost/mplug-video/$$name:$(VERSION) . || exit 1; \
 	done
+
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+cpu-image: ## the training image without CUDA, for pipeline steps that take no GPU
+	$(BUILDER) build $(BUILD_FLAGS) --target training --build-arg VERSION=$(VERSION) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) --file docker/training.Dockerfile \
+	  --tag localhost/mplug-video/training-cpu:$(VERSION) .
 
 sbom: ## what is in the images, as CycloneDX, in dist/
 	for name in $(IMAGES); do \

@@ -206,7 +206,7 @@ class Cluster:
         return [f"{event.get('reason')}: {event.get('message')}" for event in found["items"]]
 
     def log_lines(self, pod: str, *, follow: bool) -> Iterator[tuple[str, str]]:
-        """Lines of a pod's log, each with its time. What the kubelet says in their place has none, and is left out."""
+        """Lines of a pod's log, each with its time. Messages of the kubelet carry no time and are dropped."""
         stream = self.core.read_namespaced_pod_log(
             pod, self.namespace, follow=follow, timestamps=True, _preload_content=False,
             _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S),

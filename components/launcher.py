@@ -90,9 +90,9 @@ def run(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
 
 
 def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
-    """Ends its pods, and notes why; `ensure` does not take it up again.
+    """Ends its pods and records the reason; `ensure` does not resume it.
 
-    Kueue resumes what another hand has suspended, while it admits it: there it is Kueue that is told.
+    Kueue resumes a job that anybody else suspends while its Workload is active, so there the Workload is deactivated.
     """
     job = cluster.get(kind, name)
     if not job:
@@ -239,7 +239,7 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: Seen, limits: Limits
     for pod in pods:
         seen.note(pod)
     if seen.replaced and time.monotonic() - min(seen.replaced.values()) > RESUMES_WITHIN_S:
-        seen.tell("Training has not resumed yet.")
+        seen.report("Training has not resumed yet.")
     for complaint in {*cluster.warnings(name), *(line for pod in pods for line in waits(pod))} - seen.warnings:
         seen.warnings.add(complaint)
         log.warning("%s: %s", name, complaint)

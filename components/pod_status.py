@@ -18,20 +18,20 @@ RESUMED = re.compile(r"training resumes from step (\d+)")
 
 @dataclass
 class Seen:
-    """What was said already, and which pods there were."""
+    """What was reported already, and which pods there were."""
 
     conditions: set[str] = field(default_factory=set)
     warnings: set[str] = field(default_factory=set)
     pods: dict[str, list[str]] = field(default_factory=dict)
     """Uids of the pods of one name, the newest last."""
     ends: dict[str, str] = field(default_factory=dict)
-    """Why a pod ended or goes, by uid."""
+    """Why a pod ended, by uid."""
     replaced: dict[str, float] = field(default_factory=dict)
-    """Pods that were replaced, and when that was noticed; what step training resumes from its own log says."""
+    """Pods that were replaced, and when that was noticed; reported once the log says from which step training resumes."""
 
     last_step: str = ""
     last_step_at: float = 0.0
-    """From where training has resumed, and when: its log may be read before the pods are."""
+    """Step that training has resumed from, and when: the log may be read before the pods are."""
 
     @property
     def restarts(self) -> int:
@@ -47,18 +47,18 @@ class Seen:
                     time.monotonic()
                 )
                 if time.monotonic() - self.last_step_at < JUST_S:
-                    self.tell(f"Training resumes from step {self.last_step}.")
+                    self.report(f"Training resumes from step {self.last_step}.")
             uids.append(uid)
         if why := why_it_ends(pod):
             self.ends[uid] = why
 
     def resumed(self, line: str) -> None:
-        """A line of the job's log, which may say from which step training goes on."""
+        """Reads a line of the job's log, which may name the step that training resumes from."""
         if step := RESUMED.search(line):
             self.last_step, self.last_step_at = step[1], time.monotonic()
-            self.tell(f"Training resumes from step {step[1]}.")
+            self.report(f"Training resumes from step {step[1]}.")
 
-    def tell(self, more: str) -> None:
+    def report(self, more: str) -> None:
         if replaced := list(self.replaced):
             self.replaced.clear()
             log.warning("%s %s", " ".join(replaced), more)

@@ -56,7 +56,7 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
 
 
 def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
-    """Counts this start, where this is the first node; the code of an attempt where the bucket does not answer."""
+    """Counts this start on the first node. Returns an attempt's result if the bucket does not answer."""
     if not _is_first_node():
         return None
     try:
@@ -159,7 +159,7 @@ def _endpoint() -> str:
 
 
 def _is_first_node() -> bool:
-    """Whether the others meet at this node; also where there are no others."""
+    """Whether the other nodes meet at this one; also true without other nodes."""
     if "PET_NNODES" not in os.environ or os.environ.get("PET_NODE_RANK") == "0":
         return True
     return _endpoint().partition(":")[0].partition(".")[0] == socket.gethostname()

@@ -14,7 +14,7 @@ from model.pipeline_run import Outcome
 
 ENDED_BADLY = ("Failed", "Error")
 NOTED = re.compile(r"exit code (\d+): (.+)")
-"""What a step notes where Kubernetes takes a container's last words (model.exits.TERMINATION_LOG)."""
+"""What a step writes to its termination log (model.exits.TERMINATION_LOG)."""
 ENDED = re.compile(r"\(exit code (\d+)\)")
 STAGES = ("exit-handler-1", "stages")
 """Name and title of all that the exit handler waits for."""
@@ -24,7 +24,7 @@ FOR_MEMORY = "OOMKilled"
 
 @dataclass(frozen=True)
 class Step:
-    """A step that waits, runs or has ended, in the words of the pipeline."""
+    """A step of the pipeline that waits, runs or has ended."""
 
     name: str
     phase: str
@@ -59,7 +59,7 @@ def workflow_of_run(cluster: Cluster, run_id: str) -> Manifest | None:
 
 
 def outcome(workflow: Manifest) -> Outcome | None:
-    """How the stages have ended, as the exit handler sees it; None where the workflow's nodes do not tell."""
+    """How the stages have ended, as the exit handler sees it; None if the workflow lists no nodes."""
     if workflow["spec"].get("activeDeadlineSeconds") == 0 or workflow["spec"].get("shutdown"):
         return "cancelled"
     stages = [node for node in _nodes(workflow) if node.get("displayName") in STAGES]
@@ -69,7 +69,7 @@ def outcome(workflow: Manifest) -> Outcome | None:
 
 
 def steps(workflow: Manifest, known: Collection[str]) -> Iterator[Step]:
-    """What has a pod, and the step that it is for; of a step that was repeated the last attempt alone."""
+    """The steps that have a pod; of a repeated step only the last attempt."""
     attempts = {
         child for node in _nodes(workflow) if node.get("type") == "Retry" for child in node.get("children", [])[:-1]
     }

@@ -1,13 +1,18 @@
 # Every command of `mplug`, training pods and steps of Kubeflow Pipelines: make images
-# On an index with CUDA builds (PyPI's) torch brings CUDA with it; the driver comes from the node.
+# On an index with CUDA builds (PyPI's) torch brings CUDA with it; the driver comes from the node. TORCH_INDEX names an
+# index to take torch from: https://download.pytorch.org/whl/cpu makes the image of the steps without a GPU.
 FROM docker.io/library/python:3.11-slim-bookworm AS dependencies
 WORKDIR /build
+ARG TORCH_INDEX=
 COPY requirements.lock pyproject.toml ./
 # the lock also holds what tests and benchmarks need: it says which version, pyproject.toml says which packages
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > dependencies.txt \
     && python3 -m venv /opt/mplug \
+    && if [ -n "$TORCH_INDEX" ]; then \
+         /opt/mplug/bin/pip install --disable-pip-version-check --index-url "$TORCH_INDEX" "$(grep ^torch== requirements.lock)"; \
+       fi \
     && /opt/mplug/bin/pip install --disable-pip-version-check --requirement dependencies.txt --constraint requirements.lock
 
 FROM dependencies AS installed

@@ -4,11 +4,11 @@ from pathlib import Path
 
 OWN_CGROUPS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 NO_LIMIT = 2**60
-"""cgroup v1 shows about 2**63 where there is none."""
+"""cgroup v1 shows about 2**63 for no limit."""
 
 
 def memory_limit() -> int | None:
-    """Bytes; nothing where there is no limit."""
+    """Bytes; None without a limit."""
     for folder in _folders():
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name).strip()
@@ -18,7 +18,7 @@ def memory_limit() -> int | None:
 
 
 def memory_kills() -> int:
-    """Processes that were killed since the cgroup was made; 0 where the kernel does not tell."""
+    """Processes that were killed since the cgroup was made; 0 if the kernel does not count them."""
     for folder in _folders():
         for name in ("memory.events", "memory.oom_control"):
             for line in _read(folder / name).splitlines():
@@ -29,7 +29,7 @@ def memory_kills() -> int:
 
 
 def _folders() -> list[Path]:
-    """Where this process's memory is accounted: below its path, or in a container at the mount itself."""
+    """Folders that may account this process's memory: its own path, or in a container the mount itself."""
     found = []
     for line in _read(OWN_CGROUPS).splitlines():
         number, controllers, path = line.split(":", 2)

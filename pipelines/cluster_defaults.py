@@ -37,7 +37,7 @@ def cluster_defaults(name: str, namespace: str, overlay: Path | None) -> dict[st
     try:
         found, namespace = _of_overlay(overlay) if overlay else _of_cluster(namespace)
     except (StageError, OutageError) as error:
-        log.warning("the pipeline's own defaults are used, the cluster does not tell its: %s", error)
+        log.warning("the cluster's defaults cannot be read, the pipeline's own are used: %s", error)
         return {}
     addresses, defaults = found[CONFIG]["data"], found[DEFAULTS]["data"]
     known = parameters(name)

@@ -1,4 +1,4 @@
-"""Follows a run of Kubeflow Pipelines to its end, and repeats what has failed where that may help."""
+"""Follows a run of Kubeflow Pipelines to its end, and retries failures that are not permanent."""
 
 import logging
 import time
@@ -81,13 +81,13 @@ def follow(host: Host, run_id: str, job_namespace: str = "mplug", retries: int =
 
 
 def retry(host: Host, run_id: str) -> None:
-    """Runs again what has failed of a run; returns when the run goes on."""
+    """Retries the failed steps of a run; returns when the run is active again."""
     service = kfp_server_api.RunServiceApi(host.api())
     call(service.run_service_retry_run, run_id, patience_s=0)
     deadline = time.monotonic() + RESTARTED_WITHIN_S
     while call(service.run_service_get_run, run_id).state in ENDED:
         if time.monotonic() > deadline:
-            raise OutageError(f"run {run_id} does not go on within {RESTARTED_WITHIN_S:g} s. {host.link(run_id)}")
+            raise OutageError(f"run {run_id} was not resumed within {RESTARTED_WITHIN_S:g} s. {host.link(run_id)}")
         time.sleep(1)
 
 
@@ -112,7 +112,7 @@ def _cluster(namespace: str) -> Cluster | None:
 
 
 def _report(followed: Followed, run: Any, workflow: Manifest | None) -> None:
-    """What runs, where that has changed; and what waits, and why."""
+    """Logs the current steps when they change, and why pods wait."""
     if workflow:
         found = list(steps(workflow, followed.known))
         names = sorted({step.name for step in found if step.phase in ("Running", "Pending")})

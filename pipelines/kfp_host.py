@@ -1,4 +1,4 @@
-"""Kubeflow Pipelines' API, through outages, and what has to be known of the server before it is used."""
+"""Kubeflow Pipelines' API: calls that survive outages, and the check of the server's version."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ T = TypeVar("T")
 PATIENCE_S = 300.0
 """With a host that does not answer."""
 OLDEST = (2, 16)
-"""What compiled pipelines use and came last: `runAsNonRoot` of a step, and optional secrets before it (2.15)."""
+"""The newest features that compiled pipelines use: `runAsNonRoot` of a step (2.16), optional secrets (2.15)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Host:
 
 
 def check_version(host: Host) -> None:
-    """Raises StageError for a server that would leave out what the compiled pipelines say, or would not run them."""
+    """Raises StageError for a server that is too old for the compiled pipelines."""
     service = kfp_server_api.HealthzServiceApi(host.api())
     answer: Any = call(service.healthz_service_get_healthz, _preload_content=False)  # its model leaves the version out
     try:
@@ -59,7 +59,7 @@ def check_version(host: Host) -> None:
     needed = ".".join(map(str, OLDEST))
     version = re.match(r"v?(\d+)\.(\d+)", tag)
     if not version:
-        log.warning("Kubeflow Pipelines does not tell its version (%s); these pipelines need %s.", tag or "-", needed)
+        log.warning("the version of Kubeflow Pipelines is unknown (%s); these pipelines need %s.", tag or "-", needed)
     elif tuple(map(int, version.groups())) < OLDEST:
         raise StageError(f"Kubeflow Pipelines must be {needed} or newer, {host.url} is {tag}.")
 

@@ -141,7 +141,7 @@ def retry(
     wait: Wait = False,
     retries: Retries = 0,
 ) -> None:
-    """Run again what has failed of a run; what has succeeded stays, and a training job goes on from its checkpoint.
+    """Retry the failed steps of a run. Succeeded steps are kept; a training job resumes from its checkpoint.
 
     Example: `mplug pipeline retry 0c2f5c8e-… --wait`
     """

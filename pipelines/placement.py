@@ -1,6 +1,6 @@
 """Where the steps of a pipeline run on a cluster, and with what; the local runner leaves all of it aside.
 
-Settings, credentials and user are those of k8s/: see its README. What a step takes is a parameter of its pipeline; the
+Settings, credentials and user are those of k8s/: see its README. The size of a step is a parameter of its pipeline; the
 defaults on a cluster are in the ConfigMap `mplug-pipelines` of its overlay (cluster_defaults.py).
 """
 

@@ -1,9 +1,8 @@
-"""Where a run keeps its checkpoints, how often it was started, and how it ended: run.json beside them.
+"""The checkpoint folder of a run, and run.json in it: how often the run was started, and how it ended.
 
-A cluster restarts what ends with a code of 128 or more, for ever. `mplug train` counts each start before it makes the
-training processes: what kills them, or the whole pod, does not lose the count, and after `checkpoint.max_attempts`
-starts without a new checkpoint the code is one that is not restarted. No torch here: the process that counts stays
-small.
+A cluster restarts exit codes of 128 and above without end. `mplug train` counts each start before it creates the
+training processes, so that a kill of them or of the whole pod does not lose the count; after `checkpoint.max_attempts`
+starts without a new checkpoint it exits with a permanent code. No torch here: the process that counts stays small.
 """
 
 import hashlib
@@ -53,7 +52,7 @@ class Attempt:
     step: int = 0
     """Step of the newest checkpoint when it started."""
     cause: str = ""
-    """Why a start since the newest checkpoint ended, where that is known."""
+    """Known cause of an end since the newest checkpoint."""
     model: str = ""
     """URI of the published model; empty while the run is not finished."""
     is_told: bool = False
@@ -80,7 +79,7 @@ def begin(folder: str, config: CheckpointConfig, cause: str = "") -> Attempt:
         why = attempt.cause or "the log of those starts says why."
         raise AttemptsError(
             f"the run was started {last.fruitless} times without a checkpoint after step {step} (at most "
-            f"checkpoint.max_attempts = {config.max_attempts}): {why} Once it is mended, remove {where}."
+            f"checkpoint.max_attempts = {config.max_attempts}): {why} After fixing the cause, remove {where}."
         )
     _write(where, attempt)
     return attempt

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,3 +211,53 @@ def test_the_backup_reaches_the_bucket(installed: str, bucket: dict[str, str], m
     sizes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=bucket).stdout.split()
     assert len(sizes) == 1
     assert int(sizes[0]) > 10_000
+
+
+@pytest.fixture(scope="module")
+def pipelines(installed: str) -> Iterator[str]:
+    """URL of the cluster's Kubeflow Pipelines, whose steps may start jobs in the namespace."""
+    if "ml-pipeline" not in kubectl("--namespace", "kubeflow", "get", "services", check=False):
+        pytest.skip("the cluster has no Kubeflow Pipelines")
+    access = (ROOT / "k8s" / "components" / "kfp-standalone" / "access.yaml").read_text()
+    kubectl("--namespace", installed, "apply", "-f", "-", stdin=access)
+    subprocess.run([ROOT / "k8s" / "secrets.sh", "--copy-to", "kubeflow", installed], check=True)
+    with forwarded("kubeflow", "ml-pipeline", 8888) as address:
+        yield address
+
+
+def test_the_benchmark_pipeline_runs_with_what_the_overlay_says(
+    pipelines: str, data: list[str], bucket: dict[str, str]
+) -> None:
+    root, steps = "s3://mplug/work", "overrides=[training.steps=2,optim.warmup_steps=1,data.batch_size=8]"
+    settings = [*data, *SETTINGS, f"output={root}", "name=e2e-pretrained", "training.steps=2"]
+    pretrained = mplug(bucket, "train", "tiny_pretraining", *settings)
+    configs = "configs=[tiny_classification,tiny_retrieval,tiny_captioning]"
+    items = [f"raw={root}/raw/corpus", f"pretrained={pretrained}", "num_frames=8", "short_side=72", configs, steps]
+    command = [MPLUG, "pipeline", "submit", "benchmark", *items, "--host", pipelines, "--wait", "--retries", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "running: evaluate" in ended.stderr
+
+
+def test_a_cancelled_pipeline_leaves_no_job(pipelines: str, data: list[str], bucket: dict[str, str]) -> None:
+    decoder = next(item for item in data if item.startswith("model.decoder=")).partition("=")[2]
+    items = ["source=s3://mplug/work/raw/corpus", "source_version=1", f"decoder={decoder}", "config=tiny_pretraining"]
+    items += [
+        "num_frames=8",
+        "short_side=72",
+        "overrides=[training.steps=5000,data.batch_size=8]",
+        "run_name=cancelled",
+    ]
+    link = mplug(dict(os.environ), "pipeline", "submit", "pretrain", *items, "--host", pipelines)
+    run_id = link.rpartition("/")[2]
+    for _ in range(600):
+        if kubectl("--namespace", "mplug", "get", "pytorchjobs", "-l", f"mplug-video/run={run_id}", "-o", "name"):
+            break
+        time.sleep(1)
+    request = urllib.request.Request(f"{pipelines}/apis/v2beta1/runs/{run_id}:terminate", data=b"{}", method="POST")
+    urllib.request.urlopen(request).read()
+    for _ in range(300):
+        if not kubectl("--namespace", "mplug", "get", "pytorchjobs", "-l", f"mplug-video/run={run_id}", "-o", "name"):
+            return
+        time.sleep(1)
+    raise AssertionError("the job of the cancelled run is still there")

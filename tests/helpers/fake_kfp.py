@@ -23,7 +23,7 @@ class FakeKfp:
     failed_steps: list[str] = field(default_factory=list)
     faults: list[int] = field(default_factory=list)
     version: str = "2.17.0"
-    """Empty: a server that does not tell it."""
+    """Empty: a server that does not report it."""
     backend: Backend | None = None
     """Which really runs what is submitted; without, a run has the `states` in turn."""
     headers: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a run takes where nothing is given: the cluster's, or an overlay's, before the compiled defaults."""
+"""Defaults of a run: the cluster's or an overlay's take precedence over the compiled ones."""
 
 import shutil
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def test_the_image_that_is_given_is_that_of_all_steps(kube: FakeKube) -> None:
 
 def test_a_cluster_without_an_overlay_is_a_warning(kube: FakeKube, caplog: pytest.LogCaptureFixture) -> None:
     assert set(arguments_on_cluster("benchmark", GIVEN)) == {"raw", "pretrained", "code_version"}
-    assert "the pipeline's own defaults are used" in caplog.text
+    assert "the cluster's defaults cannot be read" in caplog.text
 
 
 def test_a_wrong_default_of_a_cluster_is_named(kube: FakeKube) -> None:

@@ -109,7 +109,7 @@ def test_a_backend_that_does_not_tell_its_version_is_a_warning(
 ) -> None:
     kfp.version = version
     assert start(Host(url=kfp.url))
-    assert "does not tell its version" in caplog.text
+    assert "version of Kubeflow Pipelines is unknown" in caplog.text
 
 
 def test_the_steps_of_all_pipelines_are_known() -> None:
