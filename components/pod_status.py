@@ -27,7 +27,7 @@ class Seen:
     ends: dict[str, str] = field(default_factory=dict)
     """Why a pod ended, by uid."""
     replaced: dict[str, float] = field(default_factory=dict)
-    """Pods that were replaced, and when that was noticed; reported once the log says from which step training resumes."""
+    """Pods that were replaced, and when that was noticed; reported once the log names the step to resume from."""
 
     last_step: str = ""
     last_step_at: float = 0.0
