@@ -63,9 +63,12 @@ def cluster(folder: Path) -> Iterator[None]:
             archive.unlink()
             crd = CLUSTER_SH.parents[2] / "reference" / "pytorchjob-crd-v1.9.0.yaml"
             kubectl("create", "--validate=false", "-f", str(crd))
+            kubectl("create", "namespace", "kubeflow")
+            kubectl("apply", "--validate=false", "-k", str(ROOT / "k8s" / "operator"))
             _make_volumes(folder)
             running.enter_context(_names(folder))
             double = [sys.executable, str(ROOT / "tests" / "helpers" / "operator_double.py"), "mplug"]
+            os.environ["INIT_IMAGE"] = next(iter(IMAGES))
             running.enter_context(_process(double, folder / "operator.log"))
             yield
     finally:

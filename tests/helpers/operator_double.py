@@ -9,12 +9,17 @@ import sys
 import time
 from typing import Any
 
+import yaml
 from kubernetes import client, config
 from kubernetes.client import ApiException
+
+from pipelines.doctor_controllers import DEFAULT_TEMPLATE
 
 Object = dict[str, Any]
 GROUP = ("kubeflow.org", "v1")
 LABEL = "training.kubeflow.org"
+INIT_IMAGE = os.environ.get("INIT_IMAGE", "alpine:3.10")
+"""As the operator's option --pytorch-init-container-image."""
 
 
 def replicas(job: Object) -> list[tuple[str, int]]:
@@ -27,8 +32,8 @@ def pod_name(job: Object, role: str, index: int) -> str:
     return f"{job['metadata']['name']}-{role.lower()}-{index}"
 
 
-def pod_of(job: Object, role: str, index: int, master: str) -> Object:
-    """The pod that the operator makes; `master` is the address that it gives the others."""
+def pod_of(job: Object, role: str, index: int, master: str, init_containers: str) -> Object:
+    """The pod that the operator makes; `master` is the address that it gives the others, who get an init container."""
     template = copy.deepcopy(job["spec"]["pytorchReplicaSpecs"][role]["template"])
     total, rank = len(replicas(job)), index + (role == "Worker")
     metadata = template["metadata"]
@@ -46,6 +51,9 @@ def pod_of(job: Object, role: str, index: int, master: str) -> Object:
     for container in template["spec"]["containers"]:
         container["env"] = [*container["env"], *({"name": key, "value": value} for key, value in environment.items())]
     template["spec"]["restartPolicy"] = "Never"  # what ExitCode becomes
+    if role == "Worker":
+        filled = init_containers.replace("{{.InitContainerImage}}", INIT_IMAGE).replace("{{.MasterAddr}}", master)
+        template["spec"]["initContainers"] = yaml.safe_load(filled)
     return {"apiVersion": "v1", "kind": "Pod", **template}
 
 
@@ -60,6 +68,7 @@ class Operator:
         }  # fmt: skip
         if conditions & {"Succeeded", "Failed"}:
             return
+        self.warn(job)
         selector = f"{LABEL}/job-name={job['metadata']['name']}"
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector).items
         pods = {pod.metadata.name: pod for pod in found}
@@ -80,7 +89,7 @@ class Operator:
 
     def create(self, job: Object, role: str, index: int) -> None:
         name = job["metadata"]["name"]
-        pod = pod_of(job, role, index, f"{name}-master-0")
+        pod = pod_of(job, role, index, f"{name}-master-0", self.init_containers())
         owner = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "name": name, "uid": job["metadata"]["uid"]}
         pod["metadata"]["ownerReferences"] = [{**owner, "controller": True, "blockOwnerDeletion": True}]
         self.core.create_namespaced_pod(self.namespace, pod)
@@ -96,6 +105,31 @@ class Operator:
         }  # fmt: skip
         try:
             self.core.create_namespaced_service(self.namespace, service)
+        except ApiException as error:
+            if error.status != 409:
+                raise
+
+    def init_containers(self) -> str:
+        """The template in the ConfigMap of k8s/operator, which is mounted where the operator looks; else its own."""
+        try:
+            found = self.core.read_namespaced_config_map("training-operator-init-container", "kubeflow")
+        except ApiException as error:
+            if error.status != 404:
+                raise
+            return DEFAULT_TEMPLATE
+        return str(found.data["initContainer.yaml"])
+
+    def warn(self, job: Object) -> None:
+        """As the operator does for each job whose pods name a restart policy."""
+        specs = job["spec"]["pytorchReplicaSpecs"].values()
+        if not any("restartPolicy" in spec["template"]["spec"] for spec in specs):
+            return
+        metadata = {"name": f"{job['metadata']['name']}.warning", "namespace": self.namespace}
+        involved = {"kind": "PyTorchJob", "name": job["metadata"]["name"], "namespace": self.namespace}
+        message = "Restart policy in pod template overridden by restart policy in replica spec"
+        event = {"metadata": metadata, "involvedObject": involved, "type": "Warning", "message": message}
+        try:
+            self.core.create_namespaced_event(self.namespace, {**event, "reason": "SetPodTemplateRestartPolicy"})
         except ApiException as error:
             if error.status != 409:
                 raise

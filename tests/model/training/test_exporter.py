@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 import urllib.request
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from pipelines.services import free_ports
 MONITORING = Path(__file__).parents[3] / "k8s" / "components" / "monitoring"
 
 
-def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+def scrape(port: int, host: str = "127.0.0.1") -> str:
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
         return answer.read().decode()
 
 
@@ -26,6 +27,8 @@ def test_a_run_serves_what_alerts_and_dashboard_ask_for(decoder: str, monkeypatc
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     Exporter("pretrain").show(point, step)
     served = scrape(port)
+    if socket.has_dualstack_ipv6():
+        assert "mplug_step" in scrape(port, "[::1]")
     assert f'mplug_step{{run="pretrain"}} {float(step)}' in served
     asked = {
         name
