@@ -18,13 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from components import rules
 from components.cluster import KINDS, Cluster, ClusterError, condition
 from components.job_log import log_shown
-from components.manifests import SHAPE, Launch, Manifest, render
+from components.manifests import SHAPE, Launch, Manifest, container_of, render
 from components.pod_status import Seen, ends, exit_codes_of, seconds, waits
-from components.run_end import GIVEN_UP, RUN_ID, RUN_LABEL
+from components.run_end import GIVEN_UP, RUN_LABEL
 from model.config import ConfigError
 from model.exits import ATTEMPTS, FAILED, AttemptsError, OutageError, ProcessFailedError
+from model.pipeline_run import RUN_ID
 from model.tracking import TERMINATED
 
 log = logging.getLogger("mplug")
@@ -98,12 +100,23 @@ def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
     if not job:
         return
     spec: Manifest = {}
-    if QUEUE_LABEL in (job["metadata"].get("labels") or {}):
-        for workload in cluster.labelled("Workload", f"kueue.x-k8s.io/job-uid={job['metadata']['uid']}"):
-            cluster.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
-    else:
+    if not _deactivated(cluster, job):
         spec = {"runPolicy": {"suspend": True}} if kind == "PyTorchJob" else {"suspend": True}
     cluster.patch(kind, name, {"metadata": {"annotations": {GIVEN_UP: reason[:1000]}}, "spec": spec})
+
+
+def _deactivated(cluster: Cluster, job: Manifest) -> bool:
+    """Whether Kueue had admitted the job, and was told to stop it."""
+    if QUEUE_LABEL not in (job["metadata"].get("labels") or {}):
+        return False
+    try:
+        workloads = cluster.labelled("Workload", f"kueue.x-k8s.io/job-uid={job['metadata']['uid']}")
+        for workload in workloads:
+            cluster.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
+    except ClusterError as error:  # no Kueue, or none that this process may talk to
+        log.warning("Kueue cannot be asked to stop %s: %s", job["metadata"]["name"], error)
+        return False
+    return bool(workloads)
 
 
 def kind_of(cluster: Cluster, name: str) -> str:
@@ -136,6 +149,8 @@ def ensure(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
         manifest["metadata"]["ownerReferences"] = owner
         if run_id:
             manifest["metadata"]["labels"] = {**manifest["metadata"]["labels"], RUN_LABEL: run_id}
+            for _, pod in rules.pods(manifest):  # its run in MLflow is nested under that of the pipeline
+                container_of(dict(pod)).setdefault("env", []).append({"name": RUN_ID, "value": run_id})
         job = _ensure_one(cluster, manifest)
     return job
 
@@ -228,7 +243,8 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: Seen) -> bool:
         reason = failed.get("message") or failed.get("reason")
         # a job that was restarted without success has failed, too
         code = next((code for code in exit_codes_of(pods) if code < 128), FAILED)
-        raise JobFailedError(f"{kind} {name} has failed: {reason} {ends(pods)}", code)
+        known = [why for why in seen.ends.values() if "killed for memory" in why and why not in ends(pods)]
+        raise JobFailedError(" ".join([f"{kind} {name} has failed: {reason} {ends(pods)}", *known[-1:]]), code)
     return bool(condition(job, KINDS[kind].succeeded))
 
 
@@ -236,7 +252,7 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: Seen, limits: Limits
     """At what the job's conditions do not say: pods that cannot be made or placed, restarts, time."""
     name = job["metadata"]["name"]
     pods = cluster.pods(kind, name)
-    for pod in pods:
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
         seen.note(pod)
     if seen.replaced and time.monotonic() - min(seen.replaced.values()) > RESUMES_WITHIN_S:
         seen.report("Training has not resumed yet.")

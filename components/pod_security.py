@@ -44,11 +44,15 @@ def _pod(pod: Manifest) -> Iterator[str]:
             yield f"{key} must be unset"
     for volume in spec.get("volumes") or []:
         if other := set(volume) - {"name"} - VOLUMES:
-            yield f"volume {volume['name']} must not be {', '.join(sorted(other))}"
-    if unsafe := {item["name"] for item in context.get("sysctls") or []} - SYSCTLS:
+            yield f"volume {volume.get('name')} must not be {', '.join(sorted(other))}"
+    if unsafe := {str(item.get("name")) for item in context.get("sysctls") or []} - SYSCTLS:
         yield f"sysctls must not hold {', '.join(sorted(unsafe))}"
     for key, value in ((pod.get("metadata") or {}).get("annotations") or {}).items():
-        if key.startswith(APPARMOR) and value not in ("", "runtime/default") and not value.startswith("localhost/"):
+        if (
+            key.startswith(APPARMOR)
+            and value not in ("", "runtime/default")
+            and not str(value).startswith("localhost/")
+        ):
             yield f"annotation {key} must be runtime/default or localhost/…, got {value!r}"
     if context.get("runAsNonRoot") is False:
         yield "securityContext.runAsNonRoot of the pod must not be false"

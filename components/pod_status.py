@@ -1,11 +1,11 @@
 """What the pods of a job say: why they wait, why they ended, which of them were replaced."""
 
-import calendar
 import logging
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from components.manifests import SHAPE, Manifest
 
@@ -38,9 +38,11 @@ class Seen:
         return max((len(uids) - 1 for uids in self.pods.values()), default=0)
 
     def note(self, pod: Manifest) -> None:
-        """Remembers a pod, and which one it replaces."""
+        """Remembers a pod, and which one it replaces: that of its name, or in a Job that of its index."""
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-        uids = self.pods.setdefault(name, [])
+        labels = pod["metadata"].get("labels") or {}
+        index = labels.get("batch.kubernetes.io/job-completion-index", "")
+        uids = self.pods.setdefault(f"{labels['job-name']}-{index}" if "job-name" in labels else name, [])
         if uid not in uids:
             if uids:
                 self.replaced[f"pod {name} was replaced: {self.ends.get(uids[-1], 'it was deleted.')}"] = (
@@ -59,8 +61,10 @@ class Seen:
             self.report(f"Training resumes from step {step[1]}.")
 
     def report(self, more: str) -> None:
-        if replaced := list(self.replaced):
-            self.replaced.clear()
+        replaced = list(self.replaced)
+        for one in replaced:  # another thread may add one meanwhile
+            self.replaced.pop(one, None)
+        if replaced:
             log.warning("%s %s", " ".join(replaced), more)
 
 
@@ -72,11 +76,11 @@ def waits(pod: Manifest) -> Iterator[str]:
             yield f"pod {name} cannot be placed: {item.get('message', '')}"
     initial = status.get("initContainerStatuses") or []
     for container in [*initial, *(status.get("containerStatuses") or [])]:
-        waiting = container["state"].get("waiting") or {}
+        waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
             yield f"pod {name} does not start: {waiting['reason']}: {waiting.get('message', '')}"
     for container in initial:
-        started = (container["state"].get("running") or {}).get("startedAt")
+        started = ((container.get("state") or {}).get("running") or {}).get("startedAt")
         if started and time.time() - seconds(started) > INITIAL_S:
             yield (
                 f"pod {name} stays in init container {container['name']}; `kubectl logs {name} --container "
@@ -92,7 +96,8 @@ def ends(pods: list[Manifest]) -> str:
 def why_it_ends(pod: Manifest) -> str:
     """Exit code and reason of the container that did not end well; empty for a pod that runs or has succeeded."""
     for container in (pod.get("status") or {}).get("containerStatuses") or []:
-        ended = container["state"].get("terminated") or (container.get("lastState") or {}).get("terminated") or {}
+        states = (container.get("state") or {}, container.get("lastState") or {})
+        ended: Manifest = next((state["terminated"] for state in states if state.get("terminated")), {})
         if ended.get("reason") == "OOMKilled":
             limit = _memory_limit(pod, container["name"])
             return (
@@ -108,7 +113,7 @@ def why_it_ends(pod: Manifest) -> str:
 
 
 def _memory_limit(pod: Manifest, container: str) -> str:
-    for item in pod["spec"]["containers"]:
+    for item in (pod.get("spec") or {}).get("containers") or []:
         if item["name"] == container and "memory" in item.get("resources", {}).get("limits", {}):
             return str(item["resources"]["limits"]["memory"])
     return "its node"
@@ -117,9 +122,9 @@ def _memory_limit(pod: Manifest, container: str) -> str:
 def exit_codes_of(pods: list[Manifest]) -> Iterator[int]:
     for pod in pods:
         for container in (pod.get("status") or {}).get("containerStatuses") or []:
-            if code := (container["state"].get("terminated") or {}).get("exitCode"):
+            if code := ((container.get("state") or {}).get("terminated") or {}).get("exitCode"):
                 yield int(code)
 
 
 def seconds(moment: str) -> float:
-    return float(calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ")))
+    return datetime.fromisoformat(moment).timestamp()

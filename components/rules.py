@@ -47,7 +47,7 @@ def pods(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
         yield "pod", _at(manifest, *POD_PATHS[kind])
     elif kind == "PyTorchJob":
         for name, replica in _at(manifest, "spec", "pytorchReplicaSpecs").items():
-            yield name, _at(replica or {}, "template")
+            yield name, _at(replica, "template")
     elif kind == "TrainingRuntime":
         for replicated in _at(manifest, "spec", "template", "spec")["replicatedJobs"]:
             yield replicated["name"], _at(replicated, "template", "spec", "template")
@@ -55,7 +55,7 @@ def pods(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
 
 def _at(tree: Manifest, *path: str) -> Manifest:
     for key in path:
-        tree = tree.get(key) or {}
+        tree = (tree or {}).get(key) or {}
     return tree
 
 
@@ -65,7 +65,7 @@ def _hardened(pod: Manifest) -> Iterator[str]:
     if spec.get("automountServiceAccountToken") is not False:
         yield "automountServiceAccountToken must be false: nothing in the pod talks to the API server."
     for container in containers(pod):
-        name, resources = container["name"], container.get("resources") or {}
+        name, resources = container.get("name"), container.get("resources") or {}
         if (container.get("securityContext") or {}).get("readOnlyRootFilesystem") is not True:
             yield f"container {name}: readOnlyRootFilesystem must be true."
         if not {"cpu", "memory"} <= set(resources.get("requests") or {}):
@@ -78,8 +78,8 @@ def _hardened(pod: Manifest) -> Iterator[str]:
             yield f"container {name}: image must carry a tag other than latest, or a digest, got {image!r}."
         for variable in container.get("env") or []:
             value = str(variable.get("value") or "")
-            if SECRET_NAME.search(variable["name"]) and value and "$(" not in value:
-                yield f"container {name}: {variable['name']} must come from a secret, it holds its value."
+            if SECRET_NAME.search(variable.get("name", "")) and value and "$(" not in value:
+                yield f"container {name}: {variable.get('name')} must come from a secret, it holds its value."
 
 
 POD_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (violations, _hardened)
@@ -114,7 +114,9 @@ def _refused_replica(kind: str, replica: Manifest) -> Iterator[str]:
     if kind not in ("Master", "Worker"):
         yield "must be a replica type, Master or Worker"
     count = replica.get("replicas")
-    if kind == "Master" and count != 1:
+    if count is not None and not isinstance(count, int):
+        yield f"replicas must be a number, got {count!r}"
+    elif kind == "Master" and count != 1:
         yield f"replicas must be given, and 1, got {count}"
     elif kind != "Master" and count is not None and count < 1:
         yield f"replicas must be 1 at least, got {count}"
@@ -136,7 +138,8 @@ def _meets(job: Manifest) -> Iterator[str]:
         yield "without a Master and without elasticPolicy no pod is told where the first one is."
     if "Master" in replicas and elastic:
         yield "elasticPolicy must go without a Master: the pods meet at the first Worker."
-    last = f"{job['metadata'].get('name', '')}-worker-{replicas.get('Worker', {}).get('replicas', 1) - 1}"
+    workers = _at(replicas, "Worker").get("replicas") or 1
+    last = f"{job['metadata'].get('name', '')}-worker-{workers - 1 if isinstance(workers, int) else workers}"
     if len(last) > LONGEST_LABEL:
         yield f"metadata.name is too long: its pod {last} has more than {LONGEST_LABEL} characters."
     for kind, replica in replicas.items():
@@ -148,11 +151,11 @@ def _meets(job: Manifest) -> Iterator[str]:
             for probe in ("readinessProbe", "startupProbe"):
                 if container.get(probe):
                     yield (
-                        f"{kind}: container {container['name']} must have no {probe}: the operator's services do not "
-                        "name pods that are not ready, and a pod is not ready before the others have found it."
+                        f"{kind}: container {container.get('name')} must have no {probe}: the operator's services do "
+                        "not name pods that are not ready, and a pod is not ready before the others have found it."
                     )
             if (container.get("command") or [""])[0] not in ("mplug", "torchrun"):
-                yield f"{kind}: container {container['name']} must start mplug or torchrun: RANK counts pods here."
+                yield f"{kind}: container {container.get('name')} must start mplug or torchrun: RANK counts pods here."
 
 
 def _ends(job: Manifest) -> Iterator[str]:
@@ -166,7 +169,7 @@ def _ends(job: Manifest) -> Iterator[str]:
     if policy.get("backoffLimit"):
         yield "backoffLimit must be unset: with ExitCode the operator counts restarts anew with each pod."
     for kind, replica in _at(job, "spec", "pytorchReplicaSpecs").items():
-        restart = replica.get("restartPolicy")
+        restart = (replica or {}).get("restartPolicy")
         if restart in ("OnFailure", "Always", None):
             yield f"{kind}: restartPolicy must be ExitCode, got {restart!r}: it restarts a wrong configuration forever."
         elif restart == "Never":
@@ -177,21 +180,21 @@ def _ends(job: Manifest) -> Iterator[str]:
 def _survives(replica: Manifest) -> Iterator[str]:
     """What a pod needs to save its run, and to come to an end where saving does not help."""
     spec = _at(replica, "template", "spec")
-    grace = spec.get("terminationGracePeriodSeconds", 30)
+    grace = spec.get("terminationGracePeriodSeconds") or 30
     if grace <= SAVING_S:
         yield f"terminationGracePeriodSeconds must be more than {SAVING_S}, got {grace}: the last checkpoint needs it."
     memory = {
-        volume["name"] for volume in spec.get("volumes") or [] if _at(volume, "emptyDir").get("medium") == "Memory"
+        volume.get("name") for volume in spec.get("volumes") or [] if _at(volume, "emptyDir").get("medium") == "Memory"
     }
     for container in spec.get("containers") or []:
         if container.get("name") != "pytorch":
             continue
-        mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts") or []}
+        mounts = {mount.get("mountPath"): mount.get("name") for mount in container.get("volumeMounts") or []}
         if mounts.get("/dev/shm") not in memory:
             yield "/dev/shm must be an emptyDir of medium Memory: a container's own has 64 MB, and loaders die of it."
         arguments = [*(container.get("command") or []), *(container.get("args") or [])]
         bounds = [item.partition("=")[2] for item in arguments if item.startswith("checkpoint.max_attempts=")]
-        if arguments[:2] != ["mplug", "train"] or any(int(bound or 0) > 100 for bound in bounds):
+        if arguments[:2] != ["mplug", "train"] or any(not bound.isdigit() or int(bound) > 100 for bound in bounds):
             yield (
                 "this job restarts forever on OOM: 137 counts as worth a restart, and nothing counts them. `mplug "
                 "train` does (checkpoint.max_attempts, at most 100 here)."

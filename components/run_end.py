@@ -11,11 +11,12 @@ import time
 from components.cluster import KINDS, Cluster, ClusterError, condition
 from components.manifests import Manifest
 from components.workflow import outcome
-from model.pipeline_run import Outcome
+from model.exits import OutageError
+from model.pipeline_run import RUN_ID, Outcome
 
 log = logging.getLogger("mplug")
-RUN_ID, WORKFLOW, NAMESPACE = "MPLUG_KFP_RUN", "MPLUG_KFP_WORKFLOW", "MPLUG_KFP_NAMESPACE"
-"""Variables of a step that Kubernetes fills in: id of its run, name and namespace of Argo's workflow for it."""
+WORKFLOW, NAMESPACE = "MPLUG_KFP_WORKFLOW", "MPLUG_KFP_NAMESPACE"
+"""Variables of a step that Kubernetes fills in: name and namespace of Argo's workflow for its run."""
 RUN_LABEL = "mplug-video/run"
 """Label of a job: id of the pipeline's run that has started it, or taken it over."""
 GIVEN_UP = "mplug-video/given-up"
@@ -25,14 +26,23 @@ SAVED_WITHIN_S = 180.0
 
 
 def end_run(namespace: str) -> Outcome | None:
-    """Stops the jobs of this run that still run, each of which saves a checkpoint; says how the run has ended.
+    """Stops the jobs of this run that still run; returns how the run has ended.
 
-    None outside Kubeflow Pipelines, and where the workflow may not be looked at.
+    None outside Kubeflow Pipelines, and if the workflow cannot be read.
     """
     run_id = os.environ.get(RUN_ID, "")
     if not run_id:
         return None
-    cluster = Cluster(namespace)
+    cluster = Cluster(namespace, patience_s=60)
+    try:
+        stop_jobs(cluster, run_id)
+    except (ClusterError, OutageError) as error:  # of a cluster without training-operator, for one
+        log.warning("training jobs of the run cannot be looked at: %s", error)
+    return _outcome(cluster)
+
+
+def stop_jobs(cluster: Cluster, run_id: str) -> None:
+    """Deletes the training jobs of a run that still run, and waits for their pods: each saves a checkpoint."""
     stopped = [job for job in cluster.labelled("PyTorchJob", f"{RUN_LABEL}={run_id}") if _is_running(job)]
     for job in stopped:
         log.warning("%s still runs and is stopped; it saves a checkpoint", job["metadata"]["name"])
@@ -43,7 +53,6 @@ def end_run(namespace: str) -> Outcome | None:
             log.warning("pods of the run are still there after %g s", SAVED_WITHIN_S)
             break
         time.sleep(1)
-    return _outcome(cluster)
 
 
 def _is_running(job: Manifest) -> bool:
@@ -56,6 +65,6 @@ def _outcome(cluster: Cluster) -> Outcome | None:
     path = f"/apis/argoproj.io/v1alpha1/namespaces/{os.environ.get(NAMESPACE)}/workflows/{os.environ.get(WORKFLOW)}"
     try:
         return outcome(cluster.read(path))
-    except ClusterError as error:
+    except (ClusterError, OutageError) as error:
         log.warning("the stages alone say how the run has ended: %s", error)
         return None

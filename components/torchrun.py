@@ -28,6 +28,9 @@ GOOD_ATTEMPT_S = 60.0
 ATTEMPTS_IN_A_ROW = 10
 """Attempts that end at once before this gives up. The run itself counts those that bring no new checkpoint."""
 FIRST_NODE_WITHIN_S = 1800.0
+ALL_NODES_WITHIN_S = 14000
+"""That the first node waits for the others, which may wait for room in the cluster; torchrun's default of ten minutes
+would use up the attempts of a run. The pods' liveness probe allows four hours."""
 SHUTDOWN_S = 60
 """What processes have to save when they are asked to end."""
 
@@ -147,7 +150,9 @@ def _place() -> list[str]:
     os.environ.pop("PET_NODE_RANK", None)
     if not is_first:
         _wait_for(host, int(port))
-    conf = ",".join(filter(None, [os.environ.get("PET_RDZV_CONF", ""), f"is_host={int(is_first)}"]))
+    given = os.environ.get("PET_RDZV_CONF", "")
+    waiting = "" if "join_timeout" in given else f"join_timeout={ALL_NODES_WITHIN_S}"
+    conf = ",".join(filter(None, [given, waiting, f"is_host={int(is_first)}"]))
     name = os.environ.get("PET_RDZV_ID", "mplug")
     return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={name}", f"--rdzv-conf={conf}", *common]
 

@@ -3,6 +3,9 @@
 The API of Kubeflow Pipelines names Argo's nodes (`executor(0)`) and neither pods nor reasons. No kfp here.
 """
 
+import base64
+import gzip
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -60,7 +63,8 @@ def workflow_of_run(cluster: Cluster, run_id: str) -> Manifest | None:
 
 def outcome(workflow: Manifest) -> Outcome | None:
     """How the stages have ended, as the exit handler sees it; None if the workflow lists no nodes."""
-    if workflow["spec"].get("activeDeadlineSeconds") == 0 or workflow["spec"].get("shutdown"):
+    spec = workflow.get("spec") or {}
+    if spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown"):
         return "cancelled"
     stages = [node for node in _nodes(workflow) if node.get("displayName") in STAGES]
     if not stages:
@@ -74,7 +78,7 @@ def steps(workflow: Manifest, known: Collection[str]) -> Iterator[Step]:
         child for node in _nodes(workflow) if node.get("type") == "Retry" for child in node.get("children", [])[:-1]
     }
     for node in _nodes(workflow):
-        name = step_name(node["name"], known)
+        name = step_name(node.get("name", ""), known)
         if node.get("type") == "Pod" and name and node.get("id") not in attempts:
             yield Step(name, node.get("phase", ""), " ".join(str(node.get("message", "")).split()), node["name"])
 
@@ -99,4 +103,8 @@ def last_lines(cluster: Cluster, workflow: Manifest, step: Step) -> list[str]:
 
 
 def _nodes(workflow: Manifest) -> list[Manifest]:
-    return list(((workflow.get("status") or {}).get("nodes") or {}).values())
+    """Of a large workflow Argo keeps them compressed."""
+    status = workflow.get("status") or {}
+    if packed := status.get("compressedNodes"):
+        return list(json.loads(gzip.decompress(base64.b64decode(packed))).values())
+    return list((status.get("nodes") or {}).values())

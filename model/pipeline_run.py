@@ -4,14 +4,23 @@ It is opened by the first step and closed by the exit handler. Kubeflow Pipeline
 when a run is retried: after it has run, each stage reopens the pipeline's run, and closes it again as it ends itself.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from model import storage
+from model.config_sections import TrackingConfig
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Param, Run
 
+RUN_ID = "MPLUG_KFP_RUN"
+"""Variable with the id of the Kubeflow Pipelines run that this process belongs to; unset elsewhere."""
+KFP_RUN = "pipeline.kfp_run"
+"""Tag: that id. Two runs of Kubeflow Pipelines that use one name at the same time have a run each in MLflow."""
 Outcome = Literal["succeeded", "failed", "cancelled"]
+ENDED_BADLY = ("FAILED", "KILLED")
 STATUS: dict[Outcome, str] = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 PIPELINE = "mplug.pipeline"
 """Tag: the pipeline's name for this run, `run_name`."""
@@ -23,27 +32,53 @@ FAILED_STAGES, MISSING_STAGES = "pipeline.failed", "pipeline.missing"
 
 
 def open_pipeline_run(server: "MlflowClient", experiment: str, name: str, params: Mapping[str, str]) -> str:
-    """Id of the run, new or opened again. One that has failed or was cancelled stays as it is: a new one follows it."""
+    """Id of the run, new or opened again. A finished run of the same name is continued; one that failed, was cancelled
+    or is another's stays as it is, and a new one follows it.
+    """
     from mlflow.entities import Param
 
-    earlier = find_pipeline_run(server, experiment, name)
-    if earlier and earlier.info.status not in ("FAILED", "KILLED"):
+    own, run_id = find_pipeline_run(server, experiment, name), os.environ.get(RUN_ID, "")
+    if own and (run_id or own.info.status not in ENDED_BADLY):
+        reopen(server, own)
+        if not run_id:
+            _forget_end(server, own)
+        return str(own.info.run_id)
+    earlier = next(iter(_pipeline_runs(server, experiment, name)), None)
+    if earlier and earlier.info.status == "FINISHED":
+        server.set_tag(earlier.info.run_id, KFP_RUN, run_id)
         reopen(server, earlier)
-        if LAST_STAGES in earlier.data.tags:
-            server.delete_tag(earlier.info.run_id, LAST_STAGES)
+        _forget_end(server, earlier)
         return str(earlier.info.run_id)
-    tags = {"mlflow.runName": name, PIPELINE: name}
+    return create_pipeline_run(server, experiment, name, earlier, [Param(*item) for item in params.items()])
+
+
+def create_pipeline_run(
+    server: "MlflowClient", experiment: str, name: str, earlier: "Run | None", params: Sequence["Param"] = ()
+) -> str:
+    tags = {"mlflow.runName": name, PIPELINE: name, KFP_RUN: os.environ.get(RUN_ID, "")}
     if earlier:
         tags[CONTINUES] = earlier.info.run_id
     run_id: str = server.create_run(experiment, tags=tags).info.run_id
-    server.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+    server.log_batch(run_id, params=params)
     return run_id
 
 
 def find_pipeline_run(server: "MlflowClient", experiment: str, name: str) -> "Run | None":
-    """The newest run of this name."""
-    newest = _pipeline_runs(server, experiment, name)
-    return newest[0] if newest else None
+    """The run that this process belongs to: that of its run of Kubeflow Pipelines, else the newest of the name."""
+    run_id = os.environ.get(RUN_ID, "")
+    found = _pipeline_runs(server, experiment, name)
+    return next((run for run in found if not run_id or run.data.tags.get(KFP_RUN) == run_id), None)
+
+
+def _forget_end(server: "MlflowClient", run: "Run") -> None:
+    """A new run of the pipeline has an exit handler of its own."""
+    if LAST_STAGES in run.data.tags:
+        server.delete_tag(run.info.run_id, LAST_STAGES)
+
+
+def reports_folder(root: str, tracking: TrackingConfig) -> str:
+    """Where a pipeline's run writes what people read; each run of Kubeflow Pipelines has a folder of its own."""
+    return storage.join(root, "reports", tracking.pipeline or "local", *filter(None, [os.environ.get(RUN_ID, "")]))
 
 
 def reopen(server: "MlflowClient", run: "Run") -> None:
@@ -76,7 +111,9 @@ def close_after_retry(server: "MlflowClient", run_id: str) -> None:
     failed, missing = _unfinished(server, run, run.data.tags[LAST_STAGES].split())
     running = [stage for stage in _newest(server, run).values() if stage.info.status == "RUNNING"]
     if failed:
-        server.set_terminated(run_id, "FAILED")
+        stages = _newest(server, run)
+        is_killed = all(stages[name].info.status == "KILLED" for name in failed)
+        server.set_terminated(run_id, "KILLED" if is_killed else "FAILED")
     elif not missing and not running:
         server.set_terminated(run_id, "FINISHED")
 

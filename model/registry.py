@@ -13,7 +13,13 @@ from mlflow.exceptions import MlflowException
 from model import manifest
 from model.config import TrackingError
 from model.config_sections import TrackingConfig
-from model.pipeline_run import Outcome, close_pipeline_run, find_pipeline_run, open_pipeline_run
+from model.pipeline_run import (
+    Outcome,
+    close_pipeline_run,
+    create_pipeline_run,
+    find_pipeline_run,
+    open_pipeline_run,
+)
 from model.tracking import client, experiment_id
 
 P = ParamSpec("P")
@@ -46,13 +52,13 @@ def start_pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str
 def finish_pipeline_run(
     uri: str, experiment: str, name: str, last_stages: Sequence[str], outcome: Outcome | None
 ) -> str:
-    """Closes the newest run of a pipeline; says in a line what became of it."""
+    """Closes the run of a pipeline, also one that was never opened; says in a line what became of it."""
     if not uri:
-        return f"{name} has ended; there is no tracking server to tell."
+        return f"{name} has ended: {outcome or 'no tracking server is configured'}."
     server = client(uri)
-    found = find_pipeline_run(server, experiment_id(server, experiment), name)
-    if not found:
-        return f"{name} has ended: {outcome or 'failed'}; it was never opened in MLflow."
+    within = experiment_id(server, experiment)
+    found = find_pipeline_run(server, within, name)
+    found = found or server.get_run(create_pipeline_run(server, within, name, None))
     return f"{name} has ended: {close_pipeline_run(server, found, last_stages, outcome)}."
 
 

@@ -22,15 +22,14 @@ PATIENCE_S = 5.0
 def arguments_on_cluster(name: str, items: Sequence[str], overlay: Path | None = None) -> dict[str, Any]:
     """All arguments of a run of pipeline `name` that differ from the compiled defaults: given, or the cluster's."""
     given, known = arguments(name, items), parameters(name)
-    namespace = given.get("namespace") or known.get("namespace", {}).get("defaultValue", "")
-    values = {"code_version": code_version(), **cluster_defaults(name, namespace, overlay), **given}
+    values = {"code_version": code_version(), **cluster_defaults(name, given.get("namespace", ""), overlay), **given}
     if "cpu_image" in known and "image" in given and "cpu_image" not in given:
         values["cpu_image"] = given["image"]
     return values
 
 
 def cluster_defaults(name: str, namespace: str, overlay: Path | None) -> dict[str, Any]:
-    """Arguments of pipeline `name` that an overlay knows, or else the current cluster.
+    """Arguments of pipeline `name` that an overlay knows, or else the current cluster, in the namespace of its context.
 
     Empty, with a warning, where no cluster can be asked. Raises ConfigError for a value that is none of the parameter.
     """

@@ -33,14 +33,23 @@ def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Find
         return
     try:
         template, image, said = _template(cluster)
+        added = _filled(template, image)
     except ClusterError as error:
         yield warned("init container", f"the operator's Deployment may not be looked at: {error}", "Ask who may.")
         return
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        yield failed("init container", f"the operator's template cannot be read: {' '.join(str(error).split())}", APPLY)
+        return
     worker = copy.deepcopy(pod)
-    worker["spec"]["initContainers"] = _filled(template, image)
+    worker["spec"]["initContainers"] = [*(worker["spec"].get("initContainers") or []), *added]
+    if not cluster.may("create", "", "pods"):
+        yield warned("init container", f"{said} Whether admission takes it is unknown: you may not create pods.", "")
+        return
     refused = cluster.refuses_pod({"apiVersion": "v1", "kind": "Pod", **worker, "metadata": _metadata(worker)})
-    if refused:
+    if "PodSecurity" in refused:
         yield failed("init container", f"{said} A worker would be refused: {refused}", APPLY)
+    elif refused:
+        yield failed("worker pod", f"it would be refused: {refused}", "Mend the overlay, or raise the quota.")
     elif "nslookup" in template:
         yield warned("init container", f"{said} It waits for a name, in some images without end.", APPLY)
     else:
@@ -67,10 +76,13 @@ def _template(cluster: Cluster) -> tuple[str, str, str]:
     return DEFAULT_TEMPLATE, image[1] if image else DEFAULT_IMAGE, "The operator has its own, nothing is mounted."
 
 
-def _filled(template: str, image: str) -> Any:
-    """As the operator fills it in."""
+def _filled(template: str, image: str) -> list[Any]:
+    """As the operator fills it in. Raises ValueError where that is no list of containers."""
     values = {"InitContainerImage": image, "MasterAddr": "doctor-master-0", "MaxTries": "100"}
-    return yaml.safe_load(re.sub(r"\{\{\s*\.(\w+)\s*\}\}", lambda match: values.get(match[1], "1"), template))
+    found = yaml.safe_load(re.sub(r"\{\{\s*\.(\w+)\s*\}\}", lambda match: values.get(match[1], "1"), template))
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ValueError("it must be a list of containers.")
+    return found
 
 
 def _metadata(pod: Manifest) -> Manifest:
@@ -110,7 +122,7 @@ def retry_policy(cluster: Cluster) -> Iterator[Finding]:
     except ClusterError:
         return
     policy = next(filter(None, map(_policy, data.values())), "")
-    if policy == "Always":
+    if policy in ("Always", "OnFailure"):
         said = "Argo repeats every step that fails, also what is permanent, such as a gate that says no"
         yield warned("pipeline steps", said, "Set retryPolicy OnError in workflow-controller-configmap.")
     else:

@@ -11,10 +11,10 @@ import kfp_server_api
 from components.cluster import Cluster, ClusterError
 from components.manifests import Manifest
 from components.pod_status import waits
-from components.run_end import RUN_LABEL
+from components.run_end import RUN_LABEL, stop_jobs
 from components.workflow import ENDED_BADLY, Step, last_lines, outcome, steps, workflow_of_run
 from model.exits import FAILED, OutageError, ProcessFailedError
-from pipelines.catalog import PIPELINES, documents
+from pipelines.catalog import PIPELINES, documents, parameters
 from pipelines.kfp_host import Host, call
 
 log = logging.getLogger("mplug")
@@ -34,7 +34,7 @@ class Followed:
     known: frozenset[str]
     """Names of steps."""
     cluster: Cluster | None
-    jobs: Cluster | None
+    jobs: Cluster | None = None
     """The namespace of its training jobs."""
     said: set[str] = field(default_factory=set)
     running: str = ""
@@ -43,8 +43,13 @@ class Followed:
         return call(kfp_server_api.RunServiceApi(self.host.api()).run_service_get_run, self.run_id)
 
     def workflow(self) -> Manifest | None:
+        if not self.cluster:
+            return None
         try:
-            return workflow_of_run(self.cluster, self.run_id) if self.cluster else None
+            found = workflow_of_run(self.cluster, self.run_id)
+            if not found:
+                self.say(f"namespace {self.cluster.namespace} has no workflow of run {self.run_id}: another cluster?")
+            return found
         except (ClusterError, OutageError) as error:
             self.say(f"reasons and logs are on Kubeflow's page alone: {error}")
             return None
@@ -56,13 +61,13 @@ class Followed:
             log.info("%s", line)
 
 
-def follow(host: Host, run_id: str, job_namespace: str = "mplug", retries: int = 0) -> None:
+def follow(host: Host, run_id: str, retries: int = 0) -> None:
     """Returns when the run has succeeded. Raises ProcessFailedError with the step that has failed, and why.
 
     A failure that is not permanent is repeated up to `retries` times: what has succeeded is not run again.
     """
-    cluster, jobs = _cluster(host.namespace or KUBEFLOW), _cluster(job_namespace)
-    followed = Followed(host, run_id, step_names(), cluster, jobs)
+    followed = Followed(host, run_id, step_names(), _cluster(host.namespace or KUBEFLOW))
+    followed.jobs = _cluster(_job_namespace(followed.run()))
     while True:
         run, workflow = followed.run(), followed.workflow()
         _report(followed, run, workflow)
@@ -70,7 +75,10 @@ def follow(host: Host, run_id: str, job_namespace: str = "mplug", retries: int =
             log.info("run %s has succeeded", run_id)
             return
         if run.state in ENDED:
+            _stop_jobs(followed)
             failure = _failure(followed, run, workflow)
+            if retries and not workflow:
+                log.warning("nothing is run again: without the run's workflow it is unknown whether that may help")
             if not retries or failure.code < 128:
                 raise failure
             retries -= 1
@@ -89,6 +97,34 @@ def retry(host: Host, run_id: str) -> None:
         if time.monotonic() > deadline:
             raise OutageError(f"run {run_id} was not resumed within {RESTARTED_WITHIN_S:g} s. {host.link(run_id)}")
         time.sleep(1)
+
+
+def cancel(host: Host, run_id: str) -> None:
+    """Cancels a run; returns when it has ended, and its training jobs have saved a checkpoint and are gone.
+
+    The exit handler of a run that was retried does not run again: there it is this command that stops the jobs.
+    """
+    service = kfp_server_api.RunServiceApi(host.api())
+    call(service.run_service_terminate_run, run_id)
+    followed = Followed(host, run_id, frozenset(), None)
+    while (run := followed.run()).state not in ENDED:
+        time.sleep(1)
+    followed.jobs = _cluster(_job_namespace(run))
+    _stop_jobs(followed)
+
+
+def _stop_jobs(followed: Followed) -> None:
+    if followed.jobs:
+        try:
+            stop_jobs(followed.jobs, followed.run_id)
+        except (ClusterError, OutageError) as error:
+            log.warning("training jobs of the run cannot be looked at: %s", error)
+
+
+def _job_namespace(run: Any) -> str:
+    """The parameter `namespace` of a run; its default is the same for all pipelines that have it."""
+    given = (run.runtime_config.parameters if run.runtime_config else None) or {}
+    return str(given.get("namespace") or parameters("pretrain")["namespace"]["defaultValue"])
 
 
 def step_names() -> frozenset[str]:

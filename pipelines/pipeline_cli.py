@@ -127,7 +127,7 @@ def submit(
     )  # fmt: skip
     print(host.link(run_id), flush=True)
     if wait or retries:
-        follow(host, run_id, values.get("namespace", ""), retries)
+        follow(host, run_id, retries)
 
 
 @pipeline.command()
@@ -137,7 +137,6 @@ def retry(
     token: Token = "",
     headers: Headers = None,
     profile: Profile = "",
-    namespace: Annotated[str, typer.Option("--jobs-in", help="Namespace of its training jobs.")] = "mplug",
     wait: Wait = False,
     retries: Retries = 0,
 ) -> None:
@@ -152,7 +151,25 @@ def retry(
     start_again(host, run_id)
     print(host.link(run_id), flush=True)
     if wait or retries:
-        follow(host, run_id, namespace, retries)
+        follow(host, run_id, retries)
+
+
+@pipeline.command()
+def cancel(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, the end of the link to it.")],
+    url: Url = LOCAL,
+    token: Token = "",
+    headers: Headers = None,
+    profile: Profile = "",
+) -> None:
+    """Cancel a run, and wait until its training jobs have saved a checkpoint and are gone.
+
+    Example: `mplug pipeline cancel 0c2f5c8e-…`
+    """
+    from pipelines.follow_run import cancel
+
+    cancel(_host(url, token, headers, profile), run_id)
+    print(f"{run_id} is cancelled")
 
 
 def _host(url: str, token: str, headers: list[str] | None, profile: str) -> "Host":

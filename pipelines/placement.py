@@ -8,7 +8,8 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 from kfp.dsl.pipeline_channel import PipelineChannel
 
-from components.run_end import NAMESPACE, RUN_ID, WORKFLOW
+from components.run_end import NAMESPACE, WORKFLOW
+from model.pipeline_run import RUN_ID
 
 CONFIG, SECRET = "mplug-config", "mplug-s3"
 CONFIG_KEYS = ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")

@@ -12,6 +12,7 @@ from model.config_sections import TrackingConfig
 from model.evaluation.registration import registered_name
 from model.evaluation.runner import Evaluation, load
 from model.exits import StageError
+from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts, champion_scores
 
 DECIDES = {
@@ -65,7 +66,7 @@ def gate(
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "comparison.json"
         table.write_text(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1))
-        storage.upload(table, storage.join(root, "reports", tracking.pipeline or "local", table.name))
+        storage.upload(table, storage.join(reports_folder(root, tracking), table.name))
         attach_artifacts(tracking, [table], {f"{row.task}/{row.metric}": row.value for row in rows})
     missed = [row for row in rows if not row.passed]
     if missed:

@@ -16,6 +16,7 @@ from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
 from model.evaluation.gate import Requirement, requirements
 from model.evaluation.pages import jpeg, page, png
 from model.evaluation.runner import Evaluation, captions, load
+from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts
 
 SHOWN = 8
@@ -42,7 +43,7 @@ def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, wh
     evaluations = [load(uri) for uri in uris]
     results = list(requirements(evaluations))
     tracking = TrackingConfig(**where)
-    uri = storage.join(root, "reports", tracking.pipeline or "local")
+    uri = reports_folder(root, tracking)
     rows = json.dumps([{**asdict(result), "passed": result.passed} for result in results], indent=1)
     with tempfile.TemporaryDirectory() as folder:
         html, table = Path(folder) / "report.html", Path(folder) / "results.json"

@@ -76,7 +76,7 @@ def begin(folder: str, config: CheckpointConfig, cause: str = "") -> Attempt:
         cause=cause or (last.cause if step == last.step else ""),
     )  # fmt: skip
     if attempt.fruitless > config.max_attempts:
-        why = attempt.cause or "the log of those starts says why."
+        why = attempt.cause or "their logs say why, or `kubectl describe pod` if the container itself was killed."
         raise AttemptsError(
             f"the run was started {last.fruitless} times without a checkpoint after step {step} (at most "
             f"checkpoint.max_attempts = {config.max_attempts}): {why} After fixing the cause, remove {where}."

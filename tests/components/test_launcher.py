@@ -292,6 +292,34 @@ def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
     assert "has not finished" in stopped_job["metadata"]["annotations"][GIVEN_UP]
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_job_with_a_queue_that_kueue_does_not_hold_is_suspended(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], is_there: bool
+) -> None:
+    """Kueue does not know PyTorchJobs as delivered, or is not installed."""
+    job[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+    kube.faults.append(lambda _method, path: 404 if "workloads" in path and not is_there else None)
+    with pytest.raises(AttemptsError, match="has not finished within 1 s"):
+        run(cluster, job, Limits(deadline_s=1))
+    assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
+
+
+def test_pods_of_which_little_is_known_end_nothing(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:  # fmt: skip
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        kube.put("pods", {"metadata": {"name": "a", "labels": MASTER}})
+        kube.pod("b", MASTER, phase="Pending", containerStatuses=[{"name": "pytorch"}], initContainerStatuses=[{}])
+        moment = {"startedAt": "2026-01-01T00:00:00.123456+00:00"}
+        kube.pod("c", MASTER, phase="Pending", initContainerStatuses=[{"name": "i", "state": {"running": moment}}])
+        time.sleep(1.5)
+        succeed(kube)
+
+    started(act)
+    run(cluster, job, LIMITS)
+
+
 def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     ensure(cluster, job)
     with pytest.raises(AttemptsError):

@@ -131,6 +131,27 @@ def test_what_the_recorded_verdicts_leave_out_is_refused_as_well(change: Callabl
     assert any(said in problem and STANDARD in problem for problem in problems(changed)), problems(changed)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        put(*REPLICAS, "Worker", value={}), put(*MASTER, "replicas", value="1"), put(*MASTER, "template", value={}),
+        put(*POD, "containers", value=[{}]), put(*POD, "volumes", value=[{}]), put("spec", value={}),
+        put(*CONTAINER, "env", value=[{}]), put(*CONTAINER, "volumeMounts", value=[{}]),
+        put(*CONTAINER, "args", value=["train", "x", "checkpoint.max_attempts=many"]),
+        lambda job: job["spec"]["pytorchReplicaSpecs"].update(Worker=None),
+        lambda job: job["spec"]["pytorchReplicaSpecs"]["Worker"].update(replicas=None, template=None),
+        lambda job: job["spec"]["pytorchReplicaSpecs"]["Master"]["template"].update(spec=None, metadata=None),
+        lambda job: job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"].update(
+            terminationGracePeriodSeconds=None, securityContext=None, containers=None, volumes=None
+        ),
+    ],
+)  # fmt: skip
+def test_a_job_with_holes_is_refused_in_lines(change: Callable[[Any], None]) -> None:
+    changed = copy.deepcopy(job())
+    change(changed)
+    assert all("PyTorchJob job: " in problem for problem in problems(changed))
+
+
 def test_a_job_as_it_is_rendered_has_no_problems() -> None:
     assert problems(job()) == []
 

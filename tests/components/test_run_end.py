@@ -1,5 +1,8 @@
 """What the exit handler of a pipeline finds on a cluster, and what it leaves."""
 
+import base64
+import gzip
+import json
 import threading
 import time
 from typing import Any
@@ -12,7 +15,9 @@ from shapes import CPU
 from components.cluster import Cluster
 from components.launcher import ensure
 from components.manifests import Launch, render
-from components.run_end import GIVEN_UP, NAMESPACE, RUN_ID, RUN_LABEL, WORKFLOW, end_run
+from components.run_end import GIVEN_UP, NAMESPACE, RUN_LABEL, WORKFLOW, end_run
+from components.workflow import Step, step_name, steps
+from model.pipeline_run import RUN_ID
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +91,49 @@ def test_a_workflow_that_may_not_be_looked_at_says_nothing(kube: FakeKube, caplo
     kube.faults.append(lambda _method, path: 403 if "workflows" in path else None)
     assert end_run("mplug") is None
     assert "the stages alone say how the run has ended" in caplog.text
+
+
+@pytest.mark.parametrize("code", [403, 404])
+def test_a_cluster_that_knows_no_training_jobs_still_ends_the_run(kube: FakeKube, code: int) -> None:
+    workflow(kube, activeDeadlineSeconds=0)
+    kube.faults.append(lambda _method, path: code if "pytorchjobs" in path else None)
+    assert end_run("mplug") == "cancelled"
+
+
+def test_a_large_workflow_keeps_its_nodes_compressed() -> None:
+    nodes = {"a": {"name": "wf.root(0).train(0).executor(0)", "type": "Pod", "phase": "Failed", "message": "gone"}}
+    packed = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()
+    (step,) = steps({"metadata": {"name": "wf"}, "status": {"compressedNodes": packed}}, {"train"})
+    assert (step.name, step.code, step.reason) == ("train", 144, "gone")
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "reason"),
+    [
+        ("Error (exit code 1): exit code 2: a must be 1.", 2, "a must be 1."),
+        ("Error (exit code 143)", 143, "Error (exit code 143)"),
+        ("OOMKilled (exit code 137)", 4, "killed for memory at the limit of its pod"),
+        ("pod deleted", 144, "pod deleted"),
+        ("", 144, "no reason is known."),
+    ],
+)
+def test_the_code_of_a_step_is_that_of_its_command(message: str, code: int, reason: str) -> None:
+    step = Step("train", "Failed", message, "node")
+    assert step.code == code
+    assert step.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        ("run-x2.root(0).tasks(0).iteration(1:1)(0).train(0).executor(0)", "train"),
+        ("run-x2.root.shard-2-driver", "shard-2"),
+        ("run-x2.root(0).download shares(0).iteration(0:1/8.x)(0).download(0).executor(1)", "download"),
+        ("run-x2.root(0)", ""),
+    ],
+)
+def test_a_node_of_argo_has_the_name_of_its_step(node: str, name: str) -> None:
+    assert step_name(node, {"train", "shard-2", "download"}) == name
 
 
 def test_outside_kubeflow_pipelines_nothing_is_asked(kube: FakeKube, monkeypatch: pytest.MonkeyPatch) -> None:

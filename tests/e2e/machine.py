@@ -26,6 +26,19 @@ GATEWAY = "10.244.0.1"
 """Of the pods' network, and where kubelet tells them to ask for names."""
 VOLUMES = {"postgres": ("1Gi", 999), "seaweedfs": ("50Gi", 10001)}
 
+LABELS = {"app": "training-operator"}
+OPERATOR = {
+    "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "training-operator", "namespace": "kubeflow"},
+    "spec": {
+        "replicas": 0, "selector": {"matchLabels": LABELS},
+        "template": {
+            "metadata": {"labels": LABELS},
+            "spec": {"containers": [{"name": "training-operator", "image": "training-operator:1.9.4"}]},
+        },
+    },
+}  # fmt: skip
+"""The real one's Deployment, without pods: what k8s/README.md patches, and the double looks at."""
+
 
 def kubectl(*arguments: str, check: bool = True, stdin: str = "") -> str:
     ended = subprocess.run(["kubectl", *arguments], capture_output=True, text=True, input=stdin, timeout=600)
@@ -64,7 +77,10 @@ def cluster(folder: Path) -> Iterator[None]:
             crd = CLUSTER_SH.parents[2] / "reference" / "pytorchjob-crd-v1.9.0.yaml"
             kubectl("create", "--validate=false", "-f", str(crd))
             kubectl("create", "namespace", "kubeflow")
+            kubectl("create", "--validate=false", "-f", "-", stdin=json.dumps(OPERATOR))
             kubectl("apply", "--validate=false", "-k", str(ROOT / "k8s" / "operator"))
+            patch = ["--patch-file", str(ROOT / "k8s" / "operator" / "mount.yaml")]
+            kubectl("--namespace", "kubeflow", "patch", "deployment", "training-operator", *patch)
             _make_volumes(folder)
             running.enter_context(_names(folder))
             double = [sys.executable, str(ROOT / "tests" / "helpers" / "operator_double.py"), "mplug"]

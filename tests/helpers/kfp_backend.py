@@ -53,7 +53,7 @@ class Run:
 
 
 class Backend:
-    def __init__(self, kube: FakeKube, folder: Path, cores: float = 2.0) -> None:
+    def __init__(self, kube: FakeKube, folder: Path, cores: float) -> None:
         self.kube, self.folder, self.cores = kube, folder, cores
         self.runs: dict[str, Run] = {}
         self.cache: dict[str, Tree] = {}
@@ -268,7 +268,9 @@ class Backend:
         asked = executor_input(component, given, folder)
         command = [part.replace("{{$}}", json.dumps(asked)) for part in container["command"] + container["args"]]
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
+            )
             self.processes[pod] = process
             code = process.wait()
             del self.processes[pod]

@@ -110,14 +110,19 @@ class Operator:
                 raise
 
     def init_containers(self) -> str:
-        """The template in the ConfigMap of k8s/operator, which is mounted where the operator looks; else its own."""
+        """What is mounted into the operator's Deployment where it looks for a template; else its own."""
         try:
-            found = self.core.read_namespaced_config_map("training-operator-init-container", "kubeflow")
+            pod = client.AppsV1Api().read_namespaced_deployment("training-operator", "kubeflow").spec.template.spec
         except ApiException as error:
             if error.status != 404:
                 raise
             return DEFAULT_TEMPLATE
-        return str(found.data["initContainer.yaml"])
+        mounted = {mount.name for mount in pod.containers[0].volume_mounts or [] if mount.mount_path == "/etc/config"}
+        for volume in pod.volumes or []:
+            if volume.name in mounted:
+                found = self.core.read_namespaced_config_map(volume.config_map.name, "kubeflow")
+                return str(found.data["initContainer.yaml"])
+        return DEFAULT_TEMPLATE
 
     def warn(self, job: Object) -> None:
         """As the operator does for each job whose pods name a restart policy."""

@@ -109,11 +109,17 @@ def test_another_namespace_is_one_setting(overlay: str) -> None:
         shutil.copytree(K8S / "overlays" / overlay, folder, dirs_exist_ok=True)
         file = folder / "kustomization.yaml"
         file.write_text(file.read_text().replace("namespace: mplug ", "namespace: team-a "))
+        lines = file.read_text()
+        added = "  - ../../components/monitoring\n  - ../../components/kfp-standalone\n"
+        known = "components:\n" in lines
+        file.write_text(
+            lines.replace("components:\n", f"components:\n{added}") if known else f"{lines}components:\n{added}"
+        )
         documents = validate.kustomize(folder)
     finally:
         shutil.rmtree(folder)
     text = yaml.safe_dump_all(documents)
-    assert not re.search(r"\bmplug\.svc|namespace: mplug\b|\.mplug:", text)
+    assert not re.search(r"\bmplug\.svc|namespace[:=] ?\"?mplug\b|\.mplug:", text)
     config = next(item["data"] for item in documents if item["metadata"]["name"] == "mplug-config")
     assert config["MLFLOW_TRACKING_URI"] == "http://mlflow.team-a.svc:5000"
     assert overlay == "production" or config["AWS_ENDPOINT_URL_S3"] == "http://s3.team-a.svc:8333"

@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from model import registry
-from model.pipeline_run import CONTINUES, LAST_STAGES, find_pipeline_run
+from model.pipeline_run import CONTINUES, LAST_STAGES, RUN_ID, find_pipeline_run
 from model.tracking import experiment_id, stage
 
 EXPERIMENT, NAME = "tests", "nightly"
@@ -128,3 +128,51 @@ def test_the_state_follows_a_retry_although_the_exit_handler_does_not_run_again(
     run_stages(uri, "register")
     assert newest(server).info.status == "FINISHED"
     assert newest(server).data.tags["pipeline.failed"] == ""
+
+
+def test_two_runs_of_kubeflow_under_one_name_do_not_touch_each_other(
+    server: mlflow.MlflowClient, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUN_ID, "a")
+    start(uri)
+    first = newest(server)
+    monkeypatch.setenv(RUN_ID, "b")
+    start(uri)
+    run_stages(uri, "train")
+    monkeypatch.setenv(RUN_ID, "a")
+    run_stages(uri, "gate", fails=True)
+    finish(uri, "failed")
+    assert newest(server).info.run_id == first.info.run_id
+    monkeypatch.setenv(RUN_ID, "b")
+    assert newest(server).info.run_id != first.info.run_id
+    assert newest(server).info.status == "RUNNING"
+    run_stages(uri, *LAST)
+    finish(uri, "succeeded")
+    assert newest(server).info.status == "FINISHED"
+    assert server.get_run(first.info.run_id).info.status == "FAILED"
+
+
+def test_a_run_that_was_never_opened_does_not_close_an_earlier_one(
+    server: mlflow.MlflowClient, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUN_ID, "a")
+    start(uri)
+    run_stages(uri, *LAST)
+    finish(uri, "succeeded")
+    first = newest(server)
+    monkeypatch.setenv(RUN_ID, "b")
+    finish(uri, "cancelled")  # before its first step
+    assert newest(server).info.status == "KILLED"
+    assert server.get_run(first.info.run_id).info.status == "FINISHED"
+    start(uri)  # it is retried
+    run_stages(uri, *LAST)
+    assert newest(server).info.status == "FINISHED"
+
+
+def test_a_retry_that_is_cut_off_again_is_killed(server: mlflow.MlflowClient, uri: str) -> None:
+    start(uri)
+    run_stages(uri, "train", fails=True)
+    finish(uri, "failed")
+    with pytest.raises(SystemExit), stage("train", {"uri": uri, "experiment": EXPERIMENT, "pipeline": NAME}, {"a": 1}):
+        raise SystemExit(143)
+    assert newest(server).info.status == "KILLED"

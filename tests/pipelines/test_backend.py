@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import yaml
 from fake_kfp import FakeKfp, fake_kfp
 from fake_kube import FakeKube, fake_kube
 from kfp_backend import NAMESPACE, Backend
@@ -24,6 +25,10 @@ from model.tracking import tracked
 from model.training import attempts
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
+LOCAL = list(yaml.safe_load_all((Path(__file__).parents[2] / "k8s/overlays/local/training.yaml").read_text()))[1][
+    "data"
+]
+"""Sizes of steps on one machine with 2 cores, of which Kubernetes and Kubeflow leave half a core."""
 SHORT = "[training.steps=2,optim.warmup_steps=1,data.batch_size=8,data.workers=0]"
 
 
@@ -36,7 +41,10 @@ class Cluster:
     items: list[str]
 
     def start(self, *items: str, options: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
-        command = [MPLUG, "pipeline", "submit", "pretrain", *self.items, *items, "--host", self.kfp.url, *options]
+        return self.command("submit", "pretrain", *self.items, *items, *options)
+
+    def command(self, *arguments: str) -> "subprocess.Popen[str]":
+        command = [MPLUG, "pipeline", *arguments, "--host", self.kfp.url]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def job(self, seconds: float = 90) -> dict[str, Any]:
@@ -61,15 +69,15 @@ def cluster(
     before = dict(os.environ)
     os.environ["KUBECONFIG"] = str(folder / "kubeconfig")
     uri = f"sqlite:///{folder}/mlflow.db"
-    with fake_kube(folder / "kubeconfig") as kube, fake_kfp(Backend(kube, folder, cores=2)) as kfp:
+    with fake_kube(folder / "kubeconfig") as kube, fake_kfp(Backend(kube, folder, cores=0.5)) as kfp:
         kube.put("podtemplates", CPU)
-        sizes = {"download_cpu": "100m", "shard_cpu": "30", "train_cpu": "50m", "nodes": "2"}
+        sizes = {key: value for key, value in LOCAL.items() if key != "nodes"} | {"shard_cpu": "1"}
         addresses = {"MPLUG_ROOT": f"{s3}/backend", "MLFLOW_TRACKING_URI": uri}
         kube.put("configmaps", {"metadata": {"name": "mplug-config"}, "data": addresses})
         kube.put("configmaps", {"metadata": {"name": "mplug-pipelines"}, "data": sizes})
         items = [
             f"source={corpus}", "source_version=1", f"decoder={decoder}", "config=tiny_pretraining", "num_frames=8",
-            "short_side=72", f"overrides={SHORT}",
+            "short_side=72", f"overrides={SHORT}", "nodes=2",
         ]  # fmt: skip
         assert kfp.backend
         yield Cluster(kube, kfp, kfp.backend, mlflow.MlflowClient(uri), items)
@@ -138,6 +146,21 @@ def test_a_drained_step_is_repeated_and_the_state_in_mlflow_follows(cluster: Clu
     assert cluster.states() == ["KILLED", "FINISHED"]
 
 
+def test_a_run_that_was_retried_leaves_no_job_when_it_is_cancelled(cluster: Cluster) -> None:
+    """Its exit handler has run before and does not run again."""
+    cluster.kube.remove("pytorchjobs", cluster.job()["metadata"]["name"])
+    submitted = cluster.start("shard_cpu=100m", "run_name=other", options=("--wait",))
+    cluster.job()
+    cluster.backend.drain(running_pod(cluster, "train"))
+    assert submitted.wait(60) == 143
+    assert cluster.command("retry", "r2").wait(60) == 0
+    cluster.job()
+    ended = cluster.command("cancel", "r2")
+    text, _ = ended.communicate(timeout=60)
+    assert (ended.returncode, text.splitlines()[-1]) == (0, "r2 is cancelled"), text
+    assert not [name for _, kind, name in cluster.kube.objects if kind == "pytorchjobs"]
+
+
 def test_a_permanent_failure_is_one_line_and_never_repeated(cluster: Cluster) -> None:
     options = ("--retries", "3")
     submitted = cluster.start("shard_cpu=100m", "dataset=other", "source=/no/such/folder", options=options)
@@ -164,3 +187,29 @@ def test_an_unknown_input_ends_the_run(cluster: Cluster) -> None:
         time.sleep(0.1)
     nodes = cluster.kube.find(NAMESPACE, "workflows", "wf-r9")["status"]["nodes"].values()
     assert any("parent DAG does not have input parameter" in node["message"] for node in nodes)
+
+
+def test_a_benchmark_is_gated_registered_and_trained_once(cluster: Cluster, pretrained: str) -> None:
+    """With the sizes of the local overlay; the gate says no, and is not asked again."""
+    items = ["configs=[tiny_classification]", f"raw={cluster.items[0].removeprefix('source=')}", "raw_version=1"]
+    items += [
+        f"pretrained={pretrained}",
+        f"overrides={SHORT}",
+        "num_frames=8",
+        "short_side=72",
+        "nodes=0",
+        "processes=1",
+    ]
+    command = ["submit", "benchmark", *items, "shard_cpu=100m", "--retries", "2"]
+    refused = cluster.command(*command, "minimum={classification: 1.01}")
+    text, _ = refused.communicate(timeout=200)
+    assert refused.returncode == 1, text
+    assert re.search(r"^error: gate: classification: top1 must be at least 1.0100, got ", text, re.MULTILINE), text
+    assert "run again" not in text
+    assert "Traceback" not in text
+    accepted = cluster.command(*command, "minimum={classification: 0.0}")
+    text, _ = accepted.communicate(timeout=200)
+    assert accepted.returncode == 0, text
+    assert "running: train" not in text  # it comes from the cache
+    version = cluster.mlflow.get_model_version_by_alias("mplug-video-classification", "candidate")
+    assert version.source.startswith("s3://")

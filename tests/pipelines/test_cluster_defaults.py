@@ -52,6 +52,16 @@ def test_a_run_takes_what_the_cluster_says_unless_it_is_given(kube: FakeKube) ->
     }  # fmt: skip
 
 
+def test_without_a_namespace_it_is_that_of_the_context(kube: FakeKube, tmp_path: Path) -> None:
+    file = tmp_path / "kubeconfig"
+    file.write_text(file.read_text().replace('"namespace": "mplug"', '"namespace": "team"'))
+    kube.put("podtemplates", CPU, "team")
+    kube.put("configmaps", {"metadata": {"name": "mplug-config"}, "data": {"MPLUG_ROOT": "s3://team/work"}}, "team")
+    kube.put("configmaps", {"metadata": {"name": "mplug-pipelines"}, "data": {}}, "team")
+    found = arguments_on_cluster("benchmark", GIVEN)
+    assert (found["namespace"], found["root"]) == ("team", "s3://team/work")
+
+
 def test_the_image_that_is_given_is_that_of_all_steps(kube: FakeKube) -> None:
     found = arguments_on_cluster("benchmark", [*GIVEN, "image=x:1"])
     assert found["cpu_image"] == "x:1"

@@ -183,6 +183,19 @@ def test_a_template_of_ones_own_is_asked_about_with_the_operators_image(kube: Fa
     assert "container mine: allowPrivilegeEscalation must be false" in finding.said
 
 
+def test_who_may_not_create_pods_is_told_no_more(kube: FakeKube) -> None:
+    kube.denied = {("create", "pods")}
+    finding = found(CLUSTER, "init container")
+    assert (finding.kind, "you may not create pods" in finding.said) == ("warning", True)
+
+
+@pytest.mark.parametrize("template", ["a: {", "name: x", "[1]"])
+def test_a_template_that_cannot_be_read_is_a_failure(kube: FakeKube, template: str) -> None:
+    config = kube.objects["kubeflow", "configmaps", "training-operator-init-container"]
+    config["data"]["initContainer.yaml"] = template
+    assert found(CLUSTER, "init container").kind == "failure"
+
+
 def test_an_operator_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
     kube.faults.append(lambda _method, path: 403 if "deployments" in path else None)
     assert found(CLUSTER, "init container").kind == "warning"

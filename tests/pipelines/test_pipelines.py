@@ -15,9 +15,10 @@ from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from components.run_end import NAMESPACE, RUN_ID, WORKFLOW
+from components.run_end import NAMESPACE, WORKFLOW
 from model.config import ConfigError
 from model.exits import DATA, FAILED, OUTAGE, code_of
+from model.pipeline_run import RUN_ID
 from pipelines.catalog import COMPILED, PIPELINES, arguments, documents, with_defaults
 from pipelines.local import failure
 
@@ -190,22 +191,6 @@ def run(name: str, folder: Path, *items: str) -> "subprocess.CompletedProcess[st
     command = [MPLUG, "pipeline", "run", "--folder", str(folder / "kfp"), name, f"root={folder / 'work'}", *items]
     command += ["num_frames=8", "short_side=72", f"overrides={json.dumps(SHORT)}", "processes=1"]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
-
-
-def test_a_task_is_fine_tuned_judged_and_kept_out_where_it_falls_short(
-    corpus: Path, pretrained: str, tmp_path: Path
-) -> None:
-    items = ["configs=[tiny_classification]", f"raw={corpus}", f"pretrained={pretrained}"]
-    ended = run("finetune", tmp_path, *items, "minimum={classification: 1.01}")
-    assert ended.returncode == 1, ended.stderr[-2000:]
-    assert "Inner task failed: 'gate'" in re.sub(r"\x1b\[\d+m|\x1b\[\d+;\d+m", "", ended.stderr)
-    assert "error: classification: top1 must be at least 1.0100" in ended.stderr
-    assert "Traceback" not in ended.stdout + ended.stderr
-    (row,) = json.loads((tmp_path / "work" / "reports" / "finetune" / "comparison.json").read_text())
-    assert (row["task"], row["passed"], row["champion"]) == ("classification", False, None)
-    again = run("finetune", tmp_path, *items, "minimum={classification: 0.0}")
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert "step/s" not in again.stdout + again.stderr  # trained once; the gate is asked again
 
 
 def test_the_run_yaml_of_a_wrong_preset_starts_nothing(tmp_path: Path) -> None:
