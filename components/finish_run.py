@@ -5,7 +5,7 @@ from components.image import component
 
 @component()
 def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: str, namespace: str) -> str:
-    """Returns what became of the run in a line; Kubeflow's page shows it as the step's output.
+    """Returns what became of the run, and why steps failed; Kubeflow's page shows it as the step's output.
 
     kfp's own PipelineTaskFinalStatus does not say that a run was cancelled.
     """
@@ -15,6 +15,7 @@ def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: s
 
     with exit_codes():
         stages = last_stages.replace("_", "-").split()
-        said = finish_pipeline_run(tracking_uri, experiment, run_name, stages, end_run(namespace))
+        outcome, reasons = end_run(namespace)
+        said = "\n".join([finish_pipeline_run(tracking_uri, experiment, run_name, stages, outcome), *reasons])
         print(said)
         return said

@@ -10,7 +10,7 @@ import time
 
 from components.cluster import KINDS, Cluster, ClusterError, condition
 from components.manifests import Manifest
-from components.workflow import outcome
+from components.workflow import failed_steps, outcome
 from model.exits import OutageError
 from model.pipeline_run import RUN_ID, Outcome
 
@@ -25,14 +25,14 @@ SAVED_WITHIN_S = 180.0
 """For the last checkpoint: the pods' grace period of 120 s, and the kubelet."""
 
 
-def end_run(namespace: str) -> Outcome | None:
-    """Stops the jobs of this run that still run; returns how the run has ended.
+def end_run(namespace: str) -> tuple[Outcome | None, list[str]]:
+    """Stops the jobs of this run that still run. Returns how the run has ended, and a line for each failed step.
 
-    None outside Kubeflow Pipelines, and if the workflow cannot be read.
+    No outcome outside Kubeflow Pipelines, and if the workflow cannot be read.
     """
     run_id = os.environ.get(RUN_ID, "")
     if not run_id:
-        return None
+        return None, []
     cluster = Cluster(namespace, patience_s=60)
     try:
         stop_jobs(cluster, run_id)
@@ -61,10 +61,11 @@ def _is_running(job: Manifest) -> bool:
     return not (condition(job, "Failed") or condition(job, KINDS["PyTorchJob"].succeeded))
 
 
-def _outcome(cluster: Cluster) -> Outcome | None:
+def _outcome(cluster: Cluster) -> tuple[Outcome | None, list[str]]:
     path = f"/apis/argoproj.io/v1alpha1/namespaces/{os.environ.get(NAMESPACE)}/workflows/{os.environ.get(WORKFLOW)}"
     try:
-        return outcome(cluster.read(path))
+        workflow = cluster.read(path)
     except (ClusterError, OutageError) as error:
         log.warning("the stages alone say how the run has ended: %s", error)
-        return None
+        return None, []
+    return outcome(workflow), [f"{step.name}: {step.reason}" for step in failed_steps(workflow)]

@@ -7,7 +7,7 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from components.cluster import Cluster, ClusterError
@@ -72,21 +72,26 @@ def outcome(workflow: Manifest) -> Outcome | None:
     return "succeeded" if all(node.get("phase") == "Succeeded" for node in stages) else "failed"
 
 
-def steps(workflow: Manifest, known: Collection[str]) -> Iterator[Step]:
+def steps(workflow: Manifest) -> Iterator[Step]:
     """The steps that have a pod; of a repeated step only the last attempt."""
-    attempts = {
-        child for node in _nodes(workflow) if node.get("type") == "Retry" for child in node.get("children", [])[:-1]
-    }
+    retried = [node for node in _nodes(workflow) if node.get("type") == "Retry"]
+    attempts = {child for node in retried for child in (node.get("children") or [])[:-1]}
     for node in _nodes(workflow):
-        name = step_name(node.get("name", ""), known)
-        if node.get("type") == "Pod" and name and node.get("id") not in attempts:
-            yield Step(name, node.get("phase", ""), " ".join(str(node.get("message", "")).split()), node["name"])
+        if node.get("type") == "Pod" and node.get("id") not in attempts:
+            message = " ".join(str(node.get("message", "")).split())
+            yield Step(step_name(node.get("name", "")), node.get("phase", ""), message, node.get("name", ""))
 
 
-def step_name(node: str, known: Collection[str]) -> str:
-    """`train` of `run-x2x4z.root(0).tasks(0).iteration(1:1)(0).train(0).executor(0)`; empty where none is known."""
-    parts = [re.sub(r"\(.*", "", part).removesuffix("-driver") for part in re.split(r"\.(?![^(]*\))", node)]
-    return next((part for part in reversed(parts) if part in known), "")
+def failed_steps(workflow: Manifest) -> list[Step]:
+    return [step for step in steps(workflow) if step.phase in ENDED_BADLY]
+
+
+def step_name(node: str) -> str:
+    """`train` of `run-x2x4z.root(0).tasks(0).iteration(1:1)(0).train(0).executor(0)`, and of its `train-driver(0)`."""
+    parts = [re.sub(r"\(.*", "", part) for part in re.split(r"\.(?![^(]*\))", node)]
+    if parts[-1] == "executor" and len(parts) > 1:
+        parts.pop()
+    return parts[-1].removesuffix("-driver")
 
 
 def last_lines(cluster: Cluster, workflow: Manifest, step: Step) -> list[str]:

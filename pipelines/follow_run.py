@@ -12,14 +12,14 @@ from components.cluster import Cluster, ClusterError
 from components.manifests import Manifest
 from components.pod_status import waits
 from components.run_end import RUN_LABEL, stop_jobs
-from components.workflow import ENDED_BADLY, Step, last_lines, outcome, steps, workflow_of_run
+from components.workflow import Step, failed_steps, last_lines, outcome, steps, workflow_of_run
 from model.exits import FAILED, OutageError, ProcessFailedError
 from pipelines.catalog import PIPELINES, documents, parameters
 from pipelines.kfp_host import Host, call
 
 log = logging.getLogger("mplug")
 ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
-LOOK_EVERY_S = 10.0
+LOOK_EVERY_S = 5.0
 RESTARTED_WITHIN_S = 120.0
 KUBEFLOW = "kubeflow"
 """Where steps run in a Kubeflow without profiles."""
@@ -150,8 +150,8 @@ def _cluster(namespace: str) -> Cluster | None:
 def _report(followed: Followed, run: Any, workflow: Manifest | None) -> None:
     """Logs the current steps when they change, and why pods wait."""
     if workflow:
-        found = list(steps(workflow, followed.known))
-        names = sorted({step.name for step in found if step.phase in ("Running", "Pending")})
+        found = list(steps(workflow))
+        names = sorted({step.name for step in found if step.phase in ("Running", "Pending")} & followed.known)
         for step in found:
             if step.phase == "Pending" and step.message:
                 followed.say(f"{step.name} waits: {step.message}")
@@ -185,7 +185,7 @@ def _failure(followed: Followed, run: Any, workflow: Manifest | None) -> Process
     link = followed.host.link(followed.run_id)
     if run.state == "CANCELED" or (workflow and outcome(workflow) == "cancelled"):
         return ProcessFailedError(f"run {followed.run_id} was cancelled. {link}")
-    failed = [step for step in steps(workflow, followed.known) if step.phase in ENDED_BADLY] if workflow else []
+    failed = failed_steps(workflow) if workflow else []
     if not workflow or not failed:
         details = (run.run_details.task_details if run.run_details else None) or []
         names = sorted({task.display_name for task in details if task.state == "FAILED"} & followed.known)

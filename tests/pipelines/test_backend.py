@@ -207,6 +207,9 @@ def test_a_benchmark_is_gated_registered_and_trained_once(cluster: Cluster, pret
     assert re.search(r"^error: gate: classification: top1 must be at least 1.0100, got ", text, re.MULTILINE), text
     assert "run again" not in text
     assert "Traceback" not in text
+    refused_run = list(cluster.backend.runs.values())[-1]
+    (summary,) = [out["Output"] for path, out in refused_run.done.items() if path.endswith("finish-run")]
+    assert summary.splitlines()[1].startswith("gate: classification: top1 must be at least 1.0100")
     accepted = cluster.command(*command, "minimum={classification: 0.0}")
     text, _ = accepted.communicate(timeout=200)
     assert accepted.returncode == 0, text
