@@ -127,7 +127,8 @@ class Run:
         """Sends what is left, for as long as the configuration has patience, and closes the run."""
         patience_s = self.config.patience_s
         self._later(lambda server, run_id: server.set_terminated(run_id, status))
-        self._later(lambda server, _: close_after_retry(server, self.pipeline_id) if self.pipeline_id else None)
+        if self.config.pipeline:
+            self._later(lambda server, _: close_after_retry(server, self.pipeline_id) if self.pipeline_id else None)
         self.deadline = time.monotonic() + (patience_s if status == "FINISHED" else min(patience_s, SHORT_PATIENCE_S))
         self.stopped.set()
         self.sender.join()

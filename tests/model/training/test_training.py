@@ -99,10 +99,12 @@ def test_a_wrong_configuration_ends_with_code_2_and_lines_before_anything_starts
     assert "training.steps" in ended.stderr
 
 
-def test_a_batch_that_does_not_divide_is_refused_by_the_processes(shards: dict[str, str], decoder: str) -> None:
+def test_a_batch_that_does_not_divide_is_refused_by_the_processes(
+    shards: dict[str, str], decoder: str, tmp_path: Path
+) -> None:
     ended = command(
         "train", "tiny_pretraining", "--processes", "2", f"data.shards={shards['pretrain']}",
-        f"model.decoder={decoder}", "data.batch_size=7",
+        f"model.decoder={decoder}", "data.batch_size=7", f"output={tmp_path}",
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr.count("error: data.batch_size must be a multiple of processes") == 1
