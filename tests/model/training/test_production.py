@@ -57,8 +57,10 @@ def stored(corpus: Path, shards: dict[str, str], s3: str) -> Callable[[str, str]
     return store
 
 
-@pytest.mark.parametrize("form", ["frames", "original"])
-@pytest.mark.parametrize("preset", RELEASED)
+@pytest.mark.parametrize(
+    ("preset", "form"),
+    [*((preset, "frames") for preset in RELEASED), ("pretrain_1.3b", "original"), ("captioning", "original")],
+)
 def test_a_released_preset_trains_from_s3_is_killed_and_goes_on(
     preset: str, form: str, stored: Callable[[str, str], str], bases: dict[str, str], s3: str, tmp_path: Path
 ) -> None:
