@@ -34,15 +34,22 @@ def end_run(namespace: str) -> tuple[Outcome | None, list[str]]:
     if not run_id:
         return None, []
     cluster = Cluster(namespace, patience_s=60)
-    try:
-        stop_jobs(cluster, run_id)
-    except (ClusterError, OutageError) as error:  # of a cluster without training-operator, for one
-        log.warning("training jobs of the run cannot be looked at: %s", error)
+    stop_jobs(cluster, run_id)
     return _outcome(cluster)
 
 
 def stop_jobs(cluster: Cluster, run_id: str) -> None:
-    """Deletes the training jobs of a run that still run, and waits for their pods: each saves a checkpoint."""
+    """Deletes the training jobs of a run that still run, and waits for their pods: each saves a checkpoint.
+
+    Only warns if the cluster refuses or does not answer; one without training-operator knows no such jobs.
+    """
+    try:
+        _stop_jobs(cluster, run_id)
+    except (ClusterError, OutageError) as error:
+        log.warning("training jobs of the run cannot be looked at: %s", error)
+
+
+def _stop_jobs(cluster: Cluster, run_id: str) -> None:
     stopped = [job for job in cluster.labelled("PyTorchJob", f"{RUN_LABEL}={run_id}") if _is_running(job)]
     for job in stopped:
         log.warning("%s still runs and is stopped; it saves a checkpoint", job["metadata"]["name"])

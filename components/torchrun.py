@@ -29,7 +29,7 @@ ATTEMPTS_IN_A_ROW = 10
 """Attempts that end at once before this gives up. The run itself counts those that bring no new checkpoint."""
 FIRST_NODE_WITHIN_S = 1800.0
 ALL_NODES_WITHIN_S = 14000
-"""That the first node waits for the others, which may wait for room in the cluster; torchrun's default of ten minutes
+"""Timeout for all nodes to join: pods may stay pending until the cluster has room; torchrun's default of ten minutes
 would use up the attempts of a run. The pods' liveness probe allows four hours."""
 SHUTDOWN_S = 60
 """What processes have to save when they are asked to end."""

@@ -77,7 +77,7 @@ def _forget_end(server: "MlflowClient", run: "Run") -> None:
 
 
 def reports_folder(root: str, tracking: TrackingConfig) -> str:
-    """Where a pipeline's run writes what people read; each run of Kubeflow Pipelines has a folder of its own."""
+    """Folder of the reports of a pipeline's run; every run of Kubeflow Pipelines has a separate one."""
     return storage.join(root, "reports", tracking.pipeline or "local", *filter(None, [os.environ.get(RUN_ID, "")]))
 
 

@@ -77,7 +77,7 @@ def _template(cluster: Cluster) -> tuple[str, str, str]:
 
 
 def _filled(template: str, image: str) -> list[Any]:
-    """As the operator fills it in. Raises ValueError where that is no list of containers."""
+    """Renders the template as the operator does. Raises ValueError if the result is not a list of containers."""
     values = {"InitContainerImage": image, "MasterAddr": "doctor-master-0", "MaxTries": "100"}
     found = yaml.safe_load(re.sub(r"\{\{\s*\.(\w+)\s*\}\}", lambda match: values.get(match[1], "1"), template))
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):

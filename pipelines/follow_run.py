@@ -75,7 +75,8 @@ def follow(host: Host, run_id: str, retries: int = 0) -> None:
             log.info("run %s has succeeded", run_id)
             return
         if run.state in ENDED:
-            _stop_jobs(followed)
+            if followed.jobs:
+                stop_jobs(followed.jobs, run_id)
             failure = _failure(followed, run, workflow)
             if retries and not workflow:
                 log.warning("nothing is run again: without the run's workflow it is unknown whether that may help")
@@ -106,19 +107,10 @@ def cancel(host: Host, run_id: str) -> None:
     """
     service = kfp_server_api.RunServiceApi(host.api())
     call(service.run_service_terminate_run, run_id)
-    followed = Followed(host, run_id, frozenset(), None)
-    while (run := followed.run()).state not in ENDED:
+    while (run := call(service.run_service_get_run, run_id)).state not in ENDED:
         time.sleep(1)
-    followed.jobs = _cluster(_job_namespace(run))
-    _stop_jobs(followed)
-
-
-def _stop_jobs(followed: Followed) -> None:
-    if followed.jobs:
-        try:
-            stop_jobs(followed.jobs, followed.run_id)
-        except (ClusterError, OutageError) as error:
-            log.warning("training jobs of the run cannot be looked at: %s", error)
+    if jobs := _cluster(_job_namespace(run)):
+        stop_jobs(jobs, run_id)
 
 
 def _job_namespace(run: Any) -> str:

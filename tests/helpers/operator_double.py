@@ -33,7 +33,7 @@ def pod_name(job: Object, role: str, index: int) -> str:
 
 
 def pod_of(job: Object, role: str, index: int, master: str, init_containers: str) -> Object:
-    """The pod that the operator makes; `master` is the address that it gives the others, who get an init container."""
+    """The pod that the operator creates. Workers get an init container and the address of the `master`."""
     template = copy.deepcopy(job["spec"]["pytorchReplicaSpecs"][role]["template"])
     total, rank = len(replicas(job)), index + (role == "Worker")
     metadata = template["metadata"]
