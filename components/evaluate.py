@@ -19,13 +19,14 @@ def evaluate(
     from pathlib import Path
 
     from model.config import dataset_of
-    from model.evaluation import runner
+    from model.evaluation.results import save_evaluation
+    from model.evaluation.runner import evaluate_model
     from model.exits import exit_codes
 
     with exit_codes():
-        evaluation = runner.evaluate(trained, shards=shards[dataset_of(config)], tracking=tracking)
+        evaluation = evaluate_model(trained, shards=shards[dataset_of(config)], tracking=tracking)
         for name, value in evaluation.scores.items():
             metrics.log_metric(name, value)
         # an artifact without a file does not count as made, and the local cache would judge the model again
         Path(metrics.path).write_text(json.dumps(evaluation.scores))
-        return runner.save(evaluation, f"{trained}.test.json")
+        return save_evaluation(evaluation, f"{trained}.test.json")

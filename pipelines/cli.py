@@ -139,9 +139,10 @@ def evaluate(
 
     Example: `mplug evaluate work/models/tiny-retrieval work/shards/retrieval@… --out scores.json`
     """
-    from model.evaluation import runner
+    from model.evaluation.results import save_evaluation
+    from model.evaluation.runner import evaluate_model
 
-    evaluation = runner.evaluate(
+    evaluation = evaluate_model(
         model,
         shards=shards,
         split=split,
@@ -150,7 +151,7 @@ def evaluate(
         tracking={"uri": tracking_uri, "pipeline": ""},
     )
     if out:
-        runner.save(evaluation, out)
+        save_evaluation(evaluation, out)
     print(json.dumps(evaluation.scores, indent=1))
 
 

@@ -1,13 +1,17 @@
 """Small real things that tests share: a corpus, its shards, a tokenizer, an S3 server. Nothing here is a mock."""
 
+import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes beside each other would wait for cores
 
 import pytest
+from filelock import FileLock
 from killing import Outcome, Training
 from running import train
 
@@ -35,22 +39,46 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MPLUG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+Make = Callable[[str, Callable[[], Any]], Any]
+
+
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all test processes, for what takes long to make."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Make:
+    """Calls `make` in the first test process that asks for `name`; the others wait and get the same JSON value."""
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        found = shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
+            if not found.exists():
+                found.write_text(json.dumps(make()))
+        return json.loads(found.read_text())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def corpus(shared: Path, once: Make) -> Path:
     """A synthetic Youku-mPLUG of about 120 clips."""
     from model.data.synthetic import synthesize
 
-    return synthesize(tmp_path_factory.mktemp("corpus") / "source", seed=1, scale=0.05)
+    return Path(once("corpus", lambda: str(synthesize(shared / "source", seed=1, scale=0.05))))
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a session's shards and models are written."""
+    """Where a test process writes models."""
     return tmp_path_factory.mktemp("root")
 
 
 @pytest.fixture(scope="session")
-def shards(corpus: Path, root: Path) -> dict[str, str]:
+def shards(corpus: Path, shared: Path, once: Make) -> dict[str, str]:
     """URI of each dataset's shards."""
     from model.data.annotations import COLUMNS
     from model.data.build import Settings
@@ -58,35 +86,40 @@ def shards(corpus: Path, root: Path) -> dict[str, str]:
     from model.data.examine import Form
 
     form = Form(num_frames=8, short_side=72)
-    return {name: build_shards(Settings(raw=str(corpus), root=str(root), dataset=name, form=form)) for name in COLUMNS}
+    raw, root = str(corpus), str(shared / "root")
+    return once(
+        "shards",
+        lambda: {name: build_shards(Settings(raw=raw, root=root, dataset=name, form=form)) for name in COLUMNS},
+    )
 
 
 @pytest.fixture(scope="session")
-def tokenizer(corpus: Path, root: Path) -> str:
+def tokenizer(corpus: Path, shared: Path, once: Make) -> str:
     """URI of a tokenizer trained on the corpus."""
     from model.tasks.tokenizer import publish_tokenizer
 
-    return publish_tokenizer(str(corpus), str(root), vocab_size=448)
+    return once("tokenizer", lambda: publish_tokenizer(str(corpus), str(shared / "root"), vocab_size=448))
 
 
 @pytest.fixture(scope="session")
-def decoder(shards: dict[str, str], tokenizer: str, root: Path) -> str:
+def decoder(shards: dict[str, str], tokenizer: str, shared: Path, once: Make) -> str:
     """URI of a decoder that was trained for two steps by the real command."""
-    return train("tiny_decoder", root, [f"model.decoder={tokenizer}", f"data.shards={shards['pretrain']}"])
+    settings = [f"model.decoder={tokenizer}", f"data.shards={shards['pretrain']}"]
+    return once("decoder", lambda: train("tiny_decoder", shared / "root", settings))
 
 
 @pytest.fixture(scope="session")
-def pretrained(shards: dict[str, str], decoder: str, root: Path) -> str:
+def pretrained(shards: dict[str, str], decoder: str, shared: Path, once: Make) -> str:
     """URI of a model that was pre-trained for two steps on two processes."""
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", "training.precision=bf16"]
-    return train("tiny_pretraining", root, settings, processes=2)
+    return once("pretrained", lambda: train("tiny_pretraining", shared / "root", settings, processes=2))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(shards: dict[str, str], decoder: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def undisturbed(shards: dict[str, str], decoder: str, shared: Path, once: Make) -> Outcome:
     """A run of two processes that nothing happened to."""
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
-    outcome = Training(tmp_path_factory.mktemp("undisturbed"), settings).run()
+    outcome = Outcome(**once("undisturbed", lambda: asdict(Training(shared / "undisturbed", settings).run())))
     assert outcome.code == 0, outcome.said
     return outcome
 

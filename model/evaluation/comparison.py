@@ -10,7 +10,7 @@ from model import storage
 from model.config import ConfigError
 from model.config_sections import TrackingConfig
 from model.evaluation.registration import registered_name
-from model.evaluation.runner import Evaluation, load
+from model.evaluation.results import Evaluation, load_evaluation
 from model.exits import StageError
 from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts, champion_scores
@@ -61,7 +61,7 @@ def gate(
     uris: Sequence[str], root: str, where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
 ) -> list[Comparison]:
     """Publishes the comparison beside the run's report, and on its page. Raises StageError where a model is worse."""
-    rows = compare([load(uri) for uri in uris], where, minimum, tolerance)
+    rows = compare([load_evaluation(uri) for uri in uris], where, minimum, tolerance)
     tracking = TrackingConfig(**where)
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "comparison.json"

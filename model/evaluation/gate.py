@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from model.evaluation.runner import Evaluation
+from model.evaluation.results import Evaluation
 
 CHANCE_FACTORS = {
     ("classification", "top1"): 4.0,

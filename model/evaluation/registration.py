@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from model import registry
-from model.evaluation.runner import load
+from model.evaluation.results import load_evaluation
 
 
 def registered_name(task: str) -> str:
@@ -20,7 +20,7 @@ def register_candidates(
     registered: list[str] = []
     if not where["uri"]:
         return registered
-    for evaluation in map(load, evaluations):
+    for evaluation in map(load_evaluation, evaluations):
         if not evaluation.pretrained:
             continue
         name = registered_name(evaluation.task)

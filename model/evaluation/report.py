@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 from model import manifest, storage
@@ -15,7 +14,7 @@ from model.data.shards import ShardReader
 from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
 from model.evaluation.gate import Requirement, requirements
 from model.evaluation.pages import jpeg, page, png
-from model.evaluation.runner import Evaluation, captions, load
+from model.evaluation.results import Evaluation, load_evaluation
 from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts
 
@@ -40,7 +39,7 @@ class Strip:
 
 def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, where: Mapping[str, str]) -> str:
     """Writes report.html and results.json to <root>/reports/<pipeline run>, and to the run's page in MLflow."""
-    evaluations = [load(uri) for uri in uris]
+    evaluations = [load_evaluation(uri) for uri in uris]
     results = list(requirements(evaluations))
     tracking = TrackingConfig(**where)
     uri = reports_folder(root, tracking)
@@ -105,21 +104,18 @@ def _history(model: str) -> list[tuple[int, float]]:
 def _strips(evaluation: Evaluation, reader: ShardReader) -> list[Strip]:
     return [
         Strip(jpeg(frame_strip(reader, position, 4)), predicted, true)
-        for position, (predicted, true) in enumerate(captions(evaluation)[:SHOWN])
+        for position, (predicted, true) in enumerate(evaluation.captions()[:SHOWN])
     ]
 
 
 def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, object]]:
     """Texts with the clips that lie nearest to them."""
-    videos = torch.tensor([row["video_embedding"] for row in evaluation.predictions])
-    texts = torch.tensor([row["text_embedding"] for row in evaluation.predictions])
-    ranked = (texts @ videos.T).argsort(dim=1, descending=True)[:SHOWN, :NEAREST].tolist()
     return [
         {
             "text": evaluation.predictions[query]["text"],
             "clips": [(jpeg(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found],
         }
-        for query, found in enumerate(ranked)
+        for query, found in enumerate(evaluation.nearest_clips(NEAREST)[:SHOWN])
     ]
 
 

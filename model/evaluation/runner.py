@@ -1,8 +1,6 @@
 """Evaluates a published model on one split: `mplug evaluate MODEL SHARDS`."""
 
-import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,31 +15,16 @@ from model.data.sampler import EverySample
 from model.data.shards import ShardReader
 from model.evaluation import metrics
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
+from model.evaluation.results import Evaluation
 from model.progress import progress
 from model.tasks import Task, build_task
-from model.tasks.base import Prediction
 from model.tracking import Run, tracked
 
 SHOWN = 8
 """Clips in the figure of predictions."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What one evaluation found, and all that a report needs."""
-
-    task: str
-    model: str
-    """URI of the model that was judged."""
-    pretrained: bool
-    """Whether fine-tuning started from a pre-trained model."""
-    scores: metrics.Scores
-    chance: metrics.Scores
-    predictions: list[Prediction]
-    class_names: list[str]
-
-
-def evaluate(
+def evaluate_model(
     model: str,
     *,
     shards: str,
@@ -67,16 +50,6 @@ def evaluate(
         run.metrics({f"{split}/{name}": value for name, value in evaluation.scores.items()})
         _log_pictures(run, evaluation, reader, task)
     return evaluation
-
-
-def save(evaluation: Evaluation, uri: str) -> str:
-    """Writes an evaluation as JSON; returns its URI."""
-    storage.write(uri, json.dumps(evaluation.__dict__, ensure_ascii=False).encode())
-    return uri
-
-
-def load(uri: str) -> Evaluation:
-    return Evaluation(**json.loads(storage.read(uri)))
 
 
 def _config(model: str, shards: str, tracking: dict[str, str] | None, preset: str) -> tuple[RunConfig, bool]:
@@ -130,25 +103,5 @@ def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: T
     strips = [frame_strip(reader, position, task.processor.num_frames) for position in positions]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "predictions.png"
-        save_figure(prediction_figure(strips, captions(evaluation)[:SHOWN]), path)
+        save_figure(prediction_figure(strips, evaluation.captions()[:SHOWN]), path)
         run.artifact(path)
-
-
-def captions(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(predicted, true) text of each clip; for retrieval and matching the nearest text of the split."""
-    if evaluation.task == "matching":
-        rows = evaluation.predictions
-        best = [max(range(len(rows)), key=row["head_scores"].__getitem__) for row in rows]
-        return [(rows[found]["text"], row["text"]) for row, found in zip(rows, best, strict=True)]
-    if evaluation.task == "retrieval":
-        videos = torch.tensor([row["video_embedding"] for row in evaluation.predictions])
-        texts = torch.tensor([row["text_embedding"] for row in evaluation.predictions])
-        nearest = (videos @ texts.T).argmax(dim=1).tolist()
-        rows = evaluation.predictions
-        return [(rows[found]["text"], row["text"]) for row, found in zip(rows, nearest, strict=True)]
-    truth = "label" if evaluation.task == "classification" else "references"
-    return [(row["prediction"], _first(row[truth])) for row in evaluation.predictions]
-
-
-def _first(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else value[0]

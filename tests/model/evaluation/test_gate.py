@@ -1,7 +1,7 @@
 import pytest
 
 from model.evaluation.gate import requirements
-from model.evaluation.runner import Evaluation
+from model.evaluation.results import Evaluation
 
 CHANCE = {
     "classification": {"top1": 0.125},

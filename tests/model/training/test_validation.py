@@ -12,7 +12,7 @@ from killing import Outcome, Training
 from running import TINY
 
 from model.config import ConfigError, load
-from model.evaluation.runner import evaluate
+from model.evaluation.runner import evaluate_model
 from model.tasks import build_task
 from model.training.attempts import saved_steps
 from model.training.distributed import Processes
@@ -42,7 +42,7 @@ def test_the_best_checkpoint_becomes_the_model(outcome: Outcome, shards: dict[st
     assert best == 4
     (folder,) = Path(outcome.model).parents[2].glob("checkpoints/*")
     assert saved_steps(str(folder)) == [12, 4]
-    again = evaluate(outcome.model, shards=shards["classification"], split="val", batch_size=4).scores
+    again = evaluate_model(outcome.model, shards=shards["classification"], split="val", batch_size=4).scores
     assert again == pytest.approx({name: scores[best][f"val/{name}"] for name in again})
 
 
