@@ -87,23 +87,20 @@ def network() -> Iterator[str]:
     podman("network", "rm", "--force", "mplug-test")
 
 
-def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, root: Path, tmp_path: Path, network: str) -> None:
+def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: Path, network: str) -> None:
     """As `podman kube play` runs the pods that the operator makes of our job: read-only, without rights, as nobody."""
     shape, _ = shape_of(ROOT / "k8s" / "overlays" / "local")
     container = shape["template"]["spec"]["containers"][0]
     folders = {"work": tmp_path / "work", "out": tmp_path / "out"}
-    shutil.copytree(root, folders["work"])
+    for name, uri in (("shards", shards["pretrain"]), ("decoder", decoder)):
+        shutil.copytree(uri, folders["work"] / name)
     folders["out"].mkdir()
     for path in (*folders.values(), *folders["work"].rglob("*")):
         path.chmod(0o777)  # the pods are nobody here
     container["volumeMounts"] += [{"name": name, "mountPath": f"/{name}"} for name in folders]
-    inside = {
-        name: uri.replace(str(root), "/work") for name, uri in (("shards", shards["pretrain"]), ("decoder", decoder))
-    }
     command = (
-        "train", "tiny_pretraining", f"data.shards={inside['shards']}", f"model.decoder={inside['decoder']}",
-        "output=/out", "tracking.uri=", "training.steps=4", "training.log_every=1", "optim.warmup_steps=1",
-        "data.batch_size=8",
+        "train", "tiny_pretraining", "data.shards=/work/shards", "model.decoder=/work/decoder", "output=/out",
+        "tracking.uri=", "training.steps=4", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8",
     )  # fmt: skip
     (job,) = render(Launch(command=command, name="tiny", nodes=2), shape, "mplug")
     played: list[dict[str, Any]] = [

@@ -71,12 +71,16 @@ def test_what_is_stored_of_a_damaged_clip_is_right(split: str) -> None:
     assert checked > 300
 
 
-def test_a_clip_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
-    """Decided by the deadline alone: no clip is decoded within a microsecond, and any within a minute."""
-    raw = raw_folder(tmp_path / "raw", {"clip": clip()})
-    split = shard(raw, tmp_path, deadline_s=1e-6)
-    assert [(item["video"], item["reason"]) for item in read_quarantine(split)] == [("clip.mp4", "timeout")]
-    assert list(read_quarantine(shard(raw, tmp_path))) == []
+@pytest.fixture(scope="module")
+def heavy() -> bytes:
+    return clip(frames=12, width=7680, height=4320, preset="ultrafast")
+
+
+def test_a_clip_that_takes_too_long_is_given_up(tmp_path: Path, heavy: bytes) -> None:
+    # measured: the heavy clip takes 2.4 s of one core, the quick one 0.01 s
+    raw = raw_folder(tmp_path / "raw", {"heavy": heavy, "quick": clip()})
+    split = shard(raw, tmp_path, deadline_s=0.5)
+    assert [(item["video"], item["reason"]) for item in read_quarantine(split)] == [("heavy.mp4", "timeout")]
 
 
 @pytest.fixture
@@ -99,8 +103,7 @@ def killer() -> Iterator[None]:
     thread.join()
 
 
-def test_a_decoder_that_crashes_costs_one_clip(tmp_path: Path, killer: None) -> None:
-    heavy = clip(frames=12, width=7680, height=4320, preset="ultrafast")
+def test_a_decoder_that_crashes_costs_one_clip(tmp_path: Path, heavy: bytes, killer: None) -> None:
     raw = raw_folder(tmp_path / "raw", {"heavy": heavy, "quick": clip(), "other": clip(frames=5)})
     start = time.monotonic()
     split = build_shards(

@@ -57,11 +57,11 @@ def plain_losses(preset: str, overrides: list[str]) -> list[float]:
     return losses
 
 
-def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decoder: str, root: Path) -> None:
-    settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", f"output={root}"]
+def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
+    settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", f"output={tmp_path}"]
     settings += [*TINY, "training.steps=5", "name=golden", "model.use_contrastive=false"]
     settings += ["training.gradient_accumulation=2", "optim.clip_grad_norm=0.5"]
-    ours = history(train("tiny_pretraining", root, settings, steps=5))
+    ours = history(train("tiny_pretraining", tmp_path, settings, steps=5))
     assert [point["train/loss"] for point in ours] == pytest.approx(
         plain_losses("tiny_pretraining", settings), rel=1e-4
     )
