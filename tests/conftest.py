@@ -43,19 +43,19 @@ Make = Callable[[str, Callable[[], Any]], Any]
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all test processes share, for what takes long to make."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def once(root: Path) -> Make:
+def once(shared: Path) -> Make:
     """Calls `make` once per test run, under a lock, and stores its JSON value for the other test processes."""
 
     def get(name: str, make: Callable[[], Any]) -> Any:
-        found = root / f"{name}.json"
-        with FileLock(root / f"{name}.lock"):
+        found = shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
             if not found.exists():
                 found.write_text(json.dumps(make()))
         return json.loads(found.read_text())
@@ -64,15 +64,15 @@ def once(root: Path) -> Make:
 
 
 @pytest.fixture(scope="session")
-def corpus(root: Path, once: Make) -> Path:
+def corpus(shared: Path, once: Make) -> Path:
     """A synthetic Youku-mPLUG of about 120 clips."""
     from model.data.synthetic import synthesize
 
-    return Path(once("corpus", lambda: str(synthesize(root / "source", seed=1, scale=0.05))))
+    return Path(once("corpus", lambda: str(synthesize(shared / "source", seed=1, scale=0.05))))
 
 
 @pytest.fixture(scope="session")
-def shards(corpus: Path, root: Path, once: Make) -> dict[str, str]:
+def shards(corpus: Path, shared: Path, once: Make) -> dict[str, str]:
     """URI of each dataset's shards."""
     from model.data.annotations import COLUMNS
     from model.data.build import Settings
@@ -80,37 +80,37 @@ def shards(corpus: Path, root: Path, once: Make) -> dict[str, str]:
     from model.data.examine import Form
 
     form = Form(num_frames=8, short_side=72)
-    settings = {name: Settings(raw=str(corpus), root=str(root), dataset=name, form=form) for name in COLUMNS}
+    settings = {name: Settings(raw=str(corpus), root=str(shared), dataset=name, form=form) for name in COLUMNS}
     return once("shards", lambda: {name: build_shards(each) for name, each in settings.items()})
 
 
 @pytest.fixture(scope="session")
-def tokenizer(corpus: Path, root: Path, once: Make) -> str:
+def tokenizer(corpus: Path, shared: Path, once: Make) -> str:
     """URI of a tokenizer trained on the corpus."""
     from model.tasks.tokenizer import publish_tokenizer
 
-    return once("tokenizer", lambda: publish_tokenizer(str(corpus), str(root), vocab_size=448))
+    return once("tokenizer", lambda: publish_tokenizer(str(corpus), str(shared), vocab_size=448))
 
 
 @pytest.fixture(scope="session")
-def decoder(shards: dict[str, str], tokenizer: str, root: Path, once: Make) -> str:
+def decoder(shards: dict[str, str], tokenizer: str, shared: Path, once: Make) -> str:
     """URI of a decoder that was trained for two steps by the real command."""
     settings = [f"model.decoder={tokenizer}", f"data.shards={shards['pretrain']}"]
-    return once("decoder", lambda: train("tiny_decoder", root, settings))
+    return once("decoder", lambda: train("tiny_decoder", shared, settings))
 
 
 @pytest.fixture(scope="session")
-def pretrained(shards: dict[str, str], decoder: str, root: Path, once: Make) -> str:
+def pretrained(shards: dict[str, str], decoder: str, shared: Path, once: Make) -> str:
     """URI of a model that was pre-trained for two steps on two processes."""
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", "training.precision=bf16"]
-    return once("pretrained", lambda: train("tiny_pretraining", root, settings, processes=2))
+    return once("pretrained", lambda: train("tiny_pretraining", shared, settings, processes=2))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(shards: dict[str, str], decoder: str, root: Path, once: Make) -> Outcome:
+def undisturbed(shards: dict[str, str], decoder: str, shared: Path, once: Make) -> Outcome:
     """A run of two processes that nothing happened to."""
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
-    outcome = Outcome(**once("undisturbed", lambda: asdict(Training(root / "undisturbed", settings).run())))
+    outcome = Outcome(**once("undisturbed", lambda: asdict(Training(shared / "undisturbed", settings).run())))
     assert outcome.code == 0, outcome.said
     return outcome
 
