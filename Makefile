@@ -77,7 +77,7 @@ pipelines: install ## compile the pipelines into pipelines/compiled
 	$(BIN)/mplug pipeline compile
 
 screenshots: install ## pictures of the report and of MLflow for the README, from the last demo (needs Chromium)
-	$(BIN)/python tests/helpers/screenshots.py demo docs
+	$(BIN)/python -m tests.helpers.screenshots demo docs
 
 clean: ## remove what the demo made, with all its results
 	rm -rf demo

@@ -1,7 +1,7 @@
 """Peak memory and time of `mplug convert` on a synthetic checkpoint of a published size, in bf16.
 
-    python benchmarks/conversion.py                     # 2.7B: writes and reads 5.6 GB below the temporary folder
-    python benchmarks/conversion.py --preset pretrain_1.3b
+    python -m benchmarks.conversion                     # 2.7B: writes and reads 5.6 GB below the temporary folder
+    python -m benchmarks.conversion --preset pretrain_1.3b
 
 Writes benchmarks/results/conversion.json. The peak is the whole process's, with the program itself and the pages of the
 checkpoint that are mapped into it.
@@ -15,16 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py would hide the package
+import torch
+from transformers import AutoConfig
 
-import torch  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
-
-from model.config import load  # noqa: E402
-from model.mplug_video import MPlugVideoConfig, MPlugVideoForConditionalGeneration  # noqa: E402
-from model.mplug_video.configuration import TimeSformerConfig  # noqa: E402
-from model.mplug_video.tokenization import train_tokenizer  # noqa: E402
-from model.mplug_video.upstream_names import BRIDGE_AND_HEADS, DECODER, VISION, translate  # noqa: E402
+from model.config.load import load_config
+from model.mplug_video import MPlugVideoConfig, MPlugVideoForConditionalGeneration
+from model.mplug_video.configuration import TimeSformerConfig
+from model.mplug_video.conversion.names import BRIDGE_AND_HEADS, DECODER, VISION, translate
+from model.mplug_video.tokenization import train_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {
@@ -35,7 +33,7 @@ PARTS = {
 """Our prefix -> the published prefix, and the table of names below it."""
 CONVERT = """
 import resource, sys
-from pipelines.cli import app
+from cli.main import app
 app(sys.argv[1:], standalone_mode=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
@@ -43,7 +41,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 def synthetic_checkpoint(preset: str, folder: Path) -> None:
     """What is published for a size, with random weights: the checkpoint, and its GPT-3 folder without weights."""
-    settings = load(preset, ["model.decoder=d", "data.shards=s"]).model
+    settings = load_config(preset, ["model.decoder=d", "data.shards=s"]).model
     text = dict(settings.text)
     config = MPlugVideoConfig(
         vision_config=TimeSformerConfig(**settings.vision.model_dump()),
@@ -75,7 +73,9 @@ def main(preset: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # in a process of its own: what it allocates is not the conversion's
-        subprocess.run([sys.executable, __file__, "--write", str(folder), "--preset", preset], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.conversion", "--write", str(folder), "--preset", preset], check=True
+        )
         source = folder / "mp_rank_00_model_states.pt"
         command = ["convert", str(source), str(folder / "converted"), "--decoder", str(folder / "gpt3")]
         start = time.perf_counter()

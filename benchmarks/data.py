@@ -1,12 +1,12 @@
 """The data plane against what a user would take instead, interleaved in one run.
 
-    python benchmarks/data.py decode      clips/s per core: decord on the published file, our two forms of shards
-    python benchmarks/data.py storage     clips/s: shards on disk, on a real S3 server, and by webdataset from both
-    python benchmarks/data.py loading     batches/s by loader processes, no clip cache: shards on S3 over local disk
-    python benchmarks/data.py index       ten million rows: written, merged, opened, sampled
-    python benchmarks/data.py download    5,000 small and 20 large objects between two S3 servers, and s5cmd
-    python benchmarks/data.py metrics     the demo's scores on both forms of shards; after `make demo`
-    python benchmarks/data.py             all six
+    python -m benchmarks.data decode      clips/s per core: decord on the published file, our two forms of shards
+    python -m benchmarks.data storage     clips/s: shards on disk, on a real S3 server, and by webdataset from both
+    python -m benchmarks.data loading     batches/s by loader processes, no clip cache: shards on S3 over local disk
+    python -m benchmarks.data index       ten million rows: written, merged, opened, sampled
+    python -m benchmarks.data download    5,000 small and 20 large objects between two S3 servers, and s5cmd
+    python -m benchmarks.data metrics     the demo's scores on both forms of shards; after `make demo`
+    python -m benchmarks.data             all six
 
 Needs `pip install -e '.[demo,bench]'`. Writes benchmarks/results/data.json. Every ratio is the median of its rounds.
 """
@@ -17,7 +17,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,31 +25,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py would hide the package
+import av
+import boto3
+import decord
+import numpy as np
+import psutil
+import torch
+import webdataset
+from PIL import Image
+from torch.nn import functional as F
 
-import av  # noqa: E402
-import boto3  # noqa: E402
-import decord  # noqa: E402
-import numpy as np  # noqa: E402
-import psutil  # noqa: E402
-import torch  # noqa: E402
-import webdataset  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
-from benchmarks.data_metrics import metrics  # noqa: E402
-from benchmarks.data_scale import download, index  # noqa: E402
-from model import storage  # noqa: E402
-from model.config_sections import DataConfig  # noqa: E402
-from model.data.build import Settings  # noqa: E402
-from model.data.commit import build_shards  # noqa: E402
-from model.data.examine import Form  # noqa: E402
-from model.data.loader import ClipSource, Example, training_batches  # noqa: E402
-from model.data.sampler import BatchSampler  # noqa: E402
-from model.data.shards import ShardReader  # noqa: E402
-from model.data.video import frame_indices  # noqa: E402
-from model.mplug_video.processing import MEAN, STD, MPlugVideoProcessor, resized  # noqa: E402
-from pipelines.services import BUCKET, object_storage  # noqa: E402
+from benchmarks.data_metrics import metrics
+from benchmarks.data_scale import download, index
+from cli.services import BUCKET, object_storage
+from model import storage
+from model.config.schema import DataConfig
+from model.data.loading.loader import ClipSource, Example, training_batches
+from model.data.loading.sampler import BatchSampler
+from model.data.shards.build import Settings
+from model.data.shards.commit import build_shards
+from model.data.shards.format import Form
+from model.data.shards.reader import ShardReader
+from model.data.video import frame_indices
+from model.mplug_video.processing import MEAN, STD, MPlugVideoProcessor, resized
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 SIZE, FRAMES, ROUNDS, CLIPS, LOADERS = 224, 8, 5, 6, 2

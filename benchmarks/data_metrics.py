@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cli.services import BUCKET, object_storage
 from model import manifest
-from model.data.build import Settings
-from model.data.commit import build_shards
-from model.data.examine import Form
-from pipelines.services import BUCKET, object_storage
+from model.data.shards.build import Settings
+from model.data.shards.commit import build_shards
+from model.data.shards.format import Form
 
 DEMO = Path("demo").resolve()
 SEEDS = (1, 2)

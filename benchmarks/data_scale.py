@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.data.build import PART_CLIPS, Plan, Settings, Split, part_uri
-from model.data.records import INDEX, QUARANTINE, SCHEMA
-from pipelines.services import BUCKET, object_storage, settings
+from cli.services import BUCKET, object_storage, settings
+from model.data.shards.build import PART_CLIPS, Plan, Settings, Split, part_uri
+from model.data.shards.format import INDEX, QUARANTINE, SCHEMA
 
 ROWS = 10_000_000
 MEMORY = """
@@ -31,8 +31,8 @@ JOIN = (
     + """
 import json, sys, time
 from pathlib import Path
-from model.data.build import Plan, Settings, Split
-from model.data.commit import join_parts
+from model.data.shards.build import Plan, Settings, Split
+from model.data.shards.commit import join_parts
 staging, rows, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 split = Split(name="train", rows=rows, duplicates={})
 plan = Plan(settings=Settings(raw="", root="", dataset="pretrain"), splits=[split], staging=staging)
@@ -46,8 +46,8 @@ OPEN = (
     MEMORY
     + """
 import json, sys, time
-from model.data.sampler import BatchSampler
-from model.data.shards import ShardReader
+from model.data.loading.sampler import BatchSampler
+from model.data.shards.reader import ShardReader
 before, start = mib()["VmRSS"], time.perf_counter()
 reader = ShardReader(sys.argv[1])
 opened = time.perf_counter() - start

@@ -1,12 +1,12 @@
 """Training against what a user would take instead, interleaved in one run.
 
-    python benchmarks/training.py overhead    our loop over a bare DeepSpeed loop on the same batches
-    python benchmarks/training.py waiting     the share of time that steps wait for data
-    python benchmarks/training.py saving      a step's wait for a checkpoint, over a blocking save to the same S3
-    python benchmarks/training.py scaling     clips/s of two processes over one
-    python benchmarks/training.py step        a step with and without compilation and recomputation, over a plain loop
-    python benchmarks/training.py kills       30 random kills: final weights, metric series, lost work, time to recover
-    python benchmarks/training.py             all six
+    python -m benchmarks.training overhead    our loop over a bare DeepSpeed loop on the same batches
+    python -m benchmarks.training waiting     the share of time that steps wait for data
+    python -m benchmarks.training saving      a step's wait for a checkpoint, over a blocking save to the same S3
+    python -m benchmarks.training scaling     clips/s of two processes over one
+    python -m benchmarks.training step        a step with and without compilation and recomputation, over a plain loop
+    python -m benchmarks.training kills       30 random kills: final weights, metric series, lost work, time to recover
+    python -m benchmarks.training             all six
 
 Needs `pip install -e '.[demo]'`. Writes benchmarks/results/training.json.
 """
@@ -26,31 +26,29 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py would hide the package
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks.training_kills import KILLS, kills  # noqa: E402
-from benchmarks.training_step import steps  # noqa: E402
-from model.config import RunConfig, load  # noqa: E402
-from model.config_sections import TrackingConfig, WatchdogConfig  # noqa: E402
-from model.data.annotations import COLUMNS  # noqa: E402
-from model.data.build import Settings  # noqa: E402
-from model.data.commit import build_shards  # noqa: E402
-from model.data.examine import Form  # noqa: E402
-from model.data.loader import open_split  # noqa: E402
-from model.data.synthetic import synthesize  # noqa: E402
-from model.tasks import build_task  # noqa: E402
-from model.tasks.tokenizer import publish_tokenizer  # noqa: E402
-from model.tracking import tracked  # noqa: E402
-from model.training.checkpoint import Checkpoints  # noqa: E402
-from model.training.distributed import ALONE, Processes, processes  # noqa: E402
-from model.training.engine import Engine  # noqa: E402
-from model.training.exporter import Exporter  # noqa: E402
-from model.training.loop import Training, seed_step  # noqa: E402
-from model.training.state import Progress  # noqa: E402
-from model.training.watchdog import Watchdog  # noqa: E402
-from pipelines.services import BUCKET, object_storage  # noqa: E402
+from benchmarks.training_kills import KILLS, kills
+from benchmarks.training_step import steps
+from cli.services import BUCKET, object_storage
+from model.config.load import load_config
+from model.config.schema import RunConfig, TrackingConfig, WatchdogConfig
+from model.data.annotations import COLUMNS
+from model.data.loading.loader import open_split
+from model.data.shards.build import Settings
+from model.data.shards.commit import build_shards
+from model.data.shards.format import Form
+from model.data.synthetic.corpus import synthesize
+from model.tasks import build_task
+from model.tasks.tokenizer import publish_tokenizer
+from model.tracking import tracked
+from model.training.checkpoint import Checkpoints
+from model.training.distributed import ALONE, Processes, processes
+from model.training.engine import Engine
+from model.training.exporter import Exporter
+from model.training.loop import Training, seed_step
+from model.training.state import Progress
+from model.training.watchdog import Watchdog
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 MPLUG = str(Path(sys.executable).with_name("mplug"))
@@ -77,7 +75,7 @@ def alone() -> Iterator[Processes]:
 
 def overhead(folder: Path) -> dict[str, Any]:
     """Both loops take the same batches from memory, in turns, with one engine."""
-    config = load(
+    config = load_config(
         "tiny_pretraining", [*corpus(folder), "data.batch_size=32", f"training.steps={STEPS}", "optim.warmup_steps=0"]
     )
     with alone() as group, tracked(TrackingConfig(), "overhead") as run:
@@ -172,7 +170,7 @@ def _history(settings: list[str], *overrides: str, count: int = 1) -> dict[str, 
 def saving(folder: Path) -> dict[str, Any]:
     """68 million trained parameters: half of the paper's vision encoder."""
     wide = ["model.vision.hidden_size=768", "model.vision.num_hidden_layers=6", "model.vision.num_attention_heads=8"]
-    config: RunConfig = load("tiny_pretraining", [*corpus(folder), *wide, "data.batch_size=2"])
+    config: RunConfig = load_config("tiny_pretraining", [*corpus(folder), *wide, "data.batch_size=2"])
     with object_storage(folder / "s3"), alone() as group:
         engine = Engine(build_task(config).network, config, group)
         made = Checkpoints(f"s3://{BUCKET}/run", config.checkpoint, engine, "", group)
@@ -212,7 +210,7 @@ JOBS = {"overhead": overhead, "waiting": waiting, "saving": saving, "scaling": s
 def main(names: list[str], count: int) -> None:
     if len(names) > 1:  # DeepSpeed keeps the first process group that a process had
         for name in names:
-            subprocess.run([sys.executable, __file__, name, "--kills", str(count)], check=True)
+            subprocess.run([sys.executable, "-m", "benchmarks.training", name, "--kills", str(count)], check=True)
         return
     (name,) = names
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

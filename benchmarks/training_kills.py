@@ -15,10 +15,10 @@ from typing import Any
 import mlflow
 import psutil
 
+from cli.services import BUCKET, object_storage, process
+from cli.services import settings as service_settings
 from model import storage
-from model.tracking import TERMINATED
-from pipelines.services import BUCKET, object_storage, process
-from pipelines.services import settings as service_settings
+from model.errors import TERMINATED
 
 KILLS, STEPS, EVERY = 30, 80, 10
 MPLUG = str(Path(sys.executable).with_name("mplug"))

@@ -15,17 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose model.py would hide the package
+import torch
 
-import torch  # noqa: E402
-
-from model.config import RunConfig, load  # noqa: E402
-from model.data.loader import on_device  # noqa: E402
-from model.mplug_video import vision  # noqa: E402
-from model.training.flops import peak_flops  # noqa: E402
-from model.training.measure import STEPS, measure  # noqa: E402
-from model.training.outline import example_batch, outline, task_of  # noqa: E402
-from model.training.plan import Measured, plan  # noqa: E402
+from model.config.load import load_config
+from model.config.schema import RunConfig
+from model.data.loading.loader import on_device
+from model.mplug_video import vision
+from model.training.flops import peak_flops
+from model.training.planning.estimate import Measured, plan
+from model.training.planning.measure import STEPS, measure
+from model.training.planning.meta_model import example_batch, outline, task_of
 
 PLAIN = "plain loop"
 WAYS = {
@@ -45,7 +44,7 @@ def config_of(way: str, clips: int) -> RunConfig:
     settings = ["data.shards=none", "model.decoder=none", f"data.batch_size={clips}"]
     settings += [f"training.activation_checkpointing={WAYS[way]}", f"training.compile={'compiled' in way}"]
     on_gpu = torch.cuda.is_available()
-    return load("pretrain_1.3b" if on_gpu else "tiny_pretraining", settings if on_gpu else [*settings, *SMALL])
+    return load_config("pretrain_1.3b" if on_gpu else "tiny_pretraining", settings if on_gpu else [*settings, *SMALL])
 
 
 def plain(config: RunConfig) -> Measured:
@@ -84,7 +83,9 @@ def one(way: str, clips: int) -> dict[str, float]:
 
 def _measured(way: str, clips: int) -> dict[str, float] | None:
     """None where memory does not suffice."""
-    ended = subprocess.run([sys.executable, __file__, "--one", way, str(clips)], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training_step", "--one", way, str(clips)], capture_output=True, text=True
+    )
     if "out of memory" in ended.stderr:
         return None
     assert ended.returncode == 0, ended.stderr

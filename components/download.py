@@ -9,15 +9,14 @@ def download(
     code_version: str,
 ) -> str:  # fmt: skip
     """Returns the URI of the raw data, <root>/raw/<dataset>. `partition` i/n fetches the i-th of n shares."""
-    from model.data.download import Options
-    from model.data.download import download as run
-    from model.data.http import shown
+    from model.data.download.dataset import Options
+    from model.data.download.dataset import download as run
+    from model.data.download.http import shown
     from model.data.partition import parse_partition
-    from model.exits import exit_codes
     from model.tracking import stage
 
     facts = {"source": shown(source), "source_version": source_version, "partition": partition}
-    with exit_codes(), stage("download", tracking, {**facts, "code_version": code_version}) as tracked:
+    with stage("download", tracking, {**facts, "code_version": code_version}) as tracked:
         index, count = parse_partition(partition)
         uri, done = run(source, root, dataset, Options(index=index, count=count))
         tracked.metrics(done)

@@ -18,10 +18,10 @@ def evaluate(
     import json
     from pathlib import Path
 
-    from model.config import dataset_of
+    from model.config.load import dataset_of
+    from model.errors import exit_codes
     from model.evaluation.results import save_evaluation
     from model.evaluation.runner import evaluate_model
-    from model.exits import exit_codes
 
     with exit_codes():
         evaluation = evaluate_model(trained, shards=shards[dataset_of(config)], tracking=tracking)

@@ -9,8 +9,8 @@ def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: s
 
     kfp's own PipelineTaskFinalStatus does not say that a run was cancelled.
     """
-    from components.run_end import end_run
-    from model.exits import exit_codes
+    from components.jobs.run_end import end_run
+    from model.errors import exit_codes
     from model.registry import finish_pipeline_run
 
     with exit_codes():

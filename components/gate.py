@@ -9,11 +9,10 @@ def gate(
     code_version: str,
 ) -> list[str]:  # fmt: skip
     """Returns the evaluations, all of which have passed; fails where one has not."""
-    from model.evaluation import comparison
-    from model.exits import exit_codes
+    from model.evaluation.gate import check_gate
     from model.tracking import stage
 
-    with exit_codes(), stage("gate", tracking, {"tolerance": tolerance, "code_version": code_version}) as tracked:
-        for row in comparison.gate(evaluations, root, tracking, minimum, tolerance):
+    with stage("gate", tracking, {"tolerance": tolerance, "code_version": code_version}) as tracked:
+        for row in check_gate(evaluations, root, tracking, minimum, tolerance):
             tracked.metrics({f"{row.task}/{row.metric}": row.value, f"{row.task}/required": row.required})
         return evaluations

@@ -7,10 +7,9 @@ from components.image import component
 def register(evaluations: list[str], promote: bool, tracking: dict[str, str], code_version: str) -> list[str]:
     """Returns name/version of each registered model. Models without pre-training are the yardstick, not candidates."""
     from model.evaluation.registration import register_candidates
-    from model.exits import exit_codes
     from model.tracking import stage
 
-    with exit_codes(), stage("register", tracking, {"promote": promote, "code_version": code_version}) as tracked:
+    with stage("register", tracking, {"promote": promote, "code_version": code_version}) as tracked:
         registered = register_candidates(evaluations, tracking, code_version, promote=promote)
         tracked.tags({"registered": " ".join(registered)})
         return registered

@@ -9,10 +9,9 @@ def report(
 ) -> str:
     """Returns the URI of report.html."""
     from model.evaluation.report import publish_report
-    from model.exits import exit_codes
     from model.tracking import stage
 
-    with exit_codes(), stage("report", tracking, {"code_version": code_version}) as tracked:
+    with stage("report", tracking, {"code_version": code_version}) as tracked:
         uri = publish_report(evaluations, shards, root, tracking)
         tracked.tags({"report": uri})
         return uri

@@ -12,18 +12,17 @@ def shard(
 
     `datasets` may hold presets: their datasets are meant. Other data have another `raw_version`.
     """
-    from model.config import dataset_of
-    from model.data.build import Settings, build_parts, plan
-    from model.data.commit import build_shards
-    from model.data.examine import Form
+    from model.config.load import dataset_of
     from model.data.partition import parse_partition
+    from model.data.shards.build import Settings, build_parts, plan
+    from model.data.shards.commit import build_shards
+    from model.data.shards.format import Form
     from model.data.statistics import statistics
     from model.evaluation.dataset_report import publish
-    from model.exits import exit_codes
     from model.tracking import stage
 
     facts = {"num_frames": num_frames, "short_side": short_side, "partition": partition, "raw_version": raw_version}
-    with exit_codes(), stage("shard", tracking, {**facts, "code_version": code_version}) as tracked:
+    with stage("shard", tracking, {**facts, "code_version": code_version}) as tracked:
         form, (index, count) = Form(num_frames=num_frames, short_side=short_side), parse_partition(partition)
         wanted = {name: Settings(raw=raw, root=root, dataset=name, form=form) for name in map(dataset_of, datasets)}
         if count > 1:

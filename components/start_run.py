@@ -6,8 +6,8 @@ from components.image import component
 @component()
 def start_run(tracking_uri: str, experiment: str, run_name: str, source: str, root: str) -> dict[str, str]:
     """Returns the tracking settings of all stages. A `run_name` that has not failed before continues the same run."""
-    from model.data.http import shown
-    from model.exits import exit_codes
+    from model.data.download.http import shown
+    from model.errors import exit_codes
     from model.registry import start_pipeline_run
 
     with exit_codes():

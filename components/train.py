@@ -14,11 +14,11 @@ def train(
     `init` is "pretrained" to start from `pretrained`, or anything else to start from fresh visual weights. With 0
     `nodes` it trains in this step, on so many `processes`; else as a PyTorchJob with so many per node, 0: one per GPU.
     """
-    from components.launcher import train_on_cluster
-    from components.torchrun import launch
-    from model.config import dataset_of, load
-    from model.exits import ProcessFailedError, exit_codes
+    from components.jobs.launcher import train_on_cluster
+    from model.config.load import dataset_of, load_config
+    from model.errors import ProcessFailedError, exit_codes
     from model.training.attempts import published
+    from model.training.launch import launch
 
     settings = {
         "name": f"{config}-{init}".replace("_", "-"),
@@ -35,4 +35,4 @@ def train(
             train_on_cluster(config, arguments, nodes, processes, image, namespace, deadline_hours)
         elif code := launch(config, arguments, processes):
             raise ProcessFailedError(f"{settings['name']} ended with exit code {code}; its log says why.", code)
-        return published(load(config, arguments))
+        return published(load_config(config, arguments))

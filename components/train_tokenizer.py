@@ -8,10 +8,9 @@ def train_tokenizer(
     raw: str, raw_version: str, root: str, vocab_size: int, tracking: dict[str, str], code_version: str
 ) -> str:
     """Returns the URI of the tokenizer, <root>/models/tokenizer/<version>. Other data have another `raw_version`."""
-    from model.exits import exit_codes
     from model.tasks.tokenizer import publish_tokenizer
     from model.tracking import stage
 
     facts = {"vocab_size": vocab_size, "raw_version": raw_version, "code_version": code_version}
-    with exit_codes(), stage("tokenizer", tracking, facts):
+    with stage("tokenizer", tracking, facts):
         return publish_tokenizer(raw, root, vocab_size)

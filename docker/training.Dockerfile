@@ -18,6 +18,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM dependencies AS installed
 COPY README.md LICENSE ./
 COPY model model
+COPY cli cli
 COPY components components
 COPY pipelines pipelines
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -21,7 +21,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from components import rules
+from components.jobs import rules
 
 HERE = Path(__file__).resolve().parent
 VERSIONS = ("1.30", "1.34", "1.37")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model import storage
-from model.storage import NotFoundError, StorageError
+from model.errors import NotFoundError, StorageError
 
 FILE, LATEST = "manifest.json", "latest"
 

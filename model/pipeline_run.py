@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from model import storage
-from model.config_sections import TrackingConfig
+from model.config.schema import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

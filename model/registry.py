@@ -11,8 +11,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from model import manifest
-from model.config import TrackingError
-from model.config_sections import TrackingConfig
+from model.config.schema import TrackingConfig
+from model.errors import TrackingError
 from model.pipeline_run import (
     Outcome,
     close_pipeline_run,

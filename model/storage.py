@@ -25,6 +25,7 @@ import obstore
 from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 
+from model.errors import NotFoundError, StorageError
 from model.s3 import client_of, key_of, place_of, store_of
 
 P = ParamSpec("P")
@@ -36,14 +37,6 @@ LARGE_UPLOADS = threading.BoundedSemaphore(2)
 """Of a process. More at a time get less through than two."""
 NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 """What a name can lead to that is not, and cannot be, a file."""
-
-
-class StorageError(OSError):
-    """The storage cannot be read or written. Transient for a training job: worth a restart."""
-
-
-class NotFoundError(StorageError):
-    """There is no such object. Asking again will not help."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config_sections import TrackingConfig
+from model.config.schema import TrackingConfig
+from model.errors import TERMINATED, exit_codes
 from model.manifest import cache_folder
 from model.pipeline_run import close_after_retry, find_pipeline_run, reopen
 
@@ -38,8 +39,6 @@ SHORT_PATIENCE_S = 10.0
 MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 500
 """Of one request, as MLflow limits them."""
 RUN_TAG = "mplug.run"
-TERMINATED = 143
-"""Exit code of a process that was asked to end."""
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 """Answers that will be the same next time."""
 Point = dict[str, Any]
@@ -274,8 +273,8 @@ def _terminate(_number: int, _frame: object) -> None:
 
 @contextmanager
 def stage(name: str, tracking: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[Run]:
-    """The run of a pipeline stage that does not train, with its parameters logged."""
-    with tracked(TrackingConfig(**tracking), name) as run:
+    """The run of a pipeline stage that does not train, with its parameters logged; user errors become exit codes."""
+    with exit_codes(), tracked(TrackingConfig(**tracking), name) as run:
         run.params(params)
         yield run
 

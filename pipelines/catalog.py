@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from model.config import ConfigError, YamlLoader
+from model.config.load import YamlLoader
+from model.errors import ConfigError
 
 PIPELINES = {
-    "mplug-video": "pipelines.mplug_video.mplug_video",
+    "mplug-video": "pipelines.demo.mplug_video",
     "pretrain": "pipelines.pretrain.pretrain",
     "finetune": "pipelines.finetune.finetune",
     "benchmark": "pipelines.benchmark.benchmark",

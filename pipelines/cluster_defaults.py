@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.cluster import Cluster
-from components.manifests import SHAPE, container_of, overlay_documents
-from model.config import ConfigError
-from model.exits import OutageError, StageError
+from components.jobs.client import Cluster
+from components.jobs.manifests import SHAPE, container_of, overlay_documents
+from model.errors import ConfigError, OutageError, StageError
 from pipelines.catalog import arguments, parameters
 from pipelines.local import code_version
 

@@ -1,155 +1,152 @@
-"""The main job on one machine: `mplug demo` takes synthetic clips through the whole platform and shows the result."""
+"""The whole platform as one pipeline: download -> shards -> pre-training -> three benchmarks -> registry and report.
 
-import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+The same definition runs in kfp's local runner (`mplug pipeline run`) and on a cluster (`mplug pipeline submit`).
+Stages pass URIs; data and weights stay in object storage. At a scale that two cores can bear; the real sizes are in
+pretrain.py, finetune.py and benchmark.py.
+"""
 
-from rich.console import Console
-from rich.table import Table
+from kfp import dsl
 
-from model import storage
-from model.config import ConfigError
-from model.data.synthetic import synthesize
-from model.exits import INTERRUPTED, ProcessFailedError, StageError
-from pipelines.local import refuse
-from pipelines.services import BUCKET, Settings, services, stop
+from components.download import download
+from components.evaluate import evaluate
+from components.finish_run import finish_run
+from components.register import register
+from components.report import report
+from components.shard import shard
+from components.start_run import start_run
+from components.train import train
+from components.train_tokenizer import train_tokenizer
+from pipelines.placement import give, place
 
-ROOT = f"s3://{BUCKET}/demo"
-EXPERIMENT, RUN_NAME = "mplug-video", "demo"
-STAGE = re.compile(r"Task '([a-z-]+?)(-[0-9]+)?' finished with status (SUCCESS|FAILURE)")
-PROGRESS = re.compile(r"[0-9]%\|.*(clip|file|step|batch)")
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-console = Console(highlight=False)
+DATASETS = ["pretrain", "classification", "retrieval", "captioning"]
+BENCHMARKS = [
+    {"config": f"tiny_{task}", "init": init}
+    for init in ("pretrained", "random")
+    for task in ("classification", "retrieval", "captioning")
+]
+"""Each benchmark is fine-tuned twice: from the pre-trained model, and from fresh weights to show what that is worth."""
+IN_THE_STEP = {"nodes": 0, "namespace": "", "deadline_hours": 0.0}
+"""Trains where the step runs, without a job of its own."""
 
 
-def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
-    """Runs the demo in `folder`; returns 0, or 1 where a required result was missed."""
-    refuse({"root": ROOT, "overrides": overrides})
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
-    started = time.monotonic()
-    with _interruptible():
-        source = _corpus(folder, scale)
-        console.print("[bold]starting S3 and MLflow[/]")
-        with services(folder) as made:
-            _run_pipeline(folder, source, made, overrides)
-            report, results = _fetch_report(folder, made)
-    missed = _print_results(results)
-    minutes = (time.monotonic() - started) / 60
-    console.print(f"\nreport   {report}\nMLflow   [bold]{_mplug()} ui {folder}[/]\ntook     {minutes:.1f} minutes")
-    for row in missed:
-        console.print(f"[red]missed:[/] {row['task']} {row['metric']} is {row['value']:.3f}, required {_bound(row)}")
-    return 1 if missed else 0
+@dsl.pipeline(name="mplug-video-benchmarks")
+def benchmarks(
+    shards: dict[str, str], decoder: str, pretrained: str, root: str, overrides: list[str], cpu: str, memory: str,
+    tracking: dict[str, str], code_version: str, image: str,
+) -> None:  # fmt: skip
+    """Fine-tunes and judges every benchmark, registers the candidates and writes the report.
+
+    A pipeline of its own: kfp 2.17's local runner hands a loop its item in place of every output of a sibling task,
+    but leaves the inputs of the pipeline around it alone.
+    """
+    common = {"tracking": tracking, "code_version": code_version}
+    # one process each, two at a time: on two cores this is faster than two processes one after the other
+    with dsl.ParallelFor(BENCHMARKS, parallelism=2) as benchmark:
+        tuned = train(
+            config=benchmark.config, shards=shards, root=root, decoder=decoder,
+            pretrained=pretrained, init=benchmark.init, processes=1, overrides=overrides, image=image, **IN_THE_STEP,
+            **common,
+        )  # fmt: skip
+        give(place(tuned, image), cpu=cpu, memory=memory)
+        judged = evaluate(trained=tuned.output, config=benchmark.config, shards=shards, **common)
+        give(place(judged, image), cpu=cpu, memory=memory)
+
+    # one Collected per consumer: the compiler rewrites it in place
+    found = dsl.Collected(judged.outputs["Output"])
+    place(register(evaluations=found, promote=False, **common), image)
+    found = dsl.Collected(judged.outputs["Output"])
+    give(place(report(evaluations=found, shards=shards, root=root, **common), image), cpu=cpu, memory=memory)
 
 
-def serve(folder: Path) -> None:
-    """Runs S3 and MLflow on a demo's results until Ctrl-C."""
-    if not (folder / "mlflow.db").exists():
-        raise StageError(f"{folder} holds no demo. Run `mplug demo {folder}` first.")
-    with _interruptible(), services(folder) as made:
-        console.print(f"MLflow   [bold]{made.tracking_uri}[/]   (Ctrl-C stops it)")
-        signal.pause()
+@dsl.pipeline(name="mplug-video-stages")
+def stages(
+    source: str, source_version: str, root: str, dataset: str, tracking_uri: str, experiment: str, run_name: str,
+    code_version: str, processes: int, overrides: list[str], num_frames: int, short_side: int, vocab_size: int,
+    cpu: str, memory: str, image: str,
+) -> None:  # fmt: skip
+    """All stages of a run, each under the pipeline's MLflow run."""
+    opened = start_run(
+        tracking_uri=tracking_uri, experiment=experiment, run_name=run_name, source=source, root=root
+    )  # fmt: skip
+    place(opened, image)
+    opened.set_caching_options(False)  # a repeated pipeline opens its run again; the id stays, and with it the cache
+    tracking = opened.output
+    common = {"tracking": tracking, "code_version": code_version}
+
+    raw = download(
+        source=source, source_version=source_version, root=root, dataset=dataset, partition="1/1", **common
+    )  # fmt: skip
+    shards = shard(
+        raw=raw.output, raw_version=source_version, root=root, datasets=DATASETS, num_frames=num_frames,
+        short_side=short_side, partition="1/1", **common,
+    )  # fmt: skip
+    tokenizer = train_tokenizer(raw=raw.output, raw_version=source_version, root=root, vocab_size=vocab_size, **common)
+
+    training = {"shards": shards.output, "root": root, "overrides": overrides, "image": image, **common}
+    decoder = train(
+        config="tiny_decoder", decoder=tokenizer.output, pretrained="", init="titles",
+        processes=1, **IN_THE_STEP, **training,
+    )  # fmt: skip
+    pretrained = train(
+        config="tiny_pretraining", decoder=decoder.output, pretrained="", init="random",
+        processes=processes, **IN_THE_STEP, **training,
+    )  # fmt: skip
+    for task in (raw, shards, tokenizer, decoder, pretrained):
+        give(place(task, image), cpu=cpu, memory=memory)
+    benchmarks(decoder=decoder.output, pretrained=pretrained.output, cpu=cpu, memory=memory, **training)
 
 
-def _corpus(folder: Path, scale: float) -> Path:
-    """The synthetic dataset, made once: it appears when it is whole."""
-    source, partial, note = folder / "source", folder / "source.partial", folder / "scale"
-    if source.exists() and note.read_text(encoding="utf-8") != str(scale):
-        raise ConfigError(f"--scale must be {note.read_text()} for {folder}, got {scale}. Name another folder.")
-    if not source.exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        synthesize(partial, scale=scale)
-        note.write_text(str(scale), encoding="utf-8")
-        partial.rename(source)
-    return source
+@dsl.pipeline(name="mplug-video", description="Pre-trains mPLUG-Video, fine-tunes and judges it on three benchmarks.")
+def mplug_video(
+    source: str,
+    root: str,
+    tracking_uri: str,
+    code_version: str,
+    image: str,
+    source_version: str = "",
+    dataset: str = "youku-mplug",
+    experiment: str = "mplug-video",
+    run_name: str = "mplug-video",
+    processes: int = 2,
+    overrides: list[str] = [],  # noqa: B006 - kfp reads the default from the signature
+    num_frames: int = 16,
+    short_side: int = 72,
+    vocab_size: int = 448,
+    cpu: str = "500m",
+    memory: str = "4Gi",
+) -> None:
+    """The stages, and a last word to MLflow however they end.
 
-
-def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[str]) -> None:
-    log = folder / "pipeline.log"
-    command = [
-        _mplug(), "pipeline", "run", "--folder", str(folder / "kfp"), "mplug-video", f"source={source}", f"root={ROOT}",
-        f"tracking_uri={made.tracking_uri}", f"run_name={RUN_NAME}", f"overrides={json.dumps(overrides)}",
-    ]  # fmt: skip
-    console.print(f"[bold]running the pipeline[/], log in {log}")
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        assert child.stdout is not None
-        with log.open("wb") as file:
-            for line in child.stdout:
-                file.write(line)
-                file.flush()
-                _show(line.decode(errors="replace").rstrip())
-        if code := child.wait():
-            said = f"the pipeline failed; {log} says why. Run `mplug demo` again to resume."
-            raise ProcessFailedError(said, code)
-    finally:
-        stop(child)
-
-
-def _show(line: str) -> None:
-    """Shows the pipeline's progress; all of its output is in pipeline.log."""
-    line = COLOUR.sub("", line).strip()
-    if stage := STAGE.search(line):
-        if not line.startswith("Task"):  # kfp prints every line twice, once with the time
-            mark = "[green]✓[/]" if stage[3] == "SUCCESS" else "[red]✗[/]"
-            console.print(f"{mark} {stage[1]}")
-    elif PROGRESS.search(line) or line.startswith("error: "):
-        print(f"  {line}", flush=True)
-
-
-def _fetch_report(folder: Path, made: Settings) -> tuple[Path, list[dict[str, Any]]]:
-    """Copies the report of this run out of S3, which stops with the demo."""
-    uri = storage.join(ROOT, "reports", RUN_NAME)
-    storage.download(storage.join(uri, "report.html"), folder / "report.html")
-    return folder / "report.html", json.loads(storage.read(storage.join(uri, "results.json")))
-
-
-def _print_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Prints the table and returns the rows that were missed."""
-    table = Table(title="results on the test splits", title_justify="left")
-    for column in ("task", "metric"):
-        table.add_column(column)
-    for column in ("value", "without pre-training", "chance", "required"):
-        table.add_column(column, justify="right")
-    for row in results:
-        chance = "–" if row["chance"] is None else f"{row['chance']:.3f}"
-        value = f"[{'green' if row['passed'] else 'red'}]{row['value']:.3f}[/]"
-        without = f"{row['without_pretraining']:.3f}"
-        table.add_row(str(row["task"]), str(row["metric"]), value, without, chance, _bound(row))
-    console.print(table)
-    return [row for row in results if not row["passed"]]
-
-
-def _bound(row: dict[str, Any]) -> str:
-    return f"{'>' if row['strict'] else '≥'} {row['required']:.3f}"
-
-
-def _mplug() -> str:
-    return str(Path(sys.executable).with_name("mplug"))
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ends on SIGTERM or a closed terminal as on Ctrl-C: contexts inside have closed, no process stays behind."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("\nstopped; the same command goes on where this one was")
-        sys.exit(INTERRUPTED)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    Args:
+        source: Folder or s3:// URI of the dataset as published.
+        root: Folder or s3:// URI under which everything is written.
+        tracking_uri: MLflow tracking server.
+        code_version: Names the code; a new one runs every stage again.
+        image: Image of every step.
+        source_version: Names the state of the source; a new one copies what has changed.
+        dataset: Name of the dataset under <root>/raw.
+        experiment: MLflow experiment.
+        run_name: Names the pipeline's MLflow run; a repeated run with the same name continues it.
+        processes: Training processes of the pre-training.
+        overrides: dotted.key=value settings for every training stage.
+        num_frames: Frames stored per clip.
+        short_side: Height or width of stored frames, whichever is shorter, in pixels.
+        vocab_size: Tokens of the tokenizer.
+        cpu: Cores of each step that computes, as Kubernetes writes them.
+        memory: Memory of each step that computes.
+    """
+    last = finish_run(
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        run_name=run_name,
+        last_stages="register report",
+        namespace="",
+    )
+    place(last, image).set_caching_options(False)
+    with dsl.ExitHandler(last, name="stages"):
+        stages(
+            source=source, source_version=source_version, root=root, dataset=dataset, tracking_uri=tracking_uri,
+            experiment=experiment, run_name=run_name, code_version=code_version, processes=processes,
+            overrides=overrides, num_frames=num_frames, short_side=short_side, vocab_size=vocab_size,
+            cpu=cpu, memory=memory, image=image,
+        )  # fmt: skip

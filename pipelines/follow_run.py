@@ -8,12 +8,12 @@ from typing import Any
 
 import kfp_server_api
 
-from components.cluster import Cluster, ClusterError
-from components.manifests import Manifest
-from components.pod_status import waits
-from components.run_end import RUN_LABEL, stop_jobs
-from components.workflow import Step, failed_steps, last_lines, outcome, steps, workflow_of_run
-from model.exits import FAILED, OutageError, ProcessFailedError
+from components.jobs.client import Cluster
+from components.jobs.manifests import Manifest
+from components.jobs.pod_status import waits
+from components.jobs.run_end import RUN_LABEL, stop_jobs
+from components.jobs.workflow import Step, failed_steps, last_lines, outcome, steps, workflow_of_run
+from model.errors import FAILED, ClusterError, OutageError, ProcessFailedError
 from pipelines.catalog import PIPELINES, documents, parameters
 from pipelines.kfp_host import Host, call
 
@@ -80,7 +80,7 @@ def follow(host: Host, run_id: str, retries: int = 0) -> None:
             failure = _failure(followed, run, workflow)
             if retries and not workflow:
                 log.warning("nothing is run again: without the run's workflow it is unknown whether that may help")
-            if not retries or failure.code < 128:
+            if not retries or failure.exit_code < 128:
                 raise failure
             retries -= 1
             log.warning("%s", failure)

@@ -12,7 +12,7 @@ import kfp_server_api
 import urllib3
 from kfp_server_api import ApiException
 
-from model.exits import OutageError, StageError
+from model.errors import OutageError, StageError
 
 log = logging.getLogger("mplug")
 T = TypeVar("T")

@@ -13,8 +13,8 @@ import components
 import model
 import pipelines
 from model import storage
-from model.config import ConfigError, load
-from model.exits import FAILURES, ProcessFailedError
+from model.config.load import load_config
+from model.errors import FAILURES, ConfigError, ProcessFailedError
 from pipelines.catalog import parameters, pipeline, with_defaults
 
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
@@ -73,7 +73,7 @@ def refuse(values: Mapping[str, Any]) -> None:
         )
     own = [values["config"]] if "config" in values else DEMO_PRESETS
     for preset in values.get("configs") or own:
-        load(preset, ["data.shards=set-later", "model.decoder=set-later", *overrides])
+        load_config(preset, ["data.shards=set-later", "model.decoder=set-later", *overrides])
 
 
 def source_version(source: str) -> str:

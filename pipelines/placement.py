@@ -8,7 +8,7 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 from kfp.dsl.pipeline_channel import PipelineChannel
 
-from components.run_end import NAMESPACE, WORKFLOW
+from components.jobs.run_end import NAMESPACE, WORKFLOW
 from model.pipeline_run import RUN_ID
 
 CONFIG, SECRET = "mplug-config", "mplug-s3"

@@ -12,8 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes be
 
 import pytest
 from filelock import FileLock
-from killing import Outcome, Training
-from running import train
+
+from tests.helpers.killing import Outcome, Training
+from tests.helpers.running import train
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
 
@@ -66,7 +67,7 @@ def once(shared: Path) -> Make:
 @pytest.fixture(scope="session")
 def corpus(shared: Path, once: Make) -> Path:
     """A synthetic Youku-mPLUG of about 120 clips."""
-    from model.data.synthetic import synthesize
+    from model.data.synthetic.corpus import synthesize
 
     return Path(once("corpus", lambda: str(synthesize(shared / "source", seed=1, scale=0.05))))
 
@@ -75,9 +76,9 @@ def corpus(shared: Path, once: Make) -> Path:
 def shards(corpus: Path, shared: Path, once: Make) -> dict[str, str]:
     """URI of each dataset's shards."""
     from model.data.annotations import COLUMNS
-    from model.data.build import Settings
-    from model.data.commit import build_shards
-    from model.data.examine import Form
+    from model.data.shards.build import Settings
+    from model.data.shards.commit import build_shards
+    from model.data.shards.format import Form
 
     form = Form(num_frames=8, short_side=72)
     settings = {name: Settings(raw=str(corpus), root=str(shared), dataset=name, form=form) for name in COLUMNS}
@@ -118,7 +119,7 @@ def undisturbed(shards: dict[str, str], decoder: str, shared: Path, once: Make) 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A bucket of a real S3 server; the environment holds its credentials."""
-    from pipelines.services import BUCKET, object_storage
+    from cli.services import BUCKET, object_storage
 
     before = dict(os.environ)
     with object_storage(tmp_path_factory.mktemp("s3")):

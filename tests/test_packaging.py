@@ -12,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LOCK = {
     canonicalize_name(name): version
@@ -20,7 +21,7 @@ LOCK = {
 }
 
 
-@pytest.mark.parametrize("name", ["model", "components", "pipelines"])
+@pytest.mark.parametrize("name", ["cli", "pipelines", "components", "model"])
 def test_no_other_distribution_owns_our_import_names(name: str) -> None:
     assert packages_distributions()[name] == ["mplug-video"]
 
@@ -57,7 +58,7 @@ def test_the_wheel_holds_every_module_preset_and_template(tmp_path: Path) -> Non
     packed = set(zipfile.ZipFile(wheel).namelist())
     sources = {
         path.relative_to(ROOT).as_posix()
-        for package in ("model", "components", "pipelines")
+        for package in ("cli", "pipelines", "components", "model")
         for path in (ROOT / package).rglob("*")
         if path.suffix in {".py", ".yaml", ".j2", ".json"}
     }

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model import storage
+from model.errors import DataError
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "pretrain": ("video_id:FILE", "title"),
@@ -31,10 +32,6 @@ LEDGER = ".ledger"
 """Folder beside the annotations in which a download keeps account."""
 MAX_PROBLEMS = 20
 """Bad rows of a file that are named before reading it is given up."""
-
-
-class DataError(ValueError):
-    """The data cannot be used as they are. Ends a command with exit code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)

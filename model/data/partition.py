@@ -1,6 +1,6 @@
 """Shares of work, as people write them."""
 
-from model.config import ConfigError
+from model.errors import ConfigError
 
 
 def parse_partition(text: str) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from model import storage
 from model.data.annotations import SPLITS
-from model.data.build import read_quarantine
-from model.data.shards import ShardReader, describe
+from model.data.shards.build import read_quarantine
+from model.data.shards.reader import ShardReader, describe
 
 COLUMNS = ["text", "label", "num_frames", "fps", "duration_s", "width", "height", "bytes"]
 OTHER = "其他"

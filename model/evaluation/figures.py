@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-from model.data.shards import ShardReader
+from model.data.shards.reader import ShardReader
 from model.data.video import frame_indices, padded
 
 matplotlib.use("Agg")

@@ -1,47 +1,76 @@
-"""What a run must reach to count as having learned: better than guessing, and better for having been pre-trained."""
+"""Whether newly trained models may take the place of those in use: each against the registry's champion of its task."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from model.evaluation.results import Evaluation
+from model import storage
+from model.config.schema import TrackingConfig
+from model.errors import ConfigError, StageError
+from model.evaluation.registration import registered_name
+from model.evaluation.results import Evaluation, load_evaluation
+from model.pipeline_run import reports_folder
+from model.registry import attach_artifacts, champion_scores
 
-CHANCE_FACTORS = {
-    ("classification", "top1"): 4.0,
-    ("retrieval", "text_to_video_r1"): 10.0,
-    ("retrieval", "video_to_text_r1"): 10.0,
+DECIDES = {
+    "classification": "top1",
+    "retrieval": "text_to_video_r1",
+    "matching": "text_to_video_r1",
+    "captioning": "cider",
 }
-"""How many times the chance level a pre-trained model must reach."""
+"""The metric of each task that the paper's tables lead with (arXiv 2306.04362, tables 3 to 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Requirement:
+class Comparison:
     task: str
     metric: str
     value: float
-    without_pretraining: float
-    chance: float | None
-    """What guessing scores; None where there is no such level."""
+    champion: float | None
+    """Of the model in use; None where there is none yet."""
     required: float
-    strict: bool
-    """Whether the value must exceed `required`, not only reach it."""
+    """What the value must reach."""
 
     @property
     def passed(self) -> bool:
-        return self.value > self.required if self.strict else self.value >= self.required
+        return self.value >= self.required
 
 
-def requirements(evaluations: Sequence[Evaluation]) -> Iterator[Requirement]:
-    """Each requirement with what was reached. Needs every task once with and once without pre-training."""
-    by_start = {(evaluation.task, evaluation.pretrained): evaluation for evaluation in evaluations}
-    for (task, metric), factor in CHANCE_FACTORS.items():
-        with_, without = by_start[task, True], by_start[task, False]
-        chance = with_.chance[metric]
-        yield Requirement(
-            task=task, metric=metric, value=with_.scores[metric], without_pretraining=without.scores[metric],
-            chance=chance, required=factor * chance, strict=False,
-        )  # fmt: skip
-    cider, without_cider = (by_start["captioning", start].scores["cider"] for start in (True, False))
-    yield Requirement(
-        task="captioning", metric="cider", value=cider, without_pretraining=without_cider,
-        chance=None, required=without_cider, strict=True,
-    )  # fmt: skip
+def compare(
+    evaluations: Sequence[Evaluation], where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
+) -> list[Comparison]:
+    """Each task's value must reach its `minimum`, where one is given, and its champion's value less `tolerance`."""
+    unknown = set(minimum) - set(DECIDES)
+    if unknown:
+        raise ConfigError(f"minimum must name tasks, of {', '.join(DECIDES)}, got {', '.join(sorted(unknown))}.")
+    found = []
+    for evaluation in evaluations:
+        metric = DECIDES[evaluation.task]
+        known = champion_scores(where["uri"], registered_name(evaluation.task)) if where["uri"] else {}
+        champion = known.get(metric)
+        bounds = [minimum.get(evaluation.task, 0.0), *([] if champion is None else [champion - tolerance])]
+        value, required = evaluation.scores[metric], max(bounds)
+        found.append(Comparison(task=evaluation.task, metric=metric, value=value, champion=champion, required=required))
+    return found
+
+
+def check_gate(
+    uris: Sequence[str], root: str, where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
+) -> list[Comparison]:
+    """Publishes the comparison beside the run's report, and on its page. Raises StageError where a model is worse."""
+    rows = compare([load_evaluation(uri) for uri in uris], where, minimum, tolerance)
+    tracking = TrackingConfig(**where)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "comparison.json"
+        table.write_text(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1))
+        storage.upload(table, storage.join(reports_folder(root, tracking), table.name))
+        attach_artifacts(tracking, [table], {f"{row.task}/{row.metric}": row.value for row in rows})
+    missed = [row for row in rows if not row.passed]
+    if missed:
+        lines = [
+            f"{row.task}: {row.metric} must be at least {row.required:.4f}, got {row.value:.4f}." for row in missed
+        ]
+        raise StageError("\n".join(lines))
+    return rows

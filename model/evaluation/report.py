@@ -9,10 +9,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from model import manifest, storage
-from model.config_sections import TrackingConfig
-from model.data.shards import ShardReader
+from model.config.schema import TrackingConfig
+from model.data.shards.reader import ShardReader
+from model.evaluation.acceptance import Requirement, requirements
 from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
-from model.evaluation.gate import Requirement, requirements
 from model.evaluation.pages import jpeg, page, png
 from model.evaluation.results import Evaluation, load_evaluation
 from model.pipeline_run import reports_folder

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from model import manifest, storage
-from model.config import ConfigError, RunConfig, parse
-from model.config import load as load_config
-from model.data.annotations import DataError
-from model.data.build import read_quarantine
-from model.data.loader import ClipSource, evaluation_batches, on_device, open_split
-from model.data.sampler import EverySample
-from model.data.shards import ShardReader
+from model.config.load import load_config, parse_config
+from model.config.schema import RunConfig
+from model.data.loading.loader import ClipSource, evaluation_batches, on_device, open_split
+from model.data.loading.sampler import EverySample
+from model.data.shards.build import read_quarantine
+from model.data.shards.reader import ShardReader
+from model.errors import ConfigError, DataError
 from model.evaluation import metrics
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
 from model.evaluation.results import Evaluation
@@ -63,7 +63,7 @@ def _config(model: str, shards: str, tracking: dict[str, str] | None, preset: st
     tree["model"] |= {"init_from": model}
     tree["data"] |= {"shards": shards}
     tree["tracking"] |= tracking or {"uri": ""}
-    return parse(tree), pretrained
+    return parse_config(tree), pretrained
 
 
 @torch.inference_mode()

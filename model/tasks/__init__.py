@@ -1,6 +1,7 @@
 """One file per objective: examples -> batch, batch -> loss, batch -> predictions. The training loop knows none."""
 
-from model.config import ConfigError, RunConfig
+from model.config.schema import RunConfig
+from model.errors import ConfigError
 from model.tasks.base import Task
 from model.tasks.captioning import Captioning
 from model.tasks.classification import Classification

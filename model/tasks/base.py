@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from model import manifest
-from model.config import ConfigError, RunConfig
-from model.config_sections import VisionConfig
+from model.config.schema import RunConfig, VisionConfig
 from model.data.annotations import Annotation
-from model.data.loader import Batch, Example
-from model.data.shards import describe
+from model.data.loading.loader import Batch, Example
+from model.data.shards.reader import describe
+from model.errors import ConfigError
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.mplug_video.modeling import decoder_config
 from model.mplug_video.processing import MPlugVideoProcessor, clean_caption

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.data.loader import Batch, Example
+from model.data.loading.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForConditionalGeneration
 from model.tasks.base import DecoderPass, Logs, Prediction, Task
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.data.annotations import DataError
-from model.data.loader import Batch, Example
+from model.data.loading.loader import Batch, Example
+from model.errors import DataError
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
 from model.tasks.base import DecoderPass, Logs, Prediction, Task

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from model import manifest
-from model.config import ConfigError
-from model.data.loader import Batch, Example
+from model.data.loading.loader import Batch, Example
+from model.errors import ConfigError
 from model.mplug_video.processing import MPlugVideoProcessor, answer_mask, clean_caption
 from model.mplug_video.tokenization import encode_sentence
 from model.tasks.base import DecoderPass, Logs, Task

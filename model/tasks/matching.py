@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from model.data.annotations import Annotation
-from model.data.loader import Batch, Example
+from model.data.loading.loader import Batch, Example
+from model.mplug_video.conversion.shapes import MATCHING_CLASSES
 from model.mplug_video.modeling import MPlugVideoForClassification
 from model.mplug_video.processing import clean_caption
-from model.mplug_video.upstream_shapes import MATCHING_CLASSES
 from model.tasks.base import DecoderPass, Logs, Prediction, Task
 from model.tasks.classification import answer_and_head_loss, answer_and_head_passes
 

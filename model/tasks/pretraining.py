@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.data.loader import Batch, Example
+from model.data.loading.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForPreTraining
 from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.gathering import gather, own_rows

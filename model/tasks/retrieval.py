@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.data.loader import Batch, Example
+from model.data.loading.loader import Batch, Example
 from model.mplug_video.modeling import MPlugVideoForRetrieval
 from model.tasks.base import DecoderPass, Logs, Prediction, Task
 from model.tasks.gathering import gather

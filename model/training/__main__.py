@@ -2,14 +2,14 @@
 
 import sys
 
-from model.config import load
-from model.exits import exit_codes
+from model.config.load import load_config
+from model.errors import exit_codes
 from model.training.loop import train
 
 
 def main() -> None:
     with exit_codes():
-        train(load(sys.argv[1], sys.argv[2:]))
+        train(load_config(sys.argv[1], sys.argv[2:]))
 
 
 if __name__ == "__main__":

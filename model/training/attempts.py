@@ -12,11 +12,9 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 
 from model import storage
-from model.config import RunConfig, in_steps
-from model.config_sections import CheckpointConfig
-from model.data.shards import describe
-from model.exits import AttemptsError
-from model.storage import NotFoundError
+from model.config.schema import CheckpointConfig, RunConfig, in_steps
+from model.data.shards.reader import describe
+from model.errors import AttemptsError, NotFoundError
 
 FILE = "run.json"
 STEP = re.compile(r"step-(\d{8})/manifest\.json")

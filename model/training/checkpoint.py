@@ -21,11 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from model import manifest, storage
-from model.config import ConfigError
-from model.config_sections import CheckpointConfig
-from model.data.annotations import DataError
-from model.exits import LostProcessError
-from model.storage import NotFoundError, StorageError
+from model.config.schema import CheckpointConfig
+from model.errors import ConfigError, DataError, LostProcessError, NotFoundError, StorageError
 from model.training.attempts import saved_steps
 from model.training.distributed import Processes, named
 from model.training.engine import Engine

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from model.config_sections import WatchdogConfig
-from model.exits import LostProcessError
+from model.config.schema import WatchdogConfig
+from model.errors import LostProcessError
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from model.config import RunConfig, micro_batch_of
-from model.data.loader import Batch, on_device
+from model.config.schema import RunConfig, micro_batch_of
+from model.data.loading.loader import Batch, on_device
 from model.mplug_video.modeling import compile_layers
 from model.tasks.base import Prediction, TaskNetwork
 from model.training.clock import Clock

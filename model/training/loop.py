@@ -4,6 +4,7 @@ One loop for every task, on one process and on many, started once or for the ten
 is the outline; the mechanics are one call away.
 """
 
+import hashlib
 import json
 import logging
 import signal
@@ -17,15 +18,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from model import storage
-from model.config import RunConfig, in_steps, micro_batch_of
-from model.config_sections import TrackingConfig
-from model.data.loader import Batch, Batches, ClipSource, open_split, start_fork_server, training_batches
-from model.data.sampler import BatchSampler
-from model.data.shards import ShardReader
-from model.exits import StageError
+from model.config.schema import RunConfig, TrackingConfig, in_steps, micro_batch_of
+from model.data.loading.loader import Batch, Batches, ClipSource, open_split, start_fork_server, training_batches
+from model.data.loading.sampler import BatchSampler
+from model.data.shards.reader import ShardReader
+from model.errors import TERMINATED, StageError
 from model.progress import progress
 from model.tasks import Task, build_task
-from model.tracking import TERMINATED, Run, flat, tracked
+from model.tracking import Run, flat, tracked
 from model.training import attempts
 from model.training.attempts import Attempt, run_folder
 from model.training.checkpoint import HISTORY, Checkpoints, frozen_sha256
@@ -38,7 +38,6 @@ from model.training.meter import Meter
 from model.training.optim import lr_at
 from model.training.profiling import profiled
 from model.training.publishing import publish, tag
-from model.training.randomness import seed_step
 from model.training.state import Progress
 from model.training.validation import Validation
 from model.training.watchdog import Watchdog
@@ -284,3 +283,9 @@ def termination() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds torch on all devices, for dropout: a restarted run draws what it would have drawn."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 import torch
 
-from model.data.loader import Batch
+from model.data.loading.loader import Batch
 from model.training.clock import Clock
 from model.training.distributed import Processes
 from model.training.flops import peak_flops

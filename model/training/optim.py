@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.config_sections import OptimConfig
+from model.config.schema import OptimConfig
 
 UNDECAYED = ("vision_encoder.pos_embed", "vision_encoder.cls_token", "vision_encoder.temporal_embed")
 

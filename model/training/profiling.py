@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from model import storage
-from model.config import RunConfig
+from model.config.schema import RunConfig
 from model.training.distributed import Processes
 
 log = logging.getLogger("mplug")

@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from model import manifest, storage
-from model.config import RunConfig
-from model.storage import StorageError
+from model.config.schema import RunConfig
+from model.errors import StorageError
 from model.tasks import Task
 from model.tracking import Run
 from model.training.checkpoint import HISTORY

@@ -5,9 +5,10 @@ from itertools import chain, islice, zip_longest
 import torch
 
 from model import storage
-from model.config import ConfigError, RunConfig
-from model.data.loader import Batches, BatchStream, ClipSource, evaluation_batches, open_split
-from model.data.sampler import BatchSampler, EverySample
+from model.config.schema import RunConfig
+from model.data.loading.loader import Batches, BatchStream, ClipSource, evaluation_batches, open_split
+from model.data.loading.sampler import BatchSampler, EverySample
+from model.errors import ConfigError
 from model.evaluation import metrics
 from model.tasks import Task
 from model.training.distributed import Processes, mean_over_processes

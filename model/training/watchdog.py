@@ -23,8 +23,8 @@ from typing import Literal
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from model.config_sections import WatchdogConfig
-from model.exits import LOST, LostProcessError, code_of
+from model.config.schema import WatchdogConfig
+from model.errors import LOST, LostProcessError, exit_code
 from model.parent import PARENT_PID
 from model.training.distributed import Processes, named
 
@@ -68,7 +68,7 @@ class Watchdog:
                 work()
             except Exception as error:
                 log.exception("the thread %s of process %d has failed", name, self.rank)
-                self._leave(Verdict(code_of(error), f"process {self.rank}, {name}: {type(error).__name__}: {error}"))
+                self._leave(Verdict(exit_code(error), f"process {self.rank}, {name}: {type(error).__name__}: {error}"))
 
         threading.Thread(target=run, name=name, daemon=True).start()
 
@@ -88,7 +88,7 @@ class Watchdog:
             found = named(error)
             self._conclude(found)
             # CUDA and NCCL may wait for ever for a peer that is gone, until the interpreter ends
-            threading.Thread(target=_exit_later, args=(code_of(found),), daemon=True).start()
+            threading.Thread(target=_exit_later, args=(exit_code(found),), daemon=True).start()
             raise found from (error if found is not error else error.__cause__)
 
     def _open_store(self, group: Processes) -> None:
@@ -190,7 +190,7 @@ class Watchdog:
             return
         self._tell(
             Verdict(
-                code_of(error), f"process {self.rank} ended: {(str(error) or type(error).__name__).splitlines()[0]}"
+                exit_code(error), f"process {self.rank} ended: {(str(error) or type(error).__name__).splitlines()[0]}"
             )
         )
         self._linger()

@@ -3,12 +3,12 @@
 import threading
 from pathlib import Path
 
-from fake_kube import FakeKube
-from shapes import CPU
-
-from model.config import in_steps, load
-from model.data.shards import describe
+from model.config.load import load_config
+from model.config.schema import in_steps
+from model.data.shards.reader import describe
 from model.training import attempts
+from tests.helpers.fake_kube import FakeKube
+from tests.helpers.shapes import CPU
 
 
 def test_the_step_of_a_pipeline_trains_on_the_cluster_and_returns_what_came_of_it(
@@ -22,7 +22,7 @@ def test_the_step_of_a_pipeline_trains_on_the_cluster_and_returns_what_came_of_i
         """What the operator and the pods would do."""
         (made,) = kube.wait_for("pytorchjobs")
         container = made["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-        config = load(container["args"][1], container["args"][2:])
+        config = load_config(container["args"][1], container["args"][2:])
         config = in_steps(config, describe(config.data.shards)["clips"]["train"])
         attempts.finish(attempts.run_folder(config), attempts.Attempt(key="k", model="the/model"))
         kube.conclude("pytorchjobs", made["metadata"]["name"], "Succeeded")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from operator_double import pod_of, replicas
 
-from components.manifests import Launch, render, shape_of
+from components.jobs.manifests import Launch, render, shape_of
 from pipelines.catalog import documents
+from tests.helpers.operator_double import pod_of, replicas
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 TRAINING, MLFLOW = "localhost/mplug-video/training:0.1.0", "localhost/mplug-video/mlflow:0.1.0"
 HARDENED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp", "--network=none"]
 HARDENED += ["--shm-size=2g", "--tmpfs=/cache:mode=1777"]

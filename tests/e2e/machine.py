@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.helpers.paths import ROOT
+
 CLUSTER_SH = Path(os.environ.get("CLUSTER_SH", ROOT.parent / "shared" / "tools" / "cluster" / "cluster.sh"))
 BINARIES = Path.home() / ".cache" / "k8s-1.20" / "bin" / "kubelet"
 KUBECONFIG = Path("/run/k8s-1.20/kubeconfig")
@@ -83,7 +84,7 @@ def cluster(folder: Path) -> Iterator[None]:
             kubectl("--namespace", "kubeflow", "patch", "deployment", "training-operator", *patch)
             _make_volumes(folder)
             running.enter_context(_names(folder))
-            double = [sys.executable, str(ROOT / "tests" / "helpers" / "operator_double.py"), "mplug"]
+            double = [sys.executable, "-m", "tests.helpers.operator_double", "mplug"]
             os.environ["INIT_IMAGE"] = next(iter(IMAGES))
             running.enter_context(_process(double, folder / "operator.log"))
             yield
@@ -99,7 +100,7 @@ def _save_images(archive: Path) -> None:
         if stand_in:
             file = f"{stand_in}.Dockerfile"
             command = ["podman", "build", *flags, "--file", file, "--tag", image, "."]
-            subprocess.run(command, check=True, cwd=Path(__file__).parent)
+            subprocess.run(command, check=True, cwd=ROOT / "tests" / "e2e")
     subprocess.run(["podman", "pod", "create", "--name", "mplug-pause"], capture_output=True)  # which makes its image
     subprocess.run(["podman", "pod", "rm", "--force", "mplug-pause"], capture_output=True)
     pause = "localhost/podman-pause:4.3.1-0"

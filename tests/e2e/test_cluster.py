@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import machine
 import mlflow
 import pytest
 import yaml
-from machine import kubectl
 
-from pipelines.services import free_ports
+from cli.services import free_ports
+from tests.e2e import machine
+from tests.e2e.machine import kubectl
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 STEPS = 60
 SETTINGS = [f"training.steps={STEPS}", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]

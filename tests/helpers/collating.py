@@ -6,11 +6,11 @@ from typing import NoReturn
 
 import torch
 
-from model.data.loader import Batch, Example
-from model.data.records import Record
-from model.data.sampler import BatchSampler, Draw
-from model.data.shards import ShardReader
-from model.storage import StorageError
+from model.data.loading.loader import Batch, Example
+from model.data.loading.sampler import BatchSampler, Draw
+from model.data.shards.format import Record
+from model.data.shards.reader import ShardReader
+from model.errors import StorageError
 
 
 def collate(examples: list[Example]) -> Batch:

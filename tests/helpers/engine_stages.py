@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from model.config import load
-from model.config_sections import WatchdogConfig
+from model.config.load import load_config
+from model.config.schema import WatchdogConfig
 from model.tasks import build_task
 from model.training.clock import Clock
 from model.training.distributed import Processes, processes
@@ -29,7 +29,7 @@ def engine_of(decoder: str, stage: int, precision: str, group: Processes) -> Eng
     settings = [f"model.decoder={decoder}", "data.shards=unused", f"data.batch_size={CLIPS}", "optim.warmup_steps=0"]
     settings += [f"training.zero_stage={stage}", f"training.precision={precision}", "training.steps=9"]
     settings += ["training.activation_checkpointing=[vision, abstractor, decoder]"] if stage == 2 else []
-    config = load("tiny_pretraining", settings)
+    config = load_config("tiny_pretraining", settings)
     torch.manual_seed(0)
     task = build_task(config)
     task.model.train()

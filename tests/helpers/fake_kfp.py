@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import kfp_server_api as kfp
-from kfp_backend import Backend
+
+from tests.helpers.kfp_backend import Backend
 
 
 @dataclass

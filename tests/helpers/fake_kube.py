@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from components.pod_security import violations
+from components.jobs.pod_security import violations
 
 Object = dict[str, Any]
 PATH = re.compile(

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from upstream import Recording, grad_norms
 
 from model.mplug_video import MPlugVideoForPreTraining, MPlugVideoForRetrieval
 from model.tasks.pretraining import contrastive_loss
 from model.tasks.retrieval import matching_loss
+from tests.helpers.upstream import Recording, grad_norms
 
 KINDS = {"pretrain_contrastive": MPlugVideoForPreTraining, "retrieval": MPlugVideoForRetrieval}
 

@@ -4,10 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from fake_kube import FakeKube
-
-from components.launcher import Limits
-from components.manifests import Launch
+from components.jobs.launcher import Limits
+from components.jobs.manifests import Launch
+from tests.helpers.fake_kube import FakeKube
 
 LAUNCH = Launch(command=("train", "tiny_pretraining", "data.shards=s", "model.decoder=d"), name="job", nodes=2)
 MASTER = {"training.kubeflow.org/job-name": "job", "training.kubeflow.org/replica-type": "master"}

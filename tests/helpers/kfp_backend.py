@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fake_kube import FakeKube
-
-from components.cluster import amount
+from components.jobs.client import amount
+from tests.helpers.fake_kube import FakeKube
 
 Tree = dict[str, Any]
 NAMESPACE = "kubeflow"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from running import TINY
 
 from model import storage
+from tests.helpers.running import TINY
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 STEPS = 12

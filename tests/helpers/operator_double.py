@@ -1,5 +1,5 @@
 """What training-operator 1.9 does with a PyTorchJob, as far as a run notices: pods and their environment, restarts by
-exit code, conditions. For clusters where the operator itself cannot be had; run it with `python operator_double.py`.
+exit code, conditions. For clusters where the operator itself cannot be had: `python -m tests.helpers.operator_double`.
 """
 
 import copy
@@ -13,7 +13,7 @@ import yaml
 from kubernetes import client, config
 from kubernetes.client import ApiException
 
-from pipelines.doctor_controllers import DEFAULT_TEMPLATE
+from cli.doctor.controllers import DEFAULT_TEMPLATE
 
 Object = dict[str, Any]
 GROUP = ("kubeflow.org", "v1")

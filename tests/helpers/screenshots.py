@@ -8,10 +8,10 @@ import tempfile
 import urllib.parse
 from pathlib import Path
 
-import browser
 import mlflow
 
-from pipelines.services import settings
+from cli.services import settings
+from tests.helpers import browser
 
 
 def main(demo: Path, out: Path) -> None:

@@ -1,11 +1,12 @@
 """The PodTemplate of k8s/base, with an image as an overlay gives it one."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-FILE = Path(__file__).parents[2] / "k8s" / "base" / "training" / "pod-template.yaml"
+from tests.helpers.paths import ROOT
+
+FILE = ROOT / "k8s" / "base" / "training" / "pod-template.yaml"
 
 
 def shape(**resources: dict[str, str]) -> dict[str, Any]:

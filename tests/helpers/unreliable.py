@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-from pipelines.services import free_ports, process
+from cli.services import free_ports, process
 
 Mode = Literal["up", "down", "500", "slow", "lost answers", "a page"]
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model.mplug_video.conversion import convert
+from model.mplug_video.conversion.convert import convert
+from tests.helpers.paths import FIXTURES
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "upstream"
+FOLDER = FIXTURES / "upstream"
 GPT3 = FOLDER / "modelscope_gpt3"
 
 

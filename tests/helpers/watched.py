@@ -6,9 +6,8 @@ import signal
 import sys
 import time
 
-from model.config_sections import WatchdogConfig
-from model.data.annotations import DataError
-from model.exits import exit_codes
+from model.config.schema import WatchdogConfig
+from model.errors import DataError, exit_codes
 from model.training.distributed import Processes, processes
 from model.training.watchdog import Watchdog
 

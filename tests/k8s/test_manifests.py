@@ -13,11 +13,11 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
-from shapes import GPU
 
-from components.manifests import Launch, render
+from components.jobs.manifests import Launch, render
+from tests.helpers.paths import ROOT
+from tests.helpers.shapes import GPU
 
-ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
 Document = dict[str, Any]
 pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl here, which builds the overlays")

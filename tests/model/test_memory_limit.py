@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from killing import Training
 
 from model import memory_limit
 from model.training import attempts
+from tests.helpers.killing import Training
 
 CGROUPS = next((path for path in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")) if path.is_dir()), Path("/"))
 LIMIT = 250 * 2**20

@@ -4,12 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from clients import fresh_clients
 
 from model import manifest, storage
-from model.storage import StorageError
-
-COLD_READERS = Path(__file__).parents[1] / "helpers" / "cold_readers.py"
+from model.errors import StorageError
+from tests.helpers.clients import fresh_clients
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -89,7 +87,9 @@ def test_a_missing_object_is_one_line_that_names_it(base: str) -> None:
 def test_64_threads_may_be_the_first_to_read_in_a_process(s3: str) -> None:
     uri = storage.join(s3, "cold")
     storage.write(uri, b"data")
-    ended = subprocess.run([sys.executable, str(COLD_READERS), uri, "10"], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.cold_readers", uri, "10"], capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import mlflow
 import pytest
-from killing import Training
-from unreliable import Mode, Unreliable, mlflow_server
 
 from model import tracking
-from model.config_sections import TrackingConfig
+from model.config.schema import TrackingConfig
 from model.tracking import Run, tracked
+from tests.helpers.killing import Training
+from tests.helpers.unreliable import Mode, Unreliable, mlflow_server
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,21 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
-from fake_kfp import FakeKfp, fake_kfp
-from fake_kube import FakeKube, fake_kube
-from kfp_backend import NAMESPACE, Backend
-from shapes import CPU
 
-from components.run_end import RUN_LABEL
-from model.config import in_steps, load
-from model.data.shards import describe
+from components.jobs.run_end import RUN_LABEL
+from model.config.load import load_config
+from model.config.schema import in_steps
+from model.data.shards.reader import describe
 from model.tracking import tracked
 from model.training import attempts
+from tests.helpers.fake_kfp import FakeKfp, fake_kfp
+from tests.helpers.fake_kube import FakeKube, fake_kube
+from tests.helpers.kfp_backend import NAMESPACE, Backend
+from tests.helpers.paths import ROOT
+from tests.helpers.shapes import CPU
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
-LOCAL = list(yaml.safe_load_all((Path(__file__).parents[2] / "k8s/overlays/local/training.yaml").read_text()))[1][
-    "data"
-]
+LOCAL = list(yaml.safe_load_all((ROOT / "k8s/overlays/local/training.yaml").read_text()))[1]["data"]
 """Sizes of steps on one machine with 2 cores, of which Kubernetes and Kubeflow leave half a core."""
 SHORT = "[training.steps=2,optim.warmup_steps=1,data.batch_size=8,data.workers=0]"
 
@@ -89,7 +89,7 @@ def publish(cluster: Cluster) -> None:
     """What the operator and the pods of the job would do."""
     job = cluster.job()
     arguments = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["args"]
-    config = load(arguments[1], arguments[2:])
+    config = load_config(arguments[1], arguments[2:])
     config = in_steps(config, describe(config.data.shards)["clips"]["train"])
     with tracked(config.tracking, config.name) as run:
         run.params({"seed": config.seed})

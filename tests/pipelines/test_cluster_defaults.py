@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_kube import FakeKube, fake_kube
-from shapes import CPU
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from pipelines.catalog import PIPELINES, arguments, parameters, with_defaults
 from pipelines.cluster_defaults import arguments_on_cluster
+from tests.helpers.fake_kube import FakeKube, fake_kube
+from tests.helpers.paths import ROOT
+from tests.helpers.shapes import CPU
 
-OVERLAYS = Path(__file__).parents[2] / "k8s" / "overlays"
+OVERLAYS = ROOT / "k8s" / "overlays"
 BASE = yaml.safe_load((OVERLAYS.parent / "base" / "training" / "pipelines.yaml").read_text())["data"]
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl here, which builds the overlays")
 GIVEN = ["raw=s3://r", "pretrained=s3://p"]
@@ -93,7 +94,7 @@ def test_an_overlay_fills_in_all_that_a_cluster_knows(name: str, overlay: str, m
 
 @needs_kubectl
 def test_no_step_of_the_local_overlay_asks_for_more_than_a_small_node_has() -> None:
-    from components.cluster import amount
+    from components.jobs.client import amount
 
     found: dict[str, Any] = with_defaults("benchmark", arguments_on_cluster("benchmark", GIVEN, OVERLAYS / "local"))
     cores = [amount(value) for key, value in found.items() if key.endswith("_cpu")]

@@ -15,9 +15,8 @@ from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from components.run_end import NAMESPACE, WORKFLOW
-from model.config import ConfigError
-from model.exits import DATA, FAILED, OUTAGE, code_of
+from components.jobs.run_end import NAMESPACE, WORKFLOW
+from model.errors import DATA, FAILED, OUTAGE, ConfigError, exit_code
 from model.pipeline_run import RUN_ID
 from pipelines.catalog import COMPILED, PIPELINES, arguments, documents, with_defaults
 from pipelines.local import failure
@@ -211,5 +210,5 @@ def test_a_pipeline_ends_with_the_message_and_the_code_of_its_step(tmp_path: Pat
 
 def test_what_is_permanent_decides_among_steps_that_failed_beside_each_other() -> None:
     found = failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer"), (DATA, "bad data"), (FAILED, "a bug")])
-    assert (code_of(found), str(found)) == (DATA, "bad data\nkfp says so")
-    assert code_of(failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer")])) == OUTAGE
+    assert (exit_code(found), str(found)) == (DATA, "bad data\nkfp says so")
+    assert exit_code(failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer")])) == OUTAGE

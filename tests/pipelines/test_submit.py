@@ -2,16 +2,16 @@ from collections.abc import Iterator
 
 import kfp_server_api
 import pytest
-from fake_kfp import FakeKfp, fake_kfp
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 from typer.testing import CliRunner
 
-from model.exits import OutageError, StageError
+from cli.pipeline import pipeline
+from model.errors import OutageError, StageError
 from pipelines.follow_run import follow, retry, step_names
 from pipelines.kfp_host import Host
-from pipelines.pipeline_cli import pipeline
 from pipelines.submit import submit
+from tests.helpers.fake_kfp import FakeKfp, fake_kfp
 
 GIVEN = {
     "source": "s3://x",

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from model.data.annotations import Annotation, DataError, read_annotations
+from model.data.annotations import Annotation, read_annotations
+from model.errors import DataError
 
 
 def write(root: Path, text: str, *, dataset: str = "pretrain", split: str = "train", encoding: str = "utf-8") -> str:

@@ -8,8 +8,9 @@ import pytest
 
 from model.data.annotations import read_annotations
 from model.data.statistics import OTHER, statistics, super_categories
+from tests.helpers.paths import FIXTURES
 
-CLASS_NAMES = json.loads((Path(__file__).parents[2] / "fixtures" / "classname.json").read_text(encoding="utf-8"))
+CLASS_NAMES = json.loads((FIXTURES / "classname.json").read_text(encoding="utf-8"))
 
 
 def test_every_published_category_has_one_of_twenty_super_categories() -> None:

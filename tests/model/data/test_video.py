@@ -1,15 +1,15 @@
 import io
 import json
 import random
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
 from model.data.video import VideoError, decode, frame_indices, padded
+from tests.helpers.paths import FIXTURES
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "fixtures" / "frame_indices.json").read_text())
+GOLDEN = json.loads((FIXTURES / "frame_indices.json").read_text())
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['length']}-{case['num_frames']}")

@@ -3,15 +3,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import browser
 import mlflow
 import pytest
 
 from model import storage
 from model.data.annotations import read_annotations
-from model.data.build import Settings
-from model.data.commit import build_shards
-from model.data.examine import Form
+from model.data.shards.build import Settings
+from model.data.shards.commit import build_shards
+from model.data.shards.format import Form
+from tests.helpers import browser
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 

@@ -2,14 +2,14 @@
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.evaluation import metrics
+from tests.helpers.paths import FIXTURES
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "fixtures" / "caption_metrics.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((FIXTURES / "caption_metrics.json").read_text(encoding="utf-8"))
 
 
 def test_caption_metrics_are_upstreams_to_the_last_digit() -> None:

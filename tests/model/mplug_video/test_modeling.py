@@ -15,8 +15,8 @@ from model.mplug_video import (
     MPlugVideoForRetrieval,
     vision,
 )
-from model.mplug_video.linear import Linear
 from model.mplug_video.modeling import compile_layers
+from model.mplug_video.vision import Linear
 
 VISION = {"image_size": 32, "patch_size": 8, "num_frames": 3, "hidden_size": 32, "num_hidden_layers": 2}
 TEXT = {

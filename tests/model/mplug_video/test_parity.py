@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
-from upstream import Recording, grad_norms, mapped_names
 
 from model.mplug_video import (
     MPlugVideoForClassification,
@@ -26,6 +25,7 @@ from model.mplug_video.decoding import beam_search
 from model.mplug_video.processing import answer_mask
 from model.tasks.pretraining import contrastive_loss
 from model.tasks.retrieval import matching_loss
+from tests.helpers.upstream import Recording, grad_norms, mapped_names
 
 CLASSES = {"cls": ["a", "b", "c", "d", "e"]}
 KINDS = {
@@ -280,8 +280,11 @@ def test_two_processes(case: str, tmp_path: Path) -> None:
     recording = Recording("two_ranks")
     folder = Recording(case).convert(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    helper = Path(__file__).parents[2] / "helpers" / "gathered_losses.py"
-    subprocess.run([*command, str(helper), case, str(folder)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [*command, "-m", "tests.helpers.gathered_losses", case, str(folder)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     for rank in (0, 1):
         found = load_file(folder / f"{case}.rank{rank}.safetensors")
         for name in ("loss", "loss_caption", "loss_contrastive"):

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from upstream import GPT3, Recording
 
 from model.mplug_video import MPlugVideoProcessor
 from model.mplug_video.tokenization import load_tokenizer
+from tests.helpers.upstream import GPT3, Recording
 
 RECORDING = Recording("data_pipeline")
 FRAMES = [Image.fromarray(frame.numpy()) for frame in RECORDING["in/frames_uint8"]]

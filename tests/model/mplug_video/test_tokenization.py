@@ -6,8 +6,8 @@ from transformers import AutoTokenizer
 
 from model.mplug_video.processing import clean_caption
 from model.mplug_video.tokenization import encode_pair, encode_sentence, load_tokenizer, train_tokenizer
+from tests.helpers.paths import FIXTURES
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDEN = json.loads((FIXTURES / "tokenizer_golden.json").read_text(encoding="utf-8"))
 CLEANED = json.loads((FIXTURES / "cleaned_captions.json").read_text(encoding="utf-8"))
 TOKENIZER = load_tokenizer(FIXTURES / "upstream" / "modelscope_gpt3" / "tokenizer.json")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from upstream import GPT3
 
 from model import manifest
-from model.config import load
-from model.data.loader import ClipSource, Example
-from model.data.shards import ShardReader
+from model.config.load import load_config
+from model.data.loading.loader import ClipSource, Example
+from model.data.shards.reader import ShardReader
 from model.tasks import build_task
+from tests.helpers.upstream import GPT3
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 320, "bos_token_id": None, "eos_token_id": 7}
 ATTENTION = {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
@@ -44,7 +44,9 @@ def examples(shards: str, task: object, count: int) -> list[Example]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_and_captions(family: str, shards: dict[str, str], tmp_path: Path) -> None:
     line = f"model.decoder={decoder_folder(family, tmp_path / 'decoder')}"
-    task = build_task(load("tiny_captioning", [line, f"data.shards={shards['captioning']}", "data.max_length=24"]))
+    task = build_task(
+        load_config("tiny_captioning", [line, f"data.shards={shards['captioning']}", "data.max_length=24"])
+    )
     task.model.train()
     rows = examples(shards["captioning"], task, 3)
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
@@ -67,7 +69,7 @@ def test_a_training_step_and_captions(family: str, shards: dict[str, str], tmp_p
     task.processor.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / manifest.FILE).write_bytes(manifest.describe(tmp_path / "model"))
     settings = [f"model.init_from={tmp_path / 'model'}", "data.shards=s", "data.max_length=24"]
-    again = build_task(load("tiny_captioning", settings))
+    again = build_task(load_config("tiny_captioning", settings))
     again.model.eval()
     assert again.predict(again.collate_evaluation(rows)) == predictions
 
@@ -75,7 +77,7 @@ def test_a_training_step_and_captions(family: str, shards: dict[str, str], tmp_p
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_share_what_they_have_in_common(family: str, shards: dict[str, str], tmp_path: Path) -> None:
     line = f"model.decoder={decoder_folder(family, tmp_path / 'decoder')}"
-    task = build_task(load("tiny_classification", [line, f"data.shards={shards['classification']}"]))
+    task = build_task(load_config("tiny_classification", [line, f"data.shards={shards['classification']}"]))
     task.model.eval()
     batch = task.collate_evaluation(examples(shards["classification"], task, 2))
     with torch.no_grad():

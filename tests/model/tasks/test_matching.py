@@ -1,8 +1,8 @@
 import torch
 
-from model.config import load
-from model.data.loader import ClipSource
-from model.data.shards import ShardReader
+from model.config.load import load_config
+from model.data.loading.loader import ClipSource
+from model.data.shards.reader import ShardReader
 from model.tasks import build_task
 
 
@@ -13,7 +13,7 @@ def test_negatives_are_titles_of_other_clips_and_all_titles_are_scored(shards: d
         "task=matching",
         "data.max_length=80",
     ]
-    task = build_task(load("tiny_retrieval", settings))
+    task = build_task(load_config("tiny_retrieval", settings))
     clips = ClipSource(reader=ShardReader(f"{shards['retrieval']}/train"), processor=task.processor)
     examples = [clips.example((0, position), clips.fetch(position)) for position in (0, 1, 1, 2)]  # one clip twice
     batch = task.collate(examples)

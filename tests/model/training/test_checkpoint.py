@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from model import manifest, storage
-from model.config import ConfigError, RunConfig, load
-from model.config_sections import CheckpointConfig, WatchdogConfig
-from model.data.annotations import DataError
+from model.config.load import load_config
+from model.config.schema import CheckpointConfig, RunConfig, WatchdogConfig
+from model.errors import ConfigError, DataError
 from model.tasks import build_task
 from model.training.attempts import run_folder, saved_steps
 from model.training.checkpoint import Checkpoints, frozen_sha256
@@ -30,7 +30,7 @@ def group() -> Iterator[Processes]:
 
 def settings(decoder: str, *overrides: str) -> RunConfig:
     common = [f"model.decoder={decoder}", "data.shards=unused", "data.batch_size=2", "model.use_contrastive=false"]
-    return load("tiny_pretraining", [*common, "optim.warmup_steps=0", *overrides])
+    return load_config("tiny_pretraining", [*common, "optim.warmup_steps=0", *overrides])
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-HELPERS = Path(__file__).parents[2] / "helpers"
 STAGES = "0123"
 
 
@@ -18,7 +16,7 @@ def found(decoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     out = tmp_path_factory.mktemp("stages") / "found.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
-        [*torchrun, str(HELPERS / "engine_stages.py"), decoder, str(out)],
+        [*torchrun, "-m", "tests.helpers.engine_stages", decoder, str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, check=True, timeout=300,
     )  # fmt: skip
     return json.loads(out.read_text())

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cli.services import free_ports
 from model.training.exporter import PORT, Exporter
-from pipelines.services import free_ports
+from tests.helpers.paths import ROOT
 
-MONITORING = Path(__file__).parents[3] / "k8s" / "components" / "monitoring"
+MONITORING = ROOT / "k8s" / "components" / "monitoring"
 
 
 def scrape(port: int, host: str = "127.0.0.1") -> str:

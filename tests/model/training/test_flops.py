@@ -5,9 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import load
-from model.data.loader import ClipSource
-from model.data.shards import ShardReader
+from model.config.load import load_config
+from model.data.loading.loader import ClipSource
+from model.data.shards.reader import ShardReader
 from model.tasks import build_task
 from model.training.flops import of_step, peak_flops
 
@@ -20,7 +20,7 @@ def test_the_count_is_that_of_torch(shards: dict[str, str], decoder: str, task: 
     dataset = {"pretraining": "pretrain", "matching": "retrieval"}.get(task, task)
     preset = {"matching": "tiny_retrieval"}.get(task, f"tiny_{task}")
     settings = [f"model.decoder={decoder}", f"data.shards={shards[dataset]}", f"task={task}", "training.precision=fp32"]
-    config = load(preset, [*settings, f"model.freeze_decoder={str(frozen).lower()}"])
+    config = load_config(preset, [*settings, f"model.freeze_decoder={str(frozen).lower()}"])
     made = build_task(config)
     made.model.train()
     clips = ClipSource(reader=ShardReader(f"{shards[dataset]}/train"), processor=made.processor)

@@ -5,10 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from upstream import FOLDER, Recording, mapped_names
 
-from model.config import in_steps, load
-from model.config_sections import OptimConfig
+from model.config.load import load_config
+from model.config.schema import OptimConfig, in_steps
 from model.mplug_video import (
     MPlugVideoForClassification,
     MPlugVideoForConditionalGeneration,
@@ -16,6 +15,7 @@ from model.mplug_video import (
     MPlugVideoForRetrieval,
 )
 from model.training.optim import lr_at, parameter_groups
+from tests.helpers.upstream import FOLDER, Recording, mapped_names
 
 RECORDED = json.loads((FOLDER / "optimisation.json").read_text())
 SCHEDULES = load_file(FOLDER / "schedules.safetensors")
@@ -44,7 +44,7 @@ def test_the_schedule_is_upstreams(name: str) -> None:
         "data.shards": "s",
         "data.batch_size": 4,
     }
-    config = load("tiny_pretraining", [f"{key}={value}" for key, value in settings.items()])
+    config = load_config("tiny_pretraining", [f"{key}={value}" for key, value in settings.items()])
     config = in_steps(config, clips=4 * case["niter_per_ep"] + 3)  # an incomplete last batch is left out
     expected = SCHEDULES[name].tolist()
     assert config.training.steps == len(expected)

@@ -12,19 +12,20 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from copying import copied
-from killing import MPLUG, Training, workers
 
 from model import manifest, storage
-from model.config import DATASETS, load, presets
-from model.data.build import Settings
-from model.data.commit import build_shards
-from model.data.examine import Form
-from model.data.shards import ShardReader
+from model.config.load import load_config, presets
+from model.config.schema import DATASETS
+from model.data.shards.build import Settings
+from model.data.shards.commit import build_shards
+from model.data.shards.format import Form
+from model.data.shards.reader import ShardReader
 from model.evaluation.metrics import NAMES
 from model.evaluation.results import Evaluation, load_evaluation
 from model.evaluation.runner import evaluate_model
 from model.mplug_video import MPlugVideoConfig
+from tests.helpers.copying import copied
+from tests.helpers.killing import MPLUG, Training, workers
 
 SIZES = [
     "model.vision.image_size=64", "model.vision.hidden_size=128", "model.vision.num_hidden_layers=4",
@@ -62,7 +63,7 @@ def stored(corpus: Path, shards: dict[str, str], s3: str) -> Callable[[str, str]
 def test_a_released_preset_trains_from_s3_is_killed_and_goes_on(
     preset: str, form: str, stored: Callable[[str, str], str], bases: dict[str, str], s3: str, tmp_path: Path
 ) -> None:
-    config = load(preset, ["data.shards=unused", "model.decoder=unused"])
+    config = load_config(preset, ["data.shards=unused", "model.decoder=unused"])
     task, share = config.task, config.data.batch_size // GPUS
     root, shards = storage.join(s3, "production", preset, form), stored(DATASETS[task], form)
     base = "model.decoder" if task == "pretraining" else "model.init_from"

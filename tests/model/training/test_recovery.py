@@ -7,12 +7,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from killing import STEPS, Outcome, Training, workers
 
-from model.config_sections import CheckpointConfig
-from model.exits import AttemptsError
+from model.config.schema import CheckpointConfig
+from model.errors import AttemptsError
 from model.training import attempts
 from model.training.attempts import saved_steps
+from tests.helpers.killing import STEPS, Outcome, Training, workers
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import TINY, train
 
 from model import manifest
-from model.config import load
-from model.data.loader import ClipSource, training_batches
-from model.data.sampler import BatchSampler
-from model.data.shards import ShardReader
+from model.config.load import load_config
+from model.data.loading.loader import ClipSource, training_batches
+from model.data.loading.sampler import BatchSampler
+from model.data.shards.reader import ShardReader
 from model.mplug_video import MPlugVideoForPreTraining
 from model.tasks import build_task
 from model.training.optim import lr_at, parameter_groups
+from tests.helpers.running import TINY, train
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 
@@ -29,7 +29,7 @@ def history(model: str) -> list[dict]:
 
 def plain_losses(preset: str, overrides: list[str]) -> list[float]:
     """The same run as a plain PyTorch loop."""
-    config = load(preset, overrides)
+    config = load_config(preset, overrides)
     torch.manual_seed(config.seed)
     task = build_task(config)
     task.model.train()
@@ -69,7 +69,7 @@ def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decod
 
 def test_a_frozen_decoder_leaves_training_as_it_came(pretrained: str, decoder: str) -> None:
     model = MPlugVideoForPreTraining.from_pretrained(manifest.fetch(pretrained))
-    before = build_task(load("tiny_pretraining", [f"model.decoder={decoder}", "data.shards=unused"])).model
+    before = build_task(load_config("tiny_pretraining", [f"model.decoder={decoder}", "data.shards=unused"])).model
     for name, value in before.decoder.state_dict().items():
         torch.testing.assert_close(model.decoder.state_dict()[name].float(), value.to(torch.bfloat16).float())
 

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from copying import copied
-from killing import Outcome, Training
-from running import TINY
 
-from model.config import ConfigError, load
+from model.config.load import load_config
+from model.errors import ConfigError
 from model.evaluation.runner import evaluate_model
 from model.tasks import build_task
 from model.training.attempts import saved_steps
 from model.training.distributed import Processes
 from model.training.validation import Validation
+from tests.helpers.copying import copied
+from tests.helpers.killing import Outcome, Training
+from tests.helpers.running import TINY
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,6 @@ def test_an_unknown_metric_and_a_split_that_is_too_small_are_refused(shards: dic
         ("evaluation.metric=top2", "must be one of loss, top1, top5"),
         ("evaluation.clips=3", "at least"),
     ):
-        config = load("tiny_classification", [*settings, override])
+        config = load_config("tiny_classification", [*settings, override])
         with pytest.raises(ConfigError, match=said):
             Validation(build_task(config), config, Processes(0, 1, torch.device("cpu"), dist.group.WORLD))

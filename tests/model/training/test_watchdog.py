@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from cli.services import free_ports
 from model.parent import PARENT_PID
-from pipelines.services import free_ports
 
-WATCHED = Path(__file__).parents[2] / "helpers" / "watched.py"
 LOST, DATA, FAILED, KILLED = 144, 3, 1, -signal.SIGKILL
 
 
@@ -23,7 +21,7 @@ def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float
     start = time.monotonic()
     children = [
         subprocess.Popen(
-            [sys.executable, str(WATCHED), case], stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "tests.helpers.watched", case], stderr=subprocess.PIPE, text=True,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)

@@ -1,0 +1,253 @@
+"""The commands `mplug data …`: make, fetch, shard, check and look at datasets. Each is a call into the package."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model.errors import ConfigError
+
+data = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Make, fetch, shard, check and look at datasets."
+)
+Dataset = Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")]
+NumFrames = Annotated[int, typer.Option(min=1, help="Frames stored per clip.")]
+ShortSide = Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")]
+Partition = Annotated[str, typer.Option(help="i/n: the i-th of n equal shares of the work, from 1/n to n/n.")]
+TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server. Empty: no tracking.")]
+
+
+@data.command()
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same corpus.")] = 0,
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips; 1 gives about 2,250.")] = 1.0,
+    workers: Annotated[int | None, typer.Option(help="Rendering processes. Default: one per core.")] = None,
+) -> None:
+    """Make a small Youku-mPLUG in the published format.
+
+    Example: `mplug data synthesize corpus --scale 0.1`
+    """
+    from model.data.synthetic.corpus import synthesize as run
+
+    print(run(out, seed=seed, scale=scale, workers=workers))
+
+
+@data.command()
+def download(
+    source: Annotated[str, typer.Argument(help="Folder, s3:// URI, list of URLs, or modelscope://owner/name.")],
+    root: Annotated[str, typer.Argument(help="Folder or s3:// URI to copy to.")],
+    dataset: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "youku-mplug",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only paths of this pattern, 'retrieval/*'; repeatable.")
+    ] = None,
+    partition: Partition = "1/1",
+    threads: Annotated[int, typer.Option(min=1, help="Transfers at a time.")] = 32,
+    rate_limit: Annotated[float, typer.Option(min=0, help="MB per second; 0 is no limit.")] = 0,
+    attempts: Annotated[int, typer.Option(min=1, help="Tries in a row without a byte of progress.")] = 6,
+    max_failed: Annotated[float, typer.Option(min=0, max=1, help="Share of files that may fail.")] = 0.0,
+) -> None:
+    """Copy a dataset into object storage; prints its URI.
+
+    A list is CSV or TSV with a column `url` (and `path`, `size`, `sha256` where known), JSON lines with the same keys,
+    or one URL a line. An interrupted command goes on where it was, inside large files too; training may start on what
+    is there (`mplug data shard --available`).
+
+    Example: `mplug data download modelscope://modelscope/Youku-AliceMind s3://mplug/work --partition 3/64`
+    """
+    from model.data.download.dataset import Options
+    from model.data.download.dataset import download as run
+    from model.data.download.fetch import Policy
+    from model.data.partition import parse_partition
+
+    index, count = parse_partition(partition)
+    options = Options(
+        only=only or (), index=index, count=count, threads=threads, rate=rate_limit * 1e6, max_failed=max_failed,
+        policy=Policy(attempts=attempts),
+    )  # fmt: skip
+    print(run(source, root, dataset, options)[0])
+
+
+@data.command()
+def status(
+    raw: Annotated[str, typer.Argument(help="Folder or URI of a raw dataset, complete or not.")],
+) -> None:
+    """Say what of a dataset has been downloaded, and why the rest has not.
+
+    Example: `mplug data status s3://mplug/work/raw/youku-mplug`
+    """
+    from model.data.download.ledger import status as run
+
+    found = run(raw)
+    print(f"{found.files} files, {found.bytes / 1e9:.3f} GB done; {found.failed.total()} failed")
+    for reason, count in found.failed.most_common():
+        print(f"{count:10d} {reason}")
+    for outcome in found.examples:
+        print(f"  {outcome.path}: {outcome.reason}")
+
+
+@data.command()
+def verify(
+    uri: Annotated[str, typer.Argument(help="Folder or URI of a raw or a sharded dataset.")],
+    partition: Partition = "1/1",
+) -> None:
+    """Read a dataset again and compare every file (or clip) with the hash that was taken when it was written.
+
+    Files of a raw dataset that differ are marked, and the next download fetches them again.
+
+    Example: `mplug data verify work/raw/youku-mplug`
+    """
+    from model import storage
+    from model.data.download import dataset
+    from model.data.partition import parse_partition
+    from model.data.shards import reader
+    from model.data.shards.format import DATASET
+    from model.errors import DataError
+
+    index, count = parse_partition(partition)
+    is_sharded = storage.exists(storage.join(uri, DATASET))
+    right, wrong = (reader if is_sharded else dataset).verify(uri, index=index, count=count)
+    if wrong:
+        raise DataError("\n".join(wrong))
+    print(f"{right} as written")
+
+
+@data.command()
+def shard(
+    raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
+    root: Annotated[str, typer.Argument(help="Folder or URI under which shards/ is written.")],
+    dataset: Dataset = "pretrain",
+    form: Annotated[str, typer.Option(help="frames, or original for the clips as published.")] = "frames",
+    num_frames: NumFrames = 16,
+    short_side: ShortSide = 256,
+    partition: Partition = "1/1",
+    available: Annotated[
+        bool, typer.Option("--available", help="Shard what is there; clips that are not are listed as missing.")
+    ] = False,
+    max_quarantined: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a split's clips that may be broken.")
+    ] = 0.05,
+    decoder: Annotated[str, typer.Option(help="pyav or decord.")] = "pyav",
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds after which decoding a clip is given up.")] = 60,
+    workers: Annotated[int | None, typer.Option(help="Decoding processes. Default: one per core.")] = None,
+) -> None:
+    """Decode every clip once and write shards; prints their URI.
+
+    Many machines share the work: each runs `--partition i/n`, and the command without it puts the parts together. An
+    interrupted command goes on where it was. Clips that cannot be decoded are listed with the reason.
+
+    Example: `mplug data shard work/raw/youku-mplug work --dataset retrieval --short-side 72`
+    """
+    from model.data.partition import parse_partition
+    from model.data.shards.build import Settings, build_parts, plan
+    from model.data.shards.commit import build_shards
+    from model.data.shards.format import Form
+
+    settings = Settings(
+        raw=raw, root=root, dataset=dataset, form=Form(kind=form, num_frames=num_frames, short_side=short_side),
+        decoder=decoder, deadline_s=deadline, available_only=available, max_quarantined=max_quarantined,
+    )  # fmt: skip
+    index, count = parse_partition(partition)
+    if count > 1:
+        build_parts(plan(settings), index=index, count=count, workers=workers)
+    else:
+        print(build_shards(settings, workers=workers))
+
+
+@data.command("import")
+def import_own(
+    videos: Annotated[str, typer.Argument(help="Folder or s3:// URI of the videos.")],
+    table: Annotated[str, typer.Argument(help="CSV with columns video and text, and as wanted label and split.")],
+    root: Annotated[str, typer.Argument(help="Folder or s3:// URI under which raw/ and shards/ are written.")],
+    dataset: Dataset = "pretrain",
+    name: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "own",
+    form: Annotated[str, typer.Option(help="frames, or original for the clips as they are.")] = "frames",
+    num_frames: NumFrames = 16,
+    short_side: ShortSide = 256,
+) -> None:
+    """Make a dataset of your own videos; prints the URI of its shards.
+
+    The CSV names each video by its path below VIDEOS. Without a column `split` a tenth of the videos each goes to val
+    and test, always the same ones; a pre-training dataset is all train.
+
+    Example: `mplug data import videos captions.csv work --dataset captioning`
+    """
+    import tempfile
+
+    from model import storage
+    from model.data.download.dataset import download as copy
+    from model.data.download.import_videos import OwnSource, read_rows
+    from model.data.shards.build import Settings
+    from model.data.shards.commit import build_shards
+    from model.data.shards.format import Form
+
+    stored = Form(kind=form, num_frames=num_frames, short_side=short_side)
+    rows = read_rows(table, videos, dataset)
+    with tempfile.TemporaryDirectory() as made:
+        own = OwnSource(videos, rows, dataset, Path(made))
+        own.refuse_other(storage.join(root, "raw", name))
+        raw, _ = copy(own, root, name)
+    print(build_shards(Settings(raw=raw, root=root, dataset=dataset, form=stored)))
+
+
+@data.command()
+def stats(
+    shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded dataset.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    tracking_uri: TrackingUri = "",
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "mplug-video",
+) -> None:
+    """Show what a dataset holds: categories, durations, resolutions, sizes, titles, and why clips are not in it.
+
+    Example: `mplug data stats work/shards/classification@… --out stats.html`
+    """
+    from rich.console import Console
+
+    from model.config.schema import TrackingConfig
+    from model.data.statistics import statistics
+    from model.evaluation.dataset_report import html, publish, show
+    from model.tracking import tracked
+
+    found = statistics(shards)
+    show(found, Console(highlight=False))
+    if out:
+        out.write_text(html(found), encoding="utf-8")
+    if tracking_uri:
+        with tracked(TrackingConfig(uri=tracking_uri, experiment=experiment), f"stats-{found.name}") as run:
+            run.tags({"data_digest": found.name.rpartition("@")[2]})
+            publish(found, run)
+
+
+@data.command()
+def tokenizer(
+    raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
+    root: Annotated[str, typer.Argument(help="Folder or URI under which models/tokenizer is written.")],
+    vocab_size: Annotated[int, typer.Option(min=264, help="Tokens, 264 of them fixed.")] = 448,
+) -> None:
+    """Learn a GPT-3 style tokenizer on the titles; prints its URI.
+
+    Example: `mplug data tokenizer work/raw/youku-mplug work`
+    """
+    from model.tasks.tokenizer import publish_tokenizer
+
+    print(publish_tokenizer(raw, root, vocab_size))
+
+
+@data.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="A file here, or its s3:// URI.")],
+    dest: Annotated[str, typer.Argument(help="The s3:// URI to write, or the file here.")],
+) -> None:
+    """Copy one file into storage, or out of it.
+
+    Example: `mplug data copy s3://mplug/work/backups/mlflow-20261126T021700Z.dump mlflow.dump`
+    """
+    from model.storage import download, is_s3, upload
+
+    if is_s3(source) == is_s3(dest):
+        raise ConfigError(f"one of the two must be an s3:// URI and the other a file, got {source} and {dest}.")
+    if is_s3(source):
+        download(source, Path(dest))
+    else:
+        upload(Path(source), dest)
+    print(dest)

@@ -1,0 +1,154 @@
+"""The main job on one machine: `mplug demo` takes synthetic clips through the whole platform and shows the result."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.services import BUCKET, Settings, services, stop
+from model import storage
+from model.data.synthetic.corpus import synthesize
+from model.errors import INTERRUPTED, ConfigError, ProcessFailedError, StageError
+from pipelines.local import refuse
+
+ROOT = f"s3://{BUCKET}/demo"
+EXPERIMENT, RUN_NAME = "mplug-video", "demo"
+STAGE = re.compile(r"Task '([a-z-]+?)(-[0-9]+)?' finished with status (SUCCESS|FAILURE)")
+PROGRESS = re.compile(r"[0-9]%\|.*(clip|file|step|batch)")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+console = Console(highlight=False)
+
+
+def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
+    """Runs the demo in `folder`; returns 0, or 1 where a required result was missed."""
+    refuse({"root": ROOT, "overrides": overrides})
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
+    started = time.monotonic()
+    with _interruptible():
+        source = _corpus(folder, scale)
+        console.print("[bold]starting S3 and MLflow[/]")
+        with services(folder) as made:
+            _run_pipeline(folder, source, made, overrides)
+            report, results = _fetch_report(folder, made)
+    missed = _print_results(results)
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"\nreport   {report}\nMLflow   [bold]{_mplug()} ui {folder}[/]\ntook     {minutes:.1f} minutes")
+    for row in missed:
+        console.print(f"[red]missed:[/] {row['task']} {row['metric']} is {row['value']:.3f}, required {_bound(row)}")
+    return 1 if missed else 0
+
+
+def serve(folder: Path) -> None:
+    """Runs S3 and MLflow on a demo's results until Ctrl-C."""
+    if not (folder / "mlflow.db").exists():
+        raise StageError(f"{folder} holds no demo. Run `mplug demo {folder}` first.")
+    with _interruptible(), services(folder) as made:
+        console.print(f"MLflow   [bold]{made.tracking_uri}[/]   (Ctrl-C stops it)")
+        signal.pause()
+
+
+def _corpus(folder: Path, scale: float) -> Path:
+    """The synthetic dataset, made once: it appears when it is whole."""
+    source, partial, note = folder / "source", folder / "source.partial", folder / "scale"
+    if source.exists() and note.read_text(encoding="utf-8") != str(scale):
+        raise ConfigError(f"--scale must be {note.read_text()} for {folder}, got {scale}. Name another folder.")
+    if not source.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        synthesize(partial, scale=scale)
+        note.write_text(str(scale), encoding="utf-8")
+        partial.rename(source)
+    return source
+
+
+def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[str]) -> None:
+    log = folder / "pipeline.log"
+    command = [
+        _mplug(), "pipeline", "run", "--folder", str(folder / "kfp"), "mplug-video", f"source={source}", f"root={ROOT}",
+        f"tracking_uri={made.tracking_uri}", f"run_name={RUN_NAME}", f"overrides={json.dumps(overrides)}",
+    ]  # fmt: skip
+    console.print(f"[bold]running the pipeline[/], log in {log}")
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        assert child.stdout is not None
+        with log.open("wb") as file:
+            for line in child.stdout:
+                file.write(line)
+                file.flush()
+                _show(line.decode(errors="replace").rstrip())
+        if code := child.wait():
+            said = f"the pipeline failed; {log} says why. Run `mplug demo` again to resume."
+            raise ProcessFailedError(said, code)
+    finally:
+        stop(child)
+
+
+def _show(line: str) -> None:
+    """Shows the pipeline's progress; all of its output is in pipeline.log."""
+    line = COLOUR.sub("", line).strip()
+    if stage := STAGE.search(line):
+        if not line.startswith("Task"):  # kfp prints every line twice, once with the time
+            mark = "[green]✓[/]" if stage[3] == "SUCCESS" else "[red]✗[/]"
+            console.print(f"{mark} {stage[1]}")
+    elif PROGRESS.search(line) or line.startswith("error: "):
+        print(f"  {line}", flush=True)
+
+
+def _fetch_report(folder: Path, made: Settings) -> tuple[Path, list[dict[str, Any]]]:
+    """Copies the report of this run out of S3, which stops with the demo."""
+    uri = storage.join(ROOT, "reports", RUN_NAME)
+    storage.download(storage.join(uri, "report.html"), folder / "report.html")
+    return folder / "report.html", json.loads(storage.read(storage.join(uri, "results.json")))
+
+
+def _print_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints the table and returns the rows that were missed."""
+    table = Table(title="results on the test splits", title_justify="left")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("value", "without pre-training", "chance", "required"):
+        table.add_column(column, justify="right")
+    for row in results:
+        chance = "–" if row["chance"] is None else f"{row['chance']:.3f}"
+        value = f"[{'green' if row['passed'] else 'red'}]{row['value']:.3f}[/]"
+        without = f"{row['without_pretraining']:.3f}"
+        table.add_row(str(row["task"]), str(row["metric"]), value, without, chance, _bound(row))
+    console.print(table)
+    return [row for row in results if not row["passed"]]
+
+
+def _bound(row: dict[str, Any]) -> str:
+    return f"{'>' if row['strict'] else '≥'} {row['required']:.3f}"
+
+
+def _mplug() -> str:
+    return str(Path(sys.executable).with_name("mplug"))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends on SIGTERM or a closed terminal as on Ctrl-C: contexts inside have closed, no process stays behind."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on where this one was")
+        sys.exit(INTERRUPTED)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,167 @@
+"""What `mplug doctor` looks at on a cluster: rights, definitions, what is installed, and whether a job fits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from cli.doctor.controllers import init_container, kueue, retry_policy
+from cli.doctor.finding import Finding, failed, fine, warned
+from components.jobs import rules
+from components.jobs.client import Cluster, amount
+from components.jobs.launcher import Limits, run
+from components.jobs.manifests import SHAPE, Launch, gpus_of, render
+from model.errors import ClusterError, ConfigError
+
+OLDEST = (1, 27)
+"""Of Kubernetes: pod failure policies and spreading by job came by then."""
+RIGHTS = [
+    ("create", "kubeflow.org", "pytorchjobs"), ("watch", "kubeflow.org", "pytorchjobs"),
+    ("delete", "kubeflow.org", "pytorchjobs"), ("create", "batch", "jobs"), ("get", "", "podtemplates"),
+    ("list", "", "pods"), ("get", "", "pods/log"), ("list", "", "events"),
+]  # fmt: skip
+APPLY = "kubectl apply -k k8s/overlays/<yours>"
+
+
+def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Finding]:
+    cluster = Cluster(namespace, patience_s=5)
+    yield _version(cluster)
+    yield from _rights(cluster)
+    if (operator := _operator(cluster)).kind == "failure":
+        yield operator
+        return
+    yield operator
+    yield from _installed(cluster)
+    try:
+        shape = cluster.shape(SHAPE)
+    except ClusterError:
+        yield failed("shape", f"namespace {cluster.namespace} has no PodTemplate {SHAPE}", APPLY)
+        return
+    try:
+        batch = nodes * (processes or gpus_of(shape)[1] or 1)
+        command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", f"data.batch_size={batch}")
+        (job,) = render(Launch(command=command, nodes=nodes, processes=processes), shape, cluster.namespace)
+    except ConfigError as error:
+        yield failed("shape", " ".join(str(error).split()), "Mend the overlay, and apply it again.")
+        return
+    yield fine("shape", f"{nodes} pods of {processes or gpus_of(shape)[1] or 1} processes, by every rule")
+    pod = next(pod for _, pod in rules.pods(job))
+    yield from init_container(cluster, dict(pod), nodes)
+    yield from kueue(cluster, shape)
+    yield from retry_policy(cluster)
+    yield from _quota(cluster, pod, nodes)
+    yield from _nodes(cluster, gpus_of({"template": pod}), nodes)
+
+
+def _version(cluster: Cluster) -> Finding:
+    found = cluster.read("/version")
+    version = tuple(int("".join(filter(str.isdigit, found[key]))) for key in ("major", "minor"))
+    said = f"Kubernetes {found['gitVersion']}"
+    return (
+        fine("API server", said) if version >= OLDEST else warned("API server", said, "1.27 is the oldest known to do.")
+    )
+
+
+def _rights(cluster: Cluster) -> Iterator[Finding]:
+    missing = [f"{verb} {resource}" for verb, group, resource in RIGHTS if not cluster.may(verb, group, resource)]
+    if missing:
+        remedy = f"Ask for them in namespace {cluster.namespace}; Role launcher in k8s/base/rbac lists them."
+        yield failed("rights", f"you may not: {', '.join(missing)}", remedy)
+    else:
+        yield fine("rights", f"all that a job needs, in namespace {cluster.namespace}")
+
+
+def _operator(cluster: Cluster) -> Finding:
+    try:
+        kinds = {item["kind"] for item in cluster.read("/apis/kubeflow.org/v1")["resources"]}
+    except ClusterError:
+        kinds = set()
+    if "PyTorchJob" not in kinds:
+        return failed("training-operator", "PyTorchJob is not known to this cluster", "Install training-operator 1.9.")
+    return fine("training-operator", "PyTorchJob kubeflow.org/v1")
+
+
+def _installed(cluster: Cluster) -> Iterator[Finding]:
+    for kind, name in (("configmaps", "mplug-config"), ("secrets", "mplug-s3")):
+        try:
+            cluster.read(f"/api/v1/namespaces/{cluster.namespace}/{kind}/{name}")
+        except ClusterError as error:
+            if error.status == 403:
+                yield warned(name, "may not be looked at", "")
+            elif kind == "secrets":
+                yield warned(
+                    name, "is not there", "Fine where the service account has a cloud role; else k8s/secrets.sh."
+                )
+            else:
+                yield failed(name, "is not there", APPLY)
+        else:
+            yield fine(name, "is there")
+
+
+def _quota(cluster: Cluster, pod: Any, nodes: int) -> Iterator[Finding]:
+    wanted = counted(pod)
+    try:
+        quotas = cluster.read(f"/api/v1/namespaces/{cluster.namespace}/resourcequotas")["items"]
+    except ClusterError as error:
+        yield warned("quota", f"may not be looked at: {error}", "")
+        return
+    for quota in quotas:
+        status = quota.get("status") or {}
+        hard, used = status.get("hard") or quota["spec"]["hard"], status.get("used") or {}
+        for key, limit in hard.items():
+            if key not in wanted:
+                continue
+            left = amount(limit) - amount(used.get(key, "0"))
+            if wanted[key] * nodes > left:
+                said = f"{key}: the job asks for {wanted[key] * nodes:g}, {left:g} of {limit} are left"
+                yield failed("quota", said, f"Raise quota {quota['metadata']['name']}, or take fewer nodes.")
+                return
+    yield fine("quota", "the job fits")
+
+
+def _nodes(cluster: Cluster, gpus: tuple[str, int], nodes: int) -> Iterator[Finding]:
+    name, count = gpus
+    if not count:
+        return
+    try:
+        found = cluster.read("/api/v1/nodes")["items"]
+    except ClusterError:
+        yield warned("GPUs", "nodes may not be looked at", "")
+        return
+    able = sum(int(amount(node["status"]["allocatable"].get(name, "0")) // count) for node in found)
+    said = f"there is room for {able} pods with {count} of {name} each, the job has {nodes}"
+    if able < nodes:
+        yield failed("GPUs", said, "Take fewer --nodes, or --processes; or add nodes and the device plugin.")
+    else:
+        yield fine("GPUs", said)
+
+
+def counted(pod: Any) -> dict[str, float]:
+    """What quotas count of one pod, under the names that they use."""
+    found: dict[str, float] = {"pods": 1, "count/pods": 1}
+    for container in pod["spec"]["containers"]:
+        resources = container.get("resources", {})
+        limits = resources.get("limits", {})
+        for name, quantity in {**limits, **resources.get("requests", {})}.items():
+            for key in (name, f"requests.{name}"):
+                found[key] = found.get(key, 0.0) + amount(quantity)
+        for name, quantity in limits.items():
+            found[f"limits.{name}"] = found.get(f"limits.{name}", 0.0) + amount(quantity)
+    return found
+
+
+def ask_in_a_pod(namespace: str) -> None:
+    """The same questions from where a job would ask them: its image, network policies, credentials and volumes.
+
+    Raises JobFailedError where the pod does not come up, or finds something.
+    """
+    cluster = Cluster(namespace)
+    shape = cluster.shape(SHAPE)
+    command = (
+        "doctor",
+        "--root=$(MPLUG_ROOT)",
+        "--tracking-uri=$(MLFLOW_TRACKING_URI)",
+        "--gpus",
+        str(gpus_of(shape)[1]),
+    )
+    launch = Launch(command=command, name="doctor", processes=gpus_of(shape)[1] or 1)
+    cluster.delete("Job", "doctor")
+    run(cluster, render(launch, shape, cluster.namespace), Limits(deadline_s=600))

@@ -1,0 +1,144 @@
+"""What `mplug doctor` asks a cluster's controllers: training-operator, Kueue, and Argo under Kubeflow Pipelines."""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from cli.doctor.finding import Finding, failed, fine, warned
+from components.jobs.client import Cluster
+from components.jobs.launcher import QUEUE_LABEL
+from components.jobs.manifests import Manifest
+from model.errors import ClusterError
+
+OPERATOR_NAMESPACE, OPERATOR = "kubeflow", "training-operator"
+CONFIG_FOLDER, TEMPLATE = "/etc/config", "initContainer.yaml"
+"""Where training-operator 1.9 looks for a template of its init container."""
+DEFAULT_IMAGE = "alpine:3.10"
+DEFAULT_TEMPLATE = """
+- name: init-pytorch
+  image: {{.InitContainerImage}}
+  imagePullPolicy: IfNotPresent
+  resources: {limits: {cpu: 100m, memory: 20Mi}, requests: {cpu: 50m, memory: 10Mi}}
+  command: [sh, -c, "nslookup {{.MasterAddr}}"]
+"""
+"""The operator's own, as far as admission looks at it."""
+APPLY = "`kubectl apply -k k8s/operator`, then the patch of k8s/README.md, step 2."
+
+
+def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Finding]:
+    """Asks admission about a worker's pod as the operator will make it."""
+    if nodes == 1:
+        return
+    try:
+        template, image, said = _template(cluster)
+        added = _filled(template, image)
+    except ClusterError as error:
+        yield warned("init container", f"the operator's Deployment may not be looked at: {error}", "Ask who may.")
+        return
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        yield failed("init container", f"the operator's template cannot be read: {' '.join(str(error).split())}", APPLY)
+        return
+    worker = copy.deepcopy(pod)
+    worker["spec"]["initContainers"] = [*(worker["spec"].get("initContainers") or []), *added]
+    if not cluster.may("create", "", "pods"):
+        yield warned("init container", f"{said} Whether admission takes it is unknown: you may not create pods.", "")
+        return
+    refused = cluster.refuses_pod({"apiVersion": "v1", "kind": "Pod", **worker, "metadata": _metadata(worker)})
+    if "PodSecurity" in refused:
+        yield failed("init container", f"{said} A worker would be refused: {refused}", APPLY)
+    elif refused:
+        yield failed("worker pod", f"it would be refused: {refused}", "Mend the overlay, or raise the quota.")
+    elif "nslookup" in template:
+        yield warned("init container", f"{said} It waits for a name, in some images without end.", APPLY)
+    else:
+        yield fine("init container", f"{said} Admission takes a worker with it.")
+
+
+def _template(cluster: Cluster) -> tuple[str, str, str]:
+    """The template of the init container that the operator uses, its image, and where it has them from."""
+    path = f"/apis/apps/v1/namespaces/{OPERATOR_NAMESPACE}/deployments/{OPERATOR}"
+    spec = cluster.read(path)["spec"]["template"]["spec"]
+    (container, *_) = spec["containers"]
+    arguments = " ".join([*(container.get("command") or []), *(container.get("args") or [])])
+    image = re.search(r"pytorch-init-container-image[= ](\S+)", arguments)
+    mounted = {
+        mount["name"]: mount for mount in container.get("volumeMounts") or []
+        if mount["mountPath"].rstrip("/") in (CONFIG_FOLDER, f"{CONFIG_FOLDER}/{TEMPLATE}")
+    }  # fmt: skip
+    for volume in spec.get("volumes") or []:
+        if volume["name"] in mounted and "configMap" in volume:
+            name = volume["configMap"]["name"]
+            config = cluster.read(f"/api/v1/namespaces/{OPERATOR_NAMESPACE}/configmaps/{name}")["data"]
+            if TEMPLATE in config:
+                return config[TEMPLATE], image[1] if image else DEFAULT_IMAGE, f"{name} is mounted."
+    return DEFAULT_TEMPLATE, image[1] if image else DEFAULT_IMAGE, "The operator has its own, nothing is mounted."
+
+
+def _filled(template: str, image: str) -> list[Any]:
+    """Renders the template as the operator does. Raises ValueError if the result is not a list of containers."""
+    values = {"InitContainerImage": image, "MasterAddr": "doctor-master-0", "MaxTries": "100"}
+    found = yaml.safe_load(re.sub(r"\{\{\s*\.(\w+)\s*\}\}", lambda match: values.get(match[1], "1"), template))
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ValueError("it must be a list of containers.")
+    return found
+
+
+def _metadata(pod: Manifest) -> Manifest:
+    kept = {key: pod["metadata"].get(key, {}) for key in ("labels", "annotations")}
+    return {**kept, "generateName": "mplug-doctor-"}
+
+
+def kueue(cluster: Cluster, shape: Manifest) -> Iterator[Finding]:
+    """Jobs that wait for Kueue wait for ever where it does not know them."""
+    queue = (shape["metadata"].get("labels") or {}).get(QUEUE_LABEL)
+    if not queue:
+        return
+    config = "/api/v1/namespaces/kueue-system/configmaps/kueue-manager-config"
+    try:
+        cluster.read(f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{cluster.namespace}/localqueues/{queue}")
+        settings = yaml.safe_load(cluster.read(config)["data"]["controller_manager_config.yaml"]) or {}
+    except ClusterError as error:
+        if error.status == 404:
+            remedy = "Kueue 0.15 or newer, `kubectl apply -k k8s/kueue`, and components/kueue in your overlay."
+            yield failed("Kueue", f"the shape names queue {queue}: {error}", remedy)
+        else:
+            yield warned("Kueue", f"may not be looked at: {error}", "")
+        return
+    known = (settings.get("integrations") or {}).get("frameworks") or []
+    if "kubeflow.org/pytorchjob" in known:
+        yield fine("Kueue", f"queue {queue}, PyTorchJob among its integrations")
+    else:
+        remedy = "Add kubeflow.org/pytorchjob to integrations.frameworks of kueue-manager-config, and restart Kueue."
+        yield failed("Kueue", "PyTorchJob is not among its integrations: jobs would not wait in the queue", remedy)
+
+
+def retry_policy(cluster: Cluster) -> Iterator[Finding]:
+    """What Argo repeats of a pipeline's steps, where there is one."""
+    path = "/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap"
+    try:
+        data = cluster.read(path).get("data") or {}
+    except ClusterError:
+        return
+    policy = next(filter(None, map(_policy, data.values())), "")
+    if policy in ("Always", "OnFailure"):
+        said = "Argo repeats every step that fails, also what is permanent, such as a gate that says no"
+        yield warned("pipeline steps", said, "Set retryPolicy OnError in workflow-controller-configmap.")
+    else:
+        said = f"Argo's retryPolicy is {policy or 'its default'}: a step that fails is not repeated"
+        yield fine("pipeline steps", f"{said}; `mplug pipeline retry`, or `submit --wait --retries`, does it")
+
+
+def _policy(text: str) -> str:
+    """retryPolicy of the defaults for templates, wherever they stand in Argo's settings."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return ""
+    while isinstance(tree, dict):
+        if "templateDefaults" in tree:
+            return str(((tree["templateDefaults"] or {}).get("retryStrategy") or {}).get("retryPolicy") or "")
+        tree = tree.get("workflowDefaults") or tree.get("spec")
+    return ""

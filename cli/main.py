@@ -1,0 +1,219 @@
+"""The command line `mplug`: data, train, evaluate, pipeline, demo. Each command is a call into the package."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.data import TrackingUri, data
+from cli.job import job
+from cli.pipeline import pipeline
+from model.errors import exit_codes
+
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP, pretty_exceptions_enable=False,
+    help="mPLUG-Video: video-language pre-training on Youku-mPLUG, from clips to registered models.",
+)  # fmt: skip
+app.add_typer(data, name="data")
+app.add_typer(pipeline, name="pipeline")
+app.add_typer(job, name="job")
+
+Config = Annotated[str, typer.Argument(help="Preset (`mplug presets` lists them) or a .yaml file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as dotted.key=value.")]
+
+
+@app.command()
+def presets() -> None:
+    """List the run configurations that come with the package.
+
+    Example: `mplug presets`
+    """
+    from model.config.load import presets as known
+
+    print(*known(), sep="\n")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="GPT-3 folder, image encoder, or trained model, as published.")],
+    dest: Annotated[str, typer.Argument(help="Folder or s3:// URI to write; must not exist.")],
+    decoder: Annotated[
+        Path | None, typer.Option(help="A trained model's GPT-3 folder: tokenizer, number of heads.")
+    ] = None,
+    vision_heads: Annotated[int, typer.Option(min=1, help="Attention heads of the vision encoder.")] = 8,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize position embeddings to this image size.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Resize frame embeddings to this many frames.")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="JSON of a head's categories: a list, or name: number.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Leave out tensors of this name or pattern; repeatable.")
+    ] = None,
+) -> None:
+    """Convert published weights into a folder that `from_pretrained` loads.
+
+    What SOURCE is, its tensors tell: a ModelScope GPT-3 folder (also in tensor-parallel pieces) becomes a decoder, CLIP
+    or a timm ViT a vision encoder, `1_3B_mp_rank_00_model_states.pt` a whole model. DEST/conversion.json lists what
+    became of every tensor.
+
+    Example: `mplug convert 1_3B_mp_rank_00_model_states.pt work/mplug-1.3b --decoder nlp_gpt3_text-generation_1.3B`
+    """
+    from model.mplug_video.conversion.convert import convert_to
+    from model.mplug_video.conversion.shapes import read_class_names
+
+    conversion = convert_to(
+        source, dest, decoder=decoder, vision_heads=vision_heads, image_size=image_size, num_frames=num_frames,
+        class_names=read_class_names(class_names) if class_names else None, drop=drop or [],
+    )  # fmt: skip
+    print(conversion.summary(), file=sys.stderr)
+    print(dest)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Training processes on this machine; without: one per GPU, or one.")
+    ] = None,
+    profile: Annotated[bool, typer.Option(help="Write a torch profile of three steps.")] = False,
+) -> None:
+    """Train one run, on one process or several; in a pod, as one node of its PyTorchJob.
+
+    Started again, a run goes on from its last checkpoint; `trial=2` starts the same one from nothing.
+
+    Example: `mplug train tiny_pretraining --processes 2 data.shards=work/shards/pretrain@… model.decoder=work/models/…`
+    """
+    from model.config.load import load_config
+    from model.training.launch import launch
+
+    settings = [*(overrides or []), *(["training.profile=true"] if profile else [])]
+    load_config(config, settings)  # refused here, before any process starts
+    sys.exit(launch(config, settings, processes))
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs per node; 0: one process per node, on its CPU.")] = 8,
+    gpu: Annotated[str, typer.Option(help="B200, H200, H100, A100, L40S or A10G.")] = "H100",
+    price: Annotated[float, typer.Option(min=0, help="Of one GPU for an hour.")] = 0,
+    clips: Annotated[int, typer.Option(min=0, help="Clips of an epoch, where data.shards is not there yet.")] = 0,
+    measure: Annotated[
+        bool, typer.Option(help="Take a few steps on this machine, and count with what they show.")
+    ] = False,
+) -> None:
+    """Say what a run will take before it is launched: memory, checkpoints, data, time and cost.
+
+    Needs neither weights nor data. Exit code 1 says that it would not fit.
+
+    Example: `mplug plan pretrain_1.3b --nodes 4 --gpus 8 --gpu H100 --clips 10000000 --price 2.5`
+    """
+    from cli.plan import Cluster, show
+    from model.training.flops import GPUS
+
+    if gpu not in GPUS:
+        raise typer.BadParameter(f"must be one of {', '.join(GPUS)}, got {gpu}.", param_hint="--gpu")
+    cluster = Cluster(nodes=nodes, gpus=gpus, gpu=gpu, price=price)
+    sys.exit(0 if show(config, overrides or [], cluster, clips=clips, measured=measure) else 1)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or URI of a trained model.")],
+    shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    preset: Annotated[str, typer.Option(help="The task's preset, for a model that `mplug convert` made.")] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 32,
+    out: Annotated[str, typer.Option(help="Where to write scores and predictions as JSON.")] = "",
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Score a model on a benchmark; prints its metrics.
+
+    Example: `mplug evaluate work/models/tiny-retrieval work/shards/retrieval@… --out scores.json`
+    """
+    from model.evaluation.results import save_evaluation
+    from model.evaluation.runner import evaluate_model
+
+    evaluation = evaluate_model(
+        model,
+        shards=shards,
+        split=split,
+        preset=preset,
+        batch_size=batch_size,
+        tracking={"uri": tracking_uri, "pipeline": ""},
+    )
+    if out:
+        save_evaluation(evaluation, out)
+    print(json.dumps(evaluation.scores, indent=1))
+
+
+@app.command()
+def doctor(
+    root: Annotated[str, typer.Option(help="Folder or s3:// URI to write to and read from.")] = "",
+    tracking_uri: TrackingUri = "",
+    cluster: Annotated[bool, typer.Option(help="Look at the cluster of the current context.")] = False,
+    pod: Annotated[
+        bool, typer.Option(help="Look from inside: pull the image and ask all this in a pod there.")
+    ] = False,
+    namespace: Annotated[str, typer.Option(help="Without: that of the current context.")] = "",
+    nodes: Annotated[int, typer.Option(min=1, help="Pods of the job that is to fit.")] = 1,
+    processes: Annotated[int, typer.Option(min=0, help="Of each. 0: as many as the shape has GPUs, or one.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that this machine is to have.")] = 0,
+) -> None:
+    """Say what works here, or on a cluster, and what to do about the rest. Exit code 1 says that something does not.
+
+    Example: `mplug doctor --cluster --pod --namespace mplug --nodes 8`
+    """
+    from cli.doctor.examine import Question, show
+
+    question = Question(
+        root=root, tracking_uri=tracking_uri, cluster=cluster or pod, namespace=namespace, nodes=nodes,
+        processes=processes, gpus=gpus,
+    )  # fmt: skip
+    fits = show(question)
+    if pod:
+        from cli.doctor.cluster import ask_in_a_pod
+
+        ask_in_a_pod(namespace)
+    sys.exit(0 if fits else 1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Everything the demo makes is kept here.")] = Path("demo"),
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
+    overrides: Overrides = None,
+) -> None:
+    """The main job on this machine: synthetic clips, S3 server, pipeline, MLflow, report.
+
+    Example: `mplug demo`
+    """
+    from cli.demo import run
+
+    sys.exit(run(folder.resolve(), scale=scale, overrides=overrides or []))
+
+
+@app.command()
+def ui(
+    folder: Annotated[Path, typer.Argument(help="The folder of a demo.")] = Path("demo"),
+) -> None:
+    """Open MLflow's page on what a demo made; Ctrl-C stops it.
+
+    Example: `mplug ui`
+    """
+    from cli.demo import serve
+
+    serve(folder.resolve())
+
+
+def main() -> None:
+    with exit_codes():
+        app()

@@ -1,0 +1,183 @@
+"""The commands `mplug pipeline …`: run here, compile, submit. Each is a call into the package."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.kfp_host import Host
+
+pipeline = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown",
+    help="Run a pipeline here, or on Kubeflow Pipelines: pretrain, finetune, benchmark, or all of it as mplug-video.",
+)  # fmt: skip
+Name = Annotated[str, typer.Argument(help="pretrain, finetune, benchmark or mplug-video.")]
+Arguments = Annotated[
+    list[str] | None, typer.Argument(help="parameter=value, values as YAML; `mplug pipeline parameters` lists them.")
+]
+
+
+@pipeline.command()
+def parameters(name: Name) -> None:
+    """List the parameters of a pipeline, with defaults.
+
+    Example: `mplug pipeline parameters pretrain`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipelines.catalog import parameters
+
+    table = Table(box=None)
+    for column in ("parameter", "default", ""):
+        table.add_column(column)
+    for key, parameter in parameters(name).items():
+        default = str(parameter.get("defaultValue", "")) if parameter.get("isOptional") else "required"
+        table.add_row(key, default, parameter.get("description", ""))
+    Console(highlight=False).print(table)
+
+
+@pipeline.command()
+def run(
+    name: Name,
+    items: Arguments = None,
+    folder: Annotated[Path, typer.Option(help="Where kfp keeps step outputs and its cache.")] = Path("kfp"),
+) -> None:
+    """Run a pipeline on this machine; finished stages are not run again. Training runs here too, unless `nodes` says
+    how many pods of the current cluster it takes.
+
+    Example: `mplug pipeline run mplug-video source=corpus root=s3://mplug/work tracking_uri=http://127.0.0.1:5000`
+    """
+    from pipelines.catalog import arguments
+    from pipelines.local import run
+
+    run(name, folder, arguments(name, items or []))
+
+
+@pipeline.command("compile")
+def compile_all(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("pipelines/compiled"),
+) -> None:
+    """Compile all pipelines, as they are sent to Kubeflow Pipelines or uploaded in its page.
+
+    Example: `mplug pipeline compile pipelines/compiled`
+    """
+    from pipelines.catalog import PIPELINES, compile_to
+
+    for name in PIPELINES:
+        print(compile_to(name, folder))
+
+
+Url = Annotated[str, typer.Option("--host", envvar="KFP_HOST", help="URL of Kubeflow Pipelines.")]
+Token = Annotated[str, typer.Option(envvar="KFP_TOKEN", help="Sent as a bearer token.")]
+Headers = Annotated[
+    list[str] | None, typer.Option("--header", help="'name: value', sent with every request; repeatable.")
+]
+Profile = Annotated[str, typer.Option("--namespace", help="Profile, in a Kubeflow that has them.")]
+Wait = Annotated[
+    bool,
+    typer.Option(
+        help="Wait for the end: show the current steps, why they wait, what has failed. Exit code 0: it has succeeded."
+    ),
+]
+Retries = Annotated[
+    int, typer.Option(min=0, help="While waiting, run what has failed again so often; what is permanent never.")
+]
+LOCAL = "http://localhost:8888"
+
+
+@pipeline.command()
+def submit(
+    name: Name,
+    items: Arguments = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Folder below k8s/overlays whose defaults to take; without: the cluster's.")
+    ] = None,
+    url: Url = LOCAL,
+    token: Token = "",
+    headers: Headers = None,
+    profile: Profile = "",
+    experiment: Annotated[str, typer.Option(help="Experiment in Kubeflow Pipelines.")] = "mplug-video",
+    service_account: Annotated[str, typer.Option(help="Of the steps; without, the backend's default.")] = "",
+    cache: Annotated[bool, typer.Option(help="Take finished steps from the cache.")] = True,
+    wait: Wait = False,
+    retries: Retries = 0,
+) -> None:
+    """Start a pipeline on Kubeflow Pipelines; prints the link to its run.
+
+    What is not given are the defaults of the cluster: image, addresses, and what each step takes (ConfigMap
+    mplug-pipelines).
+
+    Example: `mplug pipeline submit pretrain source=modelscope://… decoder=s3://… --wait --retries 3`
+    """
+    from pipelines import submit as sending
+    from pipelines.catalog import with_defaults
+    from pipelines.cluster_defaults import arguments_on_cluster
+    from pipelines.follow_run import follow
+    from pipelines.local import refuse
+
+    given = arguments_on_cluster(name, items or [], overlay)
+    values = with_defaults(name, given)
+    refuse(values)
+    host = _host(url, token, headers, profile)
+    run_id = sending.submit(
+        host, name, given, run_name=values["run_name"], experiment=experiment, service_account=service_account,
+        caching=cache,
+    )  # fmt: skip
+    print(host.link(run_id), flush=True)
+    if wait or retries:
+        follow(host, run_id, retries)
+
+
+@pipeline.command()
+def retry(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, the end of the link to it.")],
+    url: Url = LOCAL,
+    token: Token = "",
+    headers: Headers = None,
+    profile: Profile = "",
+    wait: Wait = False,
+    retries: Retries = 0,
+) -> None:
+    """Retry the failed steps of a run. Succeeded steps are kept; a training job resumes from its checkpoint.
+
+    Example: `mplug pipeline retry 0c2f5c8e-… --wait`
+    """
+    from pipelines.follow_run import follow
+    from pipelines.follow_run import retry as start_again
+
+    host = _host(url, token, headers, profile)
+    start_again(host, run_id)
+    print(host.link(run_id), flush=True)
+    if wait or retries:
+        follow(host, run_id, retries)
+
+
+@pipeline.command()
+def cancel(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, the end of the link to it.")],
+    url: Url = LOCAL,
+    token: Token = "",
+    headers: Headers = None,
+    profile: Profile = "",
+) -> None:
+    """Cancel a run, and wait until its training jobs have saved a checkpoint and are gone.
+
+    Example: `mplug pipeline cancel 0c2f5c8e-…`
+    """
+    from pipelines.follow_run import cancel
+
+    cancel(_host(url, token, headers, profile), run_id)
+    print(f"{run_id} is cancelled")
+
+
+def _host(url: str, token: str, headers: list[str] | None, profile: str) -> "Host":
+    from model.errors import ConfigError
+    from pipelines.kfp_host import Host
+
+    pairs = [item.partition(":") for item in headers or []]
+    if wrong := [name for name, separator, _ in pairs if not separator]:
+        raise ConfigError(f"--header must be 'name: value', got {wrong[0]!r}.")
+    sent = {name.strip(): value.strip() for name, _, value in pairs}
+    return Host(url=url, token=token, headers=sent, namespace=profile)

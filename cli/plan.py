@@ -1,0 +1,199 @@
+"""`mplug plan`: what a run will take, as a page to read before anything is launched."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from model.config.load import load_config
+from model.config.schema import RunConfig, in_steps, micro_batch_of
+from model.data.shards.reader import describe
+from model.errors import ConfigError, ProcessFailedError, StorageError
+from model.training.flops import GPUS
+from model.training.planning.estimate import Measured, Memory, Plan, plan
+
+USABLE = 0.92
+"""Of a GPU's memory; the rest is fragments."""
+MFU_RANGE = (0.25, 0.45)
+"""Of a vendor's peak: what published trainers of this size reach. Not measured here."""
+CLIP_S = {"frames": (0.004, 0.02), "original": (0.1, 0.6)}
+"""One core's seconds per clip in training, by the form of the shards (docs/data.md)."""
+CLIP_BYTES = {"frames": (0.1e6, 0.4e6), "original": (0.6e6, 4e6)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    nodes: int
+    gpus: int
+    """Per node; 0: processes on CPUs, one per node."""
+    gpu: str
+    price: float
+    """Of one GPU for an hour."""
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * max(self.gpus, 1)
+
+
+def show(config: str, overrides: list[str], cluster: Cluster, *, clips: int, measured: bool) -> bool:
+    """Prints the plan; False where the run would not fit."""
+    run, overrides = _loaded(config, overrides)
+    form, clips = _dataset(run, clips)
+    run = in_steps(run, clips) if clips or run.training.steps else run
+    found = plan(run, cluster.processes, on_cpu=not cluster.gpus)
+    measurement = _measure(config, overrides, found.micro_batch) if measured else None
+    console = Console()
+    memory = _memory_bytes(run, cluster, found, measurement)
+    console.print(_memory_table(found.memory, memory, measurement, on_cpu=not cluster.gpus))
+    console.print(_facts(run, cluster, found, measurement, form))
+    limit = GPUS[cluster.gpu].memory * USABLE if cluster.gpus else None
+    if limit is None or memory <= limit:
+        return True
+    has = f"{limit / 1e9:.1f} GB that this GPU ({cluster.gpu}) has to give"
+    console.print(f"[bold red]does not fit[/]: {memory / 1e9:.1f} GB of the {has}.")
+    console.print(_remedy(run, cluster, limit), markup=False)
+    return False
+
+
+def _loaded(config: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    """A configuration whose weights and data need not be there yet, and the overrides that make it one."""
+    try:
+        return load_config(config, overrides), overrides
+    except ConfigError:
+        completed = ["model.decoder=none", "data.shards=none", *overrides]
+        return load_config(config, completed), completed
+
+
+def _dataset(run: RunConfig, clips: int) -> tuple[str, int]:
+    """Form of the shards, and the number of clips in an epoch."""
+    try:
+        facts = describe(run.data.shards)
+        return facts["form"]["kind"], clips or facts["clips"]["train"]
+    except StorageError:
+        if not clips and not run.training.steps:
+            raise ConfigError("data.shards is not there yet: --clips must say how many clips an epoch has.") from None
+        return "frames", clips
+
+
+def _measure(config: str, overrides: list[str], micro_batch: int) -> Measured:
+    settings = [*overrides, f"data.batch_size={micro_batch}", "training.gradient_accumulation=1"]
+    command = [sys.executable, "-m", "model.training.planning.measure", config, *settings]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        raise ProcessFailedError(f"a step over {micro_batch} clips cannot be measured here: {last}", ended.returncode)
+    return Measured(**json.loads(ended.stdout.splitlines()[-1]))
+
+
+def _memory_bytes(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | None) -> float:
+    """Of one process: as computed, or as one process measured here and sharing its state with the others."""
+    on_cpu = not cluster.gpus
+    host = found.memory.host if on_cpu else 0.0
+    if not measured:
+        return found.memory.device + host
+    alone = run.model_copy(update={
+        "data": run.data.model_copy(update={"batch_size": found.micro_batch}),
+        "training": run.training.model_copy(update={"gradient_accumulation": 1}),
+    })  # fmt: skip
+    return measured.memory - plan(alone, 1, on_cpu=on_cpu).memory.device + found.memory.device + host
+
+
+def _memory_table(memory: Memory, total: float, measured: Measured | None, *, on_cpu: bool) -> Table:
+    table = Table(title=f"memory per {'process' if on_cpu else 'GPU'}, GB", title_justify="left")
+    table.add_column("for")
+    table.add_column("", justify="right")
+    parts = {
+        "Python, torch, DeepSpeed": memory.runtime, "weights": memory.weights, "gradients": memory.gradients,
+        "optimizer": memory.optimizer, "activations": memory.activations, "logits": memory.logits,
+    }  # fmt: skip
+    if on_cpu:
+        parts["copy for a checkpoint"] = memory.host
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 1e9:.2f}")
+    if measured:
+        table.add_row("beside that, measured here", f"{(total - sum(parts.values())) / 1e9:+.2f}")
+    table.add_section()
+    table.add_row("[bold]together[/]", f"[bold]{total / 1e9:.2f}[/]")
+    return table
+
+
+def _facts(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | None, form: str) -> Table:
+    table = Table(show_header=False, box=None)
+    shared = f"{found.processes} processes x {run.training.gradient_accumulation} x {found.micro_batch} clips"
+    table.add_row("parameters", f"{found.trained:,} trained, {found.frozen:,} frozen")
+    table.add_row("batch", f"{run.data.batch_size} clips = {shared}")
+    table.add_row("a checkpoint", f"{found.checkpoint_bytes:,} bytes; {run.checkpoint.keep} and the best are kept")
+    table.add_row("the model", f"{found.model_bytes:,} bytes")
+    if cluster.gpus:
+        table.add_row(
+            "host memory per GPU", f"{found.memory.host / 1e9:.2f} GB for a checkpoint's copy, and the loaders'"
+        )
+    fast, slow = _step_seconds(run, cluster, found, measured)
+    table.add_row("operations per step", f"{found.step_flops / 1e12:,.2f} TFLOP")
+    table.add_row("a step", f"{fast:.3g} to {slow:.3g} s" if slow > fast else f"{fast:.3g} s, as measured here")
+    steps = run.training.steps
+    if steps:
+        hours = [steps * seconds / 3600 for seconds in (fast, slow)]
+        table.add_row("the run", f"{steps:,} steps, {hours[0]:,.1f} to {hours[1]:,.1f} hours")
+        if cluster.gpus:
+            gpu_hours = [hour * found.processes for hour in hours]
+            cost = (
+                f", {gpu_hours[0] * cluster.price:,.0f} to {gpu_hours[1] * cluster.price:,.0f}" if cluster.price else ""
+            )
+            table.add_row("GPU-hours, cost", f"{gpu_hours[0]:,.0f} to {gpu_hours[1]:,.0f}{cost}")
+    rate = run.data.batch_size / fast
+    low, high = (measured.clip_s,) * 2 if measured and measured.clip_s else CLIP_S[form]
+    table.add_row("clips to feed", f"{rate:,.1f} per second at most ({form} shards)")
+    table.add_row(
+        "decode cores", f"{rate * low:,.1f} to {rate * high:,.1f}, data.workers has {run.data.workers} per process"
+    )
+    if run.data.workers:
+        table.add_row("/dev/shm per node", f"{_shared_bytes(run, cluster, found) / 1e9:,.1f} GB for batches read ahead")
+    small, large = CLIP_BYTES[form]
+    table.add_row("from storage", f"{rate * small / 1e6:,.1f} to {rate * large / 1e6:,.1f} MB per second")
+    return table
+
+
+def _shared_bytes(run: RunConfig, cluster: Cluster, found: Plan) -> float:
+    """Every loader process has two batches ready, in fp32."""
+    vision = run.model.vision
+    clip = 4 * 3 * vision.num_frames * vision.image_size**2
+    return 2 * run.data.workers * found.micro_batch * clip * max(cluster.gpus, 1)
+
+
+def _step_seconds(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | None) -> tuple[float, float]:
+    """The fastest and the slowest to expect; exchange between processes is part of the range, not measured."""
+    if measured:
+        seconds = measured.step_s * run.training.gradient_accumulation
+        return seconds, seconds
+    if not cluster.gpus:
+        raise ConfigError("how fast this processor is must be measured: add --measure.")
+    peak = GPUS[cluster.gpu].bf16_peak * found.processes
+    return found.step_flops / (peak * MFU_RANGE[1]), found.step_flops / (peak * MFU_RANGE[0])
+
+
+def _remedy(run: RunConfig, cluster: Cluster, limit: float) -> str:
+    """The mildest change with which it fits."""
+    parts = ["vision", "abstractor", "decoder"]
+    accumulation = run.training.gradient_accumulation
+    tries: list[dict[str, object]] = [{"zero_stage": 2}, {"activation_checkpointing": tuple(parts)}]
+    tries += [{"activation_checkpointing": tuple(parts), "gradient_accumulation": accumulation * n} for n in (2, 4, 8)]
+    tries += [{"zero_stage": 3, "activation_checkpointing": tuple(parts), "gradient_accumulation": accumulation * 8}]
+    for changes in tries:
+        other = run.model_copy(update={"training": run.training.model_copy(update=changes)})
+        try:
+            micro_batch_of(other, cluster.processes)
+        except ConfigError:
+            continue
+        size = plan(other, cluster.processes).memory.device
+        if size <= limit:
+            settings = " ".join(f"training.{key}={_yaml(value)}" for key, value in changes.items())
+            return f"It fits ({size / 1e9:.1f} GB) with: {settings}"
+    return "No setting makes it fit; take more GPUs, larger ones, or a smaller data.batch_size."
+
+
+def _yaml(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)

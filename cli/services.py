@@ -1,0 +1,184 @@
+"""The demo's own S3 server and MLflow: started and stopped with it, with credentials, on this machine only."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from model import storage
+from model.errors import StageError
+
+BUCKET = "mplug"
+START_S, STOP_S = 90.0, 20.0
+GRPC_OFFSET = 10_000  # SeaweedFS serves gRPC this far above each of its ports
+WEED_PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Ports and credentials of one demo folder. Kept, since addresses are part of what finished stages are known by."""
+
+    weed_port: int
+    """First of four consecutive ports."""
+    mlflow_port: int
+    access_key: str
+    secret_key: str
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"http://127.0.0.1:{self.mlflow_port}"
+
+    def environment(self) -> dict[str, str]:
+        endpoint = f"http://127.0.0.1:{self.weed_port + WEED_PORTS.index('s3.port')}"
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL_S3": endpoint,
+            "MLFLOW_S3_ENDPOINT_URL": endpoint,
+        }
+
+
+def settings(folder: Path) -> Settings:
+    """The folder's settings, made up the first time; only the user may read them."""
+    path = folder / "services.json"
+    if path.exists():
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    made = Settings(
+        weed_port=free_ports(len(WEED_PORTS)),
+        mlflow_port=free_ports(1),
+        access_key=secrets.token_hex(8),
+        secret_key=secrets.token_hex(20),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.touch(mode=0o600)
+    partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    partial.rename(path)
+    return made
+
+
+@contextmanager
+def object_storage(folder: Path) -> Iterator[Settings]:
+    """Runs the S3 server while the context lasts; this process's environment points at it."""
+    made = settings(folder)
+    os.environ.update(made.environment())
+    log = folder / "s3.log"
+    with process(_weed(folder, made), log, {"GOMEMLIMIT": "400MiB"}) as server:
+        # its health page answers before it can store anything
+        _wait(server, lambda: storage.write(f"s3://{BUCKET}/ready", b""), log)
+        yield made
+
+
+@contextmanager
+def services(folder: Path) -> Iterator[Settings]:
+    """Runs S3 and MLflow while the context lasts."""
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = folder / "mlflow.log"
+    with object_storage(folder) as made, process(_mlflow(folder, made), log, quiet) as server:
+        _wait(server, lambda: urllib.request.urlopen(f"{made.tracking_uri}/health", timeout=2).close(), log)
+        yield made
+
+
+def _weed(folder: Path, made: Settings) -> list[str]:
+    data = folder / "s3"
+    data.mkdir(parents=True, exist_ok=True)
+    ports = [f"-{name}={made.weed_port + offset}" for offset, name in enumerate(WEED_PORTS)]
+    return [
+        str(Path(sys.executable).with_name("weed")), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        *ports, "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
+        "-s3.port.lance=0", f"-bucket={BUCKET}", "-s3.autoCreateBucket=false",
+    ]  # fmt: skip
+
+
+def _mlflow(folder: Path, made: Settings) -> list[str]:
+    return [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(made.mlflow_port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination", f"s3://{BUCKET}/mlflow",
+    ]  # fmt: skip
+
+
+@contextmanager
+def process(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in a session of its own; it and all its descendants are gone when the context ends."""
+    with log.open("ab") as file:
+        child = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
+        )
+    try:
+        yield child
+    finally:
+        stop(child)
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """Asks the whole tree to end, then makes it; a second Ctrl-C does not cut that short.
+
+    The tree, not the group: a worker of torchrun is in a session of its own.
+    """
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        tree = []
+    for member in tree:
+        _signal(member, signal.SIGTERM)
+    _, alive = psutil.wait_procs(tree, timeout=STOP_S)
+    for member in alive:
+        _signal(member, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=STOP_S)
+    child.wait()
+    signal.signal(signal.SIGINT, previous)
+
+
+def _signal(member: psutil.Process, number: signal.Signals) -> None:
+    try:
+        member.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _wait(server: subprocess.Popen[bytes], ready: Callable[[], None], log: Path) -> None:
+    """Calls `ready` until it no longer raises, while the server lives."""
+    deadline = time.monotonic() + START_S
+    while True:
+        if server.poll() is not None:
+            raise StageError(f"{log.stem} ended at once, perhaps because its port is taken; {log} says why.")
+        try:
+            ready()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise StageError(f"{log.stem} did not start within {START_S:.0f} s; {log} says why.") from error
+            time.sleep(0.3)
+
+
+def free_ports(count: int) -> int:
+    """First of `count` consecutive ports that are free, with the gRPC ports that belong to them."""
+    for _ in range(100):
+        # with their gRPC ports below 32768, where the system takes its own ports from, for any connection at any time
+        first = 10_000 + secrets.randbelow(12_000)
+        if all(_is_free(port + offset) for port in range(first, first + count) for offset in (0, GRPC_OFFSET)):
+            return first
+    raise StageError("no free ports found between 10000 and 32000.")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,1 @@
+"""Jobs on a Kubernetes cluster: rendered, created, followed to their end. No kfp here."""

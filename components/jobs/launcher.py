@@ -1,0 +1,306 @@
+"""Starts a job on a cluster, or takes up the one that is there, and follows it to its end. No kfp here.
+
+A step of a pipeline that is started again finds its job by the name: one that runs is followed, one that has failed is
+replaced. The operator restarts pods without end, and its deadline does not fire on a job that stands still; both are
+bounded here.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from components.jobs import rules
+from components.jobs.client import KINDS, Cluster, condition
+from components.jobs.log import log_shown
+from components.jobs.manifests import SHAPE, Launch, Manifest, container_of, render
+from components.jobs.pod_status import Seen, ends, exit_codes_of, seconds, waits
+from components.jobs.run_end import GIVEN_UP, RUN_LABEL
+from model.errors import (
+    FAILED,
+    TERMINATED,
+    AttemptsError,
+    ClusterError,
+    ConfigError,
+    JobAbandonedError,
+    JobFailedError,
+    OutageError,
+)
+from model.pipeline_run import RUN_ID
+
+log = logging.getLogger("mplug")
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+DIGEST = "mplug-video/digest"
+"""Annotation of a job: of all that was asked for. The same name with another digest is another job."""
+LOOK_EVERY_S = 20
+GONE_WITHIN_S = 300.0
+RESUMES_WITHIN_S = 180.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a job is followed before it is given up, and stopped."""
+
+    deadline_s: float = 0
+    """From its start; 0: none."""
+    restarts: int = 20
+    """Of any one of its pods."""
+
+
+def train_on_cluster(
+    config: str, settings: list[str], nodes: int, processes: int, image: str, namespace: str, deadline_hours: float
+) -> None:
+    """A training run as a job of the cluster that this runs in; returns when it has succeeded.
+
+    `settings` hold the pipeline's run in MLflow, so that a step that is started again has the same job, and the same
+    step of another run another one.
+    """
+    cluster, deadline_s = Cluster(namespace), int(deadline_hours * 3600)
+    launch = Launch(
+        command=("train", config, *settings), nodes=nodes, processes=processes, image=image, deadline_s=deadline_s
+    )
+    run(cluster, render(launch, cluster.shape(SHAPE), cluster.namespace), Limits(deadline_s=deadline_s))
+
+
+def run(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
+    """Returns when the job has succeeded. Raises what else became of it.
+
+    Where this process is asked to end (SIGTERM, Ctrl-C), the job is removed: it saves what it has. One that is given up
+    is stopped, and stays, so that a step that is started again does not begin it anew.
+    """
+    kind, name, job = manifests[-1]["kind"], manifests[-1]["metadata"]["name"], None
+    with _asked_to_end():
+        try:
+            job = ensure(cluster, manifests)
+            attend(cluster, kind, name, limits)
+        except JobAbandonedError as error:
+            _stop(cluster, kind, name, str(error))
+            raise
+        except (_AskedToEndError, KeyboardInterrupt) as error:
+            job = job or cluster.get(kind, name)  # the answer to its creation may have been lost
+            if job and _digest_of(job) == digest(manifests):
+                cluster.delete(kind, name, job["metadata"]["uid"])
+                log.warning("%s is removed", name)
+            if isinstance(error, _AskedToEndError):
+                raise SystemExit(TERMINATED) from None
+            raise
+
+
+def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
+    """Ends its pods and records the reason; `ensure` does not resume it.
+
+    Kueue resumes a job that anybody else suspends while its Workload is active, so there the Workload is deactivated.
+    """
+    job = cluster.get(kind, name)
+    if not job:
+        return
+    spec: Manifest = {}
+    if not _deactivated(cluster, job):
+        spec = {"runPolicy": {"suspend": True}} if kind == "PyTorchJob" else {"suspend": True}
+    cluster.patch(kind, name, {"metadata": {"annotations": {GIVEN_UP: reason[:1000]}}, "spec": spec})
+
+
+def _deactivated(cluster: Cluster, job: Manifest) -> bool:
+    """Whether Kueue had admitted the job, and was told to stop it."""
+    if QUEUE_LABEL not in (job["metadata"].get("labels") or {}):
+        return False
+    try:
+        workloads = cluster.labelled("Workload", f"kueue.x-k8s.io/job-uid={job['metadata']['uid']}")
+        for workload in workloads:
+            cluster.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
+    except ClusterError as error:  # no Kueue, or none that this process may talk to
+        log.warning("Kueue cannot be asked to stop %s: %s", job["metadata"]["name"], error)
+        return False
+    return bool(workloads)
+
+
+def kind_of(cluster: Cluster, name: str) -> str:
+    """Which kind of job has this name. Raises ConfigError where none has."""
+    for kind in KINDS:
+        try:
+            if KINDS[kind].succeeded and cluster.get(kind, name):
+                return kind
+        except ClusterError as error:  # of a kind that the cluster lets nobody read, or does not know
+            log.debug("%s: %s", kind, error)
+    raise ConfigError(
+        f"namespace {cluster.namespace} has no job named {name}. `kubectl get pytorchjobs,jobs` lists them."
+    )
+
+
+def digest(manifests: list[Manifest]) -> str:
+    return hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest_of(job: Manifest) -> str:
+    return str(job["metadata"].get("annotations", {}).get(DIGEST, ""))
+
+
+def ensure(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
+    """Creates the job, or adopts the one of its name that has not failed."""
+    owner, run_id = cluster.owner(), os.environ.get(RUN_ID, "")
+    for manifest in manifests:
+        manifest = copy.deepcopy(manifest)
+        manifest["metadata"]["annotations"] = {DIGEST: digest(manifests)}
+        manifest["metadata"]["ownerReferences"] = owner
+        if run_id:
+            manifest["metadata"]["labels"] = {**manifest["metadata"]["labels"], RUN_LABEL: run_id}
+            for _, pod in rules.pods(manifest):  # its run in MLflow is nested under that of the pipeline
+                container_of(dict(pod)).setdefault("env", []).append({"name": RUN_ID, "value": run_id})
+        job = _ensure_one(cluster, manifest)
+    return job
+
+
+def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
+    kind, name = manifest["kind"], manifest["metadata"]["name"]
+    while True:
+        try:
+            job = cluster.create(manifest)
+        except ClusterError as error:
+            if error.status != 409:
+                raise
+        else:
+            log.info("%s %s is created", kind, name)
+            return job
+        found = cluster.get(kind, name)
+        if found is None:  # it has gone in between
+            continue
+        if found["metadata"].get("deletionTimestamp"):
+            _wait_until_gone(cluster, kind, name)
+        elif failed := condition(found, "Failed"):
+            log.warning("%s %s has failed before and is replaced: %s", kind, name, failed.get("message"))
+            cluster.delete(kind, name, found["metadata"]["uid"])
+            _wait_until_gone(cluster, kind, name)
+        elif _digest_of(found) != _digest_of(manifest):
+            raise ConfigError(
+                f"a {kind} named {name} is there already, with other settings. `mplug job cancel {name}` removes it; "
+                "or take another --name."
+            )
+        elif reason := found["metadata"]["annotations"].get(GIVEN_UP):
+            raise AttemptsError(f"{reason} `mplug job cancel {name}` lets it begin anew.")
+        else:
+            log.info("%s %s is there and is followed", kind, name)
+            metadata = {key: manifest["metadata"][key] for key in ("ownerReferences", "labels")}
+            if metadata["ownerReferences"] or RUN_LABEL in metadata["labels"]:
+                # the end of an older run, and of its workflow, is not the job's any more
+                cluster.patch(kind, name, {"metadata": {key: value for key, value in metadata.items() if value}})
+            return found
+
+
+def _wait_until_gone(cluster: Cluster, kind: str, name: str) -> None:
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while cluster.get(kind, name):
+        if time.monotonic() > deadline:
+            raise OutageError(f"{kind} {name} is being removed for {GONE_WITHIN_S:g} s; `kubectl get pods` says why.")
+        time.sleep(0.5)
+
+
+def attend(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
+    """Returns when the job has succeeded; shows its log, and what happens to it in between."""
+    seen = Seen()
+    with log_shown(cluster, kind, name, seen.resumed):
+        _follow(cluster, kind, name, limits, seen)
+
+
+def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: Seen) -> None:
+    while True:
+        job = cluster.get(kind, name)
+        if job is None:
+            raise JobFailedError(f"{kind} {name} is gone: somebody has removed it.")
+        if _is_done(cluster, kind, job, seen):
+            return
+        _look(cluster, kind, job, seen, limits)
+        for changed in cluster.changes(kind, name, job["metadata"]["resourceVersion"], _patience(job, limits)):
+            if changed is None or _is_done(cluster, kind, changed, seen):
+                break
+            _look(cluster, kind, changed, seen, limits)
+
+
+class _AskedToEndError(BaseException):
+    pass
+
+
+def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: Seen) -> bool:
+    """Whether the job has succeeded. Raises JobFailedError where it has failed."""
+    for item in (job.get("status") or {}).get("conditions") or []:
+        if item["status"] == "True" and item["type"] not in seen.conditions:
+            seen.conditions.add(item["type"])
+            log.info("%s: %s", job["metadata"]["name"], item["type"])
+    if failed := condition(job, "Failed"):
+        name = job["metadata"]["name"]
+        pods = cluster.pods(kind, name)
+        reason = failed.get("message") or failed.get("reason")
+        # a job that was restarted without success has failed, too
+        code = next((code for code in exit_codes_of(pods) if code < 128), FAILED)
+        known = [why for why in seen.ends.values() if "killed for memory" in why and why not in ends(pods)]
+        raise JobFailedError(" ".join([f"{kind} {name} has failed: {reason} {ends(pods)}", *known[-1:]]), code)
+    return bool(condition(job, KINDS[kind].succeeded))
+
+
+def _look(cluster: Cluster, kind: str, job: Manifest, seen: Seen, limits: Limits) -> None:
+    """At what the job's conditions do not say: pods that cannot be made or placed, restarts, time."""
+    name = job["metadata"]["name"]
+    pods = cluster.pods(kind, name)
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
+        seen.note(pod)
+    if seen.replaced and time.monotonic() - min(seen.replaced.values()) > RESUMES_WITHIN_S:
+        seen.report("Training has not resumed yet.")
+    for complaint in {*cluster.warnings(name), *(line for pod in pods for line in waits(pod))} - seen.warnings:
+        seen.warnings.add(complaint)
+        log.warning("%s: %s", name, complaint)
+    if seen.restarts > limits.restarts:
+        raise JobAbandonedError(
+            f"{kind} {name} is given up: a pod was started again {seen.restarts} times, at most {limits.restarts} are "
+            f"allowed. {ends(pods)}"
+        )
+    if limits.deadline_s and _age_s(job) > limits.deadline_s:
+        raise JobAbandonedError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
+
+
+def _patience(job: Manifest, limits: Limits) -> int:
+    """Seconds to the next look."""
+    left = limits.deadline_s - _age_s(job) if limits.deadline_s else LOOK_EVERY_S
+    return max(1, int(min(LOOK_EVERY_S, left)))
+
+
+def _age_s(job: Manifest) -> float:
+    """Since it was started; time that it waits in a queue does not count."""
+    if job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"):
+        return 0.0
+    started = (job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]
+    return time.time() - seconds(started)
+
+
+def follow_log(cluster: Cluster, kind: str, name: str) -> None:
+    """Prints the log until the job has ended, however."""
+    with log_shown(cluster, kind, name, lambda _line: None):
+        while job := cluster.get(kind, name):
+            if condition(job, "Failed") or condition(job, KINDS[kind].succeeded):
+                return
+            time.sleep(2)
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[None]:
+    """SIGTERM ends what runs inside as an exception, once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("asked to end", file=sys.stderr, flush=True)
+        raise _AskedToEndError
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,231 @@
+"""Jobs as Kubernetes reads them: a shape from k8s/, filled in with what differs from job to job. No kfp here.
+
+The pod's shape is the PodTemplate `training` that an overlay of k8s/ installs; what is around it stands in the YAML
+files beside this one.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from components.jobs import rules
+from model.config.load import load_config
+from model.config.schema import micro_batch_of
+from model.errors import ConfigError
+
+Manifest = dict[str, Any]
+Api = Literal["pytorchjob", "trainjob"]
+SHAPE = "training"
+"""Name of the PodTemplate."""
+CONTAINER = "pytorch"
+"""Of a job's own container in the shape; the operator asks for this name."""
+WEB = "mplug-video/web"
+"""Label of a pod that the network policies let into the web."""
+QUEUE_ANNOTATION = "scheduling.volcano.sh/queue-name"
+NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+LONGEST_NAME = 50
+"""Pods are called <name>-worker-<number>, which must be a DNS label of at most 63 characters."""
+FROM_CLUSTER = {"output": "$(MPLUG_ROOT)", "tracking.uri": "$(MLFLOW_TRACKING_URI)"}
+"""Settings of a training job that the cluster's configuration knows; Kubernetes puts in what it holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What differs from job to job."""
+
+    command: tuple[str, ...]
+    """Of `mplug`, as on a laptop: ("train", "pretrain_1.3b", "data.shards=s3://…"). "train" makes a training job of it,
+    anything else a job of one pod."""
+    name: str = ""
+    """Empty: the command's, and a digest that makes it the same name for the same job."""
+    nodes: int = 1
+    processes: int = 0
+    """Per node; 0: as many as the shape has GPUs, or one."""
+    image: str = ""
+    """Empty: the shape's."""
+    deadline_s: int = 0
+    """0: none."""
+
+    @property
+    def is_training(self) -> bool:
+        return self.command[0] == "train"
+
+
+def render(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchjob") -> list[Manifest]:
+    """The manifests of a job, the job itself last. Raises ConfigError, also for a shape that no job should have."""
+    if launch.is_training:
+        _check_settings(launch, launch.nodes * _processes(launch, shape))
+    pod, name = _pod(launch, shape), _name(launch, shape, api)
+    if not launch.is_training:
+        documents = _read("job.yaml")
+        _put_pod(documents[0]["spec"]["template"], pod)
+        deadline = documents[0]["spec"]
+    elif api == "trainjob":
+        documents = _trainjob(launch, shape, pod, name)
+        deadline = documents[-1]["spec"]
+    else:
+        documents = _pytorchjob(launch, shape, pod)
+        deadline = documents[0]["spec"]["runPolicy"]
+    if launch.deadline_s:
+        deadline["activeDeadlineSeconds"] = launch.deadline_s
+    own = shape["metadata"].get("labels") or {}
+    labels = {"app.kubernetes.io/name": SHAPE, "app.kubernetes.io/part-of": "mplug-video", **own}
+    for document in documents:
+        document["metadata"] = {"name": name, "namespace": namespace, "labels": labels}
+    if wrong := [problem for document in documents for problem in rules.problems(document)]:
+        raise ConfigError("\n".join(wrong))
+    return documents
+
+
+def shape_of(overlay: Path) -> tuple[Manifest, str]:
+    """The PodTemplate that an overlay installs, and its namespace; needs kubectl, but no cluster."""
+    for document in overlay_documents(overlay):
+        if document["kind"] == "PodTemplate" and document["metadata"]["name"] == SHAPE:
+            return document, document["metadata"].get("namespace", "default")
+    raise ConfigError(f"{overlay} must hold a PodTemplate named {SHAPE}, as k8s/base does; it holds none.")
+
+
+def overlay_documents(overlay: Path) -> list[Manifest]:
+    """All that an overlay installs. Raises ConfigError where kubectl cannot build it."""
+    built = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True)
+    if built.returncode:
+        raise ConfigError(f"{overlay} is no overlay that kubectl can build: {' '.join(built.stderr.split())[:300]}")
+    return list(yaml.safe_load_all(built.stdout))
+
+
+def _check_settings(launch: Launch, processes: int) -> None:
+    """Refuses here what `mplug train` would refuse in the pod."""
+    if len(launch.command) < 2:
+        raise ConfigError("train must be given a preset or a .yaml file, as in `mplug train`.")
+    _, config, *settings = _arguments(launch)
+    micro_batch_of(load_config(config, [setting for setting in settings if not setting.startswith("--")]), processes)
+
+
+def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> list[Manifest]:
+    documents = _read("pytorchjob.yaml")
+    spec = documents[0]["spec"]
+    spec["nprocPerNode"] = str(_processes(launch, shape))
+    replicas = spec["pytorchReplicaSpecs"]
+    for replica in replicas.values():
+        replica["template"] = copy.deepcopy(pod)
+    replicas["Worker"]["replicas"] = launch.nodes - 1
+    if launch.nodes == 1:
+        del replicas["Worker"]
+    if queue := (shape["metadata"].get("annotations") or {}).get(QUEUE_ANNOTATION):
+        spec["runPolicy"]["schedulingPolicy"] = {"queue": queue}
+    return documents
+
+
+def _trainjob(launch: Launch, shape: Manifest, pod: Manifest, name: str) -> list[Manifest]:
+    documents = _read("trainjob.yaml")
+    runtime, job = documents
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    _put_pod(replicated["template"]["spec"]["template"], pod)
+    replicated["template"]["spec"]["template"]["spec"]["containers"][0]["name"] = replicated["name"]
+    job["spec"]["runtimeRef"]["name"] = name
+    job["spec"]["trainer"] = {"numNodes": launch.nodes, "numProcPerNode": _processes(launch, shape)}
+    return documents
+
+
+def _put_pod(template: Manifest, pod: Manifest) -> None:
+    """The shape's pod, with what the job says about pods on top."""
+    template["metadata"] = pod["metadata"]
+    template["spec"] = {**pod["spec"], **template["spec"]}
+
+
+def _pod(launch: Launch, shape: Manifest) -> Manifest:
+    pod: Manifest = copy.deepcopy(shape["template"])
+    container = container_of(pod)
+    container["command"], container["args"] = ["mplug"], list(_arguments(launch))
+    pod["spec"].pop("restartPolicy", None)  # which the API server has filled in; the job's own policy decides
+    if launch.image:
+        container["image"] = launch.image
+    if launch.command[:2] == ("data", "download"):
+        pod["metadata"]["labels"][WEB] = "true"
+    if not launch.is_training:  # which alone serves metrics
+        container.pop("livenessProbe", None)
+        container.pop("ports", None)
+    _share_resources(launch, pod)
+    return pod
+
+
+def container_of(pod: Manifest) -> Manifest:
+    """A job's own container in the template of a pod."""
+    found: list[Manifest] = [container for container in pod["spec"]["containers"] if container["name"] == CONTAINER]
+    if not found:
+        raise ConfigError(f"the PodTemplate {SHAPE} must have a container named {CONTAINER}.")
+    return found[0]
+
+
+def _arguments(launch: Launch) -> tuple[str, ...]:
+    if not launch.is_training:
+        return launch.command
+    given = {argument.partition("=")[0] for argument in launch.command}
+    return *launch.command, *(f"{key}={value}" for key, value in FROM_CLUSTER.items() if key not in given)
+
+
+def gpus_of(shape: Manifest) -> tuple[str, int]:
+    """Name and number of the GPUs that a pod of this shape takes."""
+    limits = container_of(shape["template"]).get("resources", {}).get("limits", {})
+    return next(((name, int(count)) for name, count in limits.items() if name.endswith("/gpu")), ("", 0))
+
+
+def _processes(launch: Launch, shape: Manifest) -> int:
+    if launch.processes:
+        return launch.processes
+    return (gpus_of(shape)[1] or 1) if launch.is_training else 1
+
+
+def _share_resources(launch: Launch, pod: Manifest) -> None:
+    """A job that takes one of a node's eight GPUs takes an eighth of what the shape asks for."""
+    shape = {"template": pod}
+    name, gpus = gpus_of(shape)
+    if not gpus:
+        return
+    taken = 0 if launch.command[0] == "data" else _processes(launch, shape)
+    if taken > gpus:
+        raise ConfigError(f"processes must be at most the shape's GPUs, {gpus} per node, got {taken}. Raise the nodes.")
+    resources = container_of(pod)["resources"]
+    share = max(taken, 1) / gpus
+    for amounts in resources.values():
+        for key, amount in amounts.items():
+            amounts[key] = _scaled(amount, share) if key in ("cpu", "memory") else amount
+    for volume in pod["spec"].get("volumes", []):
+        memory = volume.get("emptyDir", {})
+        if memory.get("medium") == "Memory" and "sizeLimit" in memory:
+            memory["sizeLimit"] = _scaled(memory["sizeLimit"], share)
+    resources["limits"][name] = str(taken)
+    if not taken:
+        del resources["limits"][name]
+
+
+def _scaled(quantity: str | int, share: float) -> str:
+    """A share of a Kubernetes quantity, rounded up."""
+    number, unit = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", str(quantity)).groups()  # type: ignore[union-attr]
+    scaled = float(number) * share
+    return str(quantity) if share == 1 else f"{-int(-scaled // 1)}{unit}"
+
+
+def _name(launch: Launch, shape: Manifest, api: Api) -> str:
+    longest = rules.longest_trainjob_name(launch.nodes) if api == "trainjob" else LONGEST_NAME
+    if launch.name:
+        if not NAME.fullmatch(launch.name) or len(launch.name) > longest:
+            rule = f"lower-case letters, digits and dashes, a letter first, at most {longest} of them"
+            raise ConfigError(f"the name of a job must be {rule}, got {launch.name!r}.")
+        return launch.name
+    facts = [launch.command, launch.nodes, _processes(launch, shape), launch.image]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    words = [word for word in launch.command if "=" not in word and not word.startswith("-")][:2]
+    stem = re.sub(r"[^a-z0-9]+", "-", "-".join(word.rpartition("/")[2] for word in words).lower())
+    return f"{stem.strip('-')[: longest - 9].strip('-')}-{digest}"
+
+
+def _read(file: str) -> list[Manifest]:
+    return list(yaml.safe_load_all(Path(__file__).with_name(file).read_text(encoding="utf-8")))

@@ -1,0 +1,119 @@
+"""Reads a run's configuration: a YAML preset and `dotted.key=value` overrides become one frozen RunConfig.
+
+    config = load_config("tiny_pretraining", ["optim.lr=3e-4", "training.steps=100"])
+
+Every problem of a file is reported at once: unknown keys with the nearest known one, wrong types, impossible
+combinations.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from model.config.problems import explain, prune
+from model.config.schema import DATASETS, RunConfig
+from model.errors import ConfigError
+
+PRESETS = Path(__file__).parents[1] / "configs"
+
+
+def load_config(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a preset by name or a YAML file, applies `dotted.key=value` overrides, and checks everything.
+
+    Raises ConfigError with one line per problem.
+    """
+    tree = _read(source)
+    problems: list[str] = []
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            problems.append(f"override must be dotted.key=value, got {override!r}.")
+            continue
+        try:
+            # YAML reads nothing as null; on a command line `key=` means the empty string
+            parsed = yaml.load(value, YamlLoader) if value else ""
+        except yaml.YAMLError:
+            problems.append(f"{key} must be given a YAML value, got {value!r}.")
+            continue
+        _assign(tree, key.strip().split("."), parsed, problems)
+    return _validated(tree, problems)
+
+
+def parse_config(tree: dict[str, Any]) -> RunConfig:
+    """Checks a configuration that was saved with a model."""
+    return _validated(tree, [])
+
+
+def dataset_of(name: str) -> str:
+    """The dataset that a preset reads, by its task; the name of a dataset is its own."""
+    if name in DATASETS.values():
+        return name
+    return DATASETS[load_config(name, ["data.shards=set-later", "model.decoder=set-later"]).task]
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML reads 1e-4, without a dot, as a string."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = PRESETS / f"{source}.yaml"
+        if not path.exists():
+            near = difflib.get_close_matches(str(source), presets(), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"no preset named {source}: {hint}Known: {', '.join(presets())}; or give a .yaml file.")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(tree).__name__}.")
+    return tree
+
+
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, problems: list[str]) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            problems.append(f"{'.'.join(keys)} cannot be set: {key} is a value, not a section.")
+            return
+    tree[keys[-1]] = value
+
+
+def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
+    """Validates again without each wrong leaf, so that one run names all problems, combinations included."""
+    tree = _text_keys(tree)
+    while True:
+        try:
+            # as JSON in strict mode: lists become tuples, but "1" does not become 1
+            config = RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
+            break
+        except ValidationError as error:
+            problems += [line for item in error.errors() for line in explain(item, RunConfig)]
+            if not prune(tree, error.errors()):
+                raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def _text_keys(value: Any) -> Any:
+    """YAML reads `on:` and `1:` as other keys than the words that stand there; JSON knows only text."""
+    return {str(key): _text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,1 @@
+"""Published datasets, copied into object storage."""

@@ -1,0 +1,174 @@
+"""One file from a source to storage: goes on where a transfer broke, checks what arrived, gives up after a while."""
+
+import hashlib
+import json
+import random
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from model import storage
+from model.data.download.http import FetchError
+from model.data.download.sources import Remote, Source
+from model.errors import NotFoundError, StorageError
+
+IN_MEMORY = 8 * 2**20
+MAX_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How hard to try."""
+
+    attempts: int = 6
+    """In a row without a byte of progress."""
+    first_wait_s: float = 0.5
+    """Doubled after every attempt, and drawn between half and all of it."""
+
+    def wait_s(self, attempt: int) -> float:
+        return min(self.first_wait_s * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1)
+
+
+class Throttle:
+    """Lets at most `rate` bytes per second through, over all threads. 0: all."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.free_at, self.lock = rate, time.monotonic(), threading.Lock()
+
+    def take(self, size: int) -> None:
+        if self.rate:
+            with self.lock:
+                self.free_at = max(self.free_at, time.monotonic()) + size / self.rate
+                wait_s = self.free_at - time.monotonic()
+            time.sleep(max(0.0, wait_s))
+
+
+class Arrived:
+    """The bytes of one file so far: in memory while they are few, else in `path`, where a later process finds them."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.note, self.identity = path, path.with_name(path.name + ".json"), identity
+        self.hash, self.size, self.validator = hashlib.sha256(), 0, ""
+        self.buffer = bytearray()
+        self.file: IO[bytes] | None = None
+        self.is_kept = self.path.exists() and self.note.exists()
+        if self.is_kept:
+            self._find()
+
+    def _find(self) -> None:
+        try:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+        except ValueError:  # cut off by a kill
+            return
+        if note["identity"] == self.identity:
+            self.validator, self.file = note["validator"], self.path.open("r+b")
+            while chunk := self.file.read(2**20):
+                self.hash.update(chunk)
+                self.size += len(chunk)
+
+    def restart(self, validator: str) -> None:
+        """Forgets all bytes."""
+        self.discard()
+        self.hash, self.size, self.validator = hashlib.sha256(), 0, validator
+
+    def write(self, chunk: bytes) -> None:
+        self.hash.update(chunk)
+        self.size += len(chunk)
+        if self.file:
+            self.file.write(chunk)
+            return
+        self.buffer += chunk
+        if len(self.buffer) > IN_MEMORY:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.is_kept, self.file = True, self.path.open("wb")
+            self.note.write_text(json.dumps({"identity": self.identity, "validator": self.validator}), encoding="utf-8")
+            self.file.write(self.buffer)
+            self.buffer = bytearray()
+
+    def deliver(self, uri: str) -> None:
+        """Puts the file in its place, whole."""
+        if self.file:
+            self.file.close()
+            storage.move_in(self.path, uri)
+        else:
+            storage.write(uri, bytes(self.buffer))
+        self.discard()
+
+    def discard(self) -> None:
+        if self.file:
+            self.file.close()
+        self.file, self.buffer = None, bytearray()
+        if self.is_kept:
+            self.path.unlink(missing_ok=True)
+            self.note.unlink(missing_ok=True)
+            self.is_kept = False
+
+    def keep(self) -> None:
+        """For a later process."""
+        if self.file:
+            self.file.close()
+
+
+def fetch(source: Source, remote: Remote, uri: str, spool: Path, policy: Policy, throttle: Throttle) -> tuple[int, str]:
+    """Copies one file to `uri`; returns its size and sha256. Raises FetchError, and then `uri` is as it was."""
+    arrived = Arrived(spool / hashlib.sha256(remote.path.encode()).hexdigest()[:32], remote.identity)
+    attempts, most = 0, arrived.size
+    while True:
+        try:
+            _transfer(source, remote, arrived, throttle)
+            _check(remote, arrived)
+            break
+        except FetchError as error:
+            attempts = attempts + 1 if arrived.size <= most else 1
+            most = max(most, arrived.size)
+            if not error.transient or attempts >= policy.attempts:
+                arrived.keep()
+                raise
+            time.sleep(max(policy.wait_s(attempts), error.wait_s))
+    for attempt in range(1, policy.attempts + 1):
+        try:
+            arrived.deliver(uri)
+            break
+        except NotFoundError as error:  # a name that cannot be one there
+            arrived.discard()
+            raise FetchError("name", str(error), transient=False) from error
+        except StorageError:  # the place it goes to is down: the whole run's trouble, not this file's
+            if attempt == policy.attempts:
+                raise
+            time.sleep(policy.wait_s(attempt))
+    return arrived.size, arrived.hash.hexdigest()
+
+
+def _transfer(source: Source, remote: Remote, arrived: Arrived, throttle: Throttle) -> None:
+    # without a validator nobody can say whether the rest belongs to what has arrived
+    start = arrived.size if arrived.validator else 0
+    try:
+        body = source.open(remote, start, arrived.validator)
+    except FetchError as error:
+        if error.reason == "changed":
+            arrived.restart("")
+        raise
+    if body.start == 0 or body.start != arrived.size:
+        arrived.restart(body.validator)
+    for chunk in body.chunks:
+        throttle.take(len(chunk))
+        arrived.write(chunk)
+    if body.size is not None and arrived.size != body.size:
+        detail = f"{body.size} bytes were announced, {arrived.size} came"
+        if arrived.size > body.size:
+            arrived.restart("")
+        raise FetchError("truncated", detail, transient=True)
+
+
+def _check(remote: Remote, arrived: Arrived) -> None:
+    found = arrived.hash.hexdigest()
+    if remote.size is not None and arrived.size != remote.size:
+        detail = f"the list says {remote.size} bytes, {arrived.size} came"
+    elif remote.sha256 and found != remote.sha256:
+        detail = f"the list says {remote.sha256}, {found} came"
+    else:
+        return
+    arrived.restart("")
+    raise FetchError("size" if "bytes" in detail else "sha256", detail, transient=True)

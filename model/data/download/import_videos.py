@@ -1,0 +1,154 @@
+"""A folder of videos and a CSV become a dataset in the published layout: `mplug data import`.
+
+The CSV has a column for the video's path below the folder, one for its text, and, as wanted, `label` and `split`.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import storage
+from model.data.annotations import COLUMNS, MAX_PROBLEMS, SPLITS, read_csv, refuse_escape
+from model.data.download.http import Body
+from model.data.download.sources import Remote, open_stored
+from model.errors import DataError
+
+VIDEO = ("video", "path", "file", "filename", "video_id", "video_id:FILE", "clip_name:FILE")
+TEXT = ("text", "title", "caption", "golden_caption")
+TEST_SHARE, VAL_SHARE = 0.1, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    video: str
+    text: str
+    label: str
+    split: str
+
+
+class OwnSource:
+    """Videos of a folder (or bucket) with annotation files made of the user's own."""
+
+    def __init__(self, videos: str, rows: list[Row], dataset: str, made: Path) -> None:
+        """`made` is an empty local folder for the annotation files."""
+        self.videos, self.made = videos, made
+        self.rows = rows
+        self._annotate(dataset)
+
+    def refuse_other(self, raw: str) -> None:
+        """Raises DataError where `raw` holds annotations that are not these: rows of two datasets would mix."""
+        for dataset, split in itertools.product(COLUMNS, SPLITS):
+            name = f"{dataset}/{split}.csv"
+            theirs, ours = storage.join(raw, name), self.made / name
+            if storage.exists(theirs) and (not ours.exists() or ours.read_bytes() != storage.read(theirs)):
+                raise DataError(f"{raw} holds another dataset, {name} differs. Choose another --name.")
+
+    def files(self) -> Iterator[Remote]:
+        for path in sorted(self.made.rglob("*.*")):
+            yield self._remote(path.relative_to(self.made).as_posix(), str(path))
+        for video in sorted({row.video for row in self.rows}):
+            yield self._remote(video, storage.join(self.videos, video))
+
+    def open(self, remote: Remote, start: int, validator: str) -> Body:
+        return open_stored(remote, start, validator)
+
+    def _remote(self, path: str, location: str) -> Remote:
+        entry = storage.head(location)
+        if entry is None:
+            raise DataError(f"{location} was there a moment ago and is gone.")
+        return Remote(path=path, location=location, size=entry.size, version=entry.version)
+
+    def _annotate(self, dataset: str) -> None:
+        by_split: dict[str, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            by_split[row.split].append(row)
+        for split, rows in by_split.items():
+            path = self.made / dataset / f"{split}.csv"
+            path.parent.mkdir(exist_ok=True)
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(COLUMNS[dataset])
+                writer.writerows(_published(dataset, split, rows))
+        if dataset == "classification":
+            names = sorted({row.label for row in self.rows})
+            numbers = json.dumps({name: number for number, name in enumerate(names)}, ensure_ascii=False)
+            (self.made / "classname.json").write_text(numbers + "\n", encoding="utf-8")
+
+
+def read_rows(table: str, videos: str, dataset: str) -> list[Row]:
+    """The user's CSV. Raises DataError with a line for each row that cannot be used."""
+    if dataset not in COLUMNS:
+        raise DataError(f"dataset must be one of {', '.join(COLUMNS)}, got {dataset}.")
+    with read_csv(table) as reader:
+        names = list(reader.fieldnames or ())
+        video, text = (next((name for name in known if name in names), "") for known in (VIDEO, TEXT))
+        if not video or not text or (dataset == "classification" and "label" not in names):
+            needed = "label and " if dataset == "classification" else ""
+            raise DataError(
+                f"{table} must have {needed}one column of {', '.join(VIDEO)} and one of {', '.join(TEXT)}; it has "
+                f"{', '.join(names) or 'no header'}."
+            )
+        problems: list[str] = []
+        rows: list[Row] = []
+        seen: dict[tuple[str, str], int] = {}
+        for item in reader:
+            row = Row(
+                video=item[video] or "", text=item[text] or "", label=item.get("label") or "",
+                split=item.get("split") or _drawn(item[video] or "", dataset),
+            )  # fmt: skip
+            problem = _problem(row, videos, dataset)
+            if earlier := seen.get((row.video, row.text)):
+                problem = f"line {earlier} has the same video and text."
+            if problem:
+                problems.append(f"{table} line {reader.line_num}: {problem}")
+            seen[row.video, row.text] = reader.line_num
+            rows.append(row)
+    if len(problems) > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"{len(problems) - MAX_PROBLEMS} more rows of {table} cannot be used."]
+    if problems:
+        raise DataError("\n".join(problems))
+    if not rows:
+        raise DataError(f"{table} must have at least one row below its header, it has none.")
+    return rows
+
+
+def _problem(row: Row, videos: str, dataset: str) -> str:
+    try:
+        refuse_escape(row.video)
+    except DataError as error:
+        return str(error)
+    if row.split not in SPLITS:
+        return f"split must be one of {', '.join(SPLITS)}, got {row.split!r}."
+    if dataset == "classification" and not row.label:
+        return "label must not be empty."
+    if not row.text.strip():
+        return "the text must not be empty."
+    if storage.head(storage.join(videos, row.video)) is None:
+        return f"{storage.join(videos, row.video)} does not exist."
+    return ""
+
+
+def _drawn(video: str, dataset: str) -> str:
+    """The split of a video whose CSV names none: always the same, a tenth each for validation and test."""
+    if dataset == "pretrain":
+        return "train"
+    share = int.from_bytes(hashlib.sha256(video.encode()).digest()[:4]) / 2**32
+    return "test" if share < TEST_SHARE else "val" if share < TEST_SHARE + VAL_SHARE else "train"
+
+
+def _published(dataset: str, split: str, rows: list[Row]) -> Iterator[tuple[str, ...]]:
+    """Rows of an annotation file; captions to be judged by come together, one row per video."""
+    if dataset != "captioning" or split == "train":
+        for row in rows:
+            yield (row.video, row.text, row.label) if dataset == "classification" else (row.video, row.text)
+        return
+    captions: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        captions[row.video].append(row.text)
+    for video, texts in captions.items():
+        yield video, repr(texts)

@@ -1,0 +1,163 @@
+"""What has been downloaded: <raw>/.ledger/*.parquet, one row for every outcome of every file.
+
+Rows are only added, in files of some thousand, by any number of machines; the last row of a path counts. Ten million
+rows are read in pieces, and what is kept of each is a hash.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from model import storage
+from model.data.annotations import LEDGER, hashed
+from model.errors import DataError, StorageError
+
+SEGMENT_ROWS = 20_000
+FLUSH_S = 5.0
+DONE, FAILED = "done", "failed"
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),  # below the raw dataset
+        ("identity", pa.string()),  # of the source's file: another one is another file
+        ("size", pa.int64()),
+        ("sha256", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("time_ms", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one file."""
+
+    path: str
+    identity: str
+    status: str
+    size: int = 0
+    sha256: str = ""
+    reason: str = ""
+
+
+class Ledger:
+    """Writes outcomes. What is not written when the process is killed is downloaded again."""
+
+    def __init__(self, raw: str, writer: str) -> None:
+        self.base = storage.join(raw, LEDGER, f"{int(time.time() * 1000):013d}-{writer}")
+        self.rows: list[dict[str, Any]] = []
+        self.segment, self.flushed = 0, time.monotonic()
+        self.lock = threading.Lock()
+
+    def add(self, outcome: Outcome) -> None:
+        with self.lock:
+            self.rows.append({**vars(outcome), "time_ms": int(time.time() * 1000)})
+            if len(self.rows) >= SEGMENT_ROWS or time.monotonic() - self.flushed > FLUSH_S:
+                try:
+                    self._flush()
+                except StorageError:  # down for a moment: the rows stay, `close` has to succeed
+                    self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        with self.lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.rows:
+            buffer = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(self.rows, SCHEMA), buffer, compression="zstd")
+            storage.write(f"{self.base}-{self.segment:05d}.parquet", buffer.getvalue().to_pybytes())
+        if len(self.rows) >= SEGMENT_ROWS:
+            self.segment, self.rows = self.segment + 1, []
+        self.flushed = time.monotonic()
+
+
+class Done:
+    """Which files need not be fetched again."""
+
+    def __init__(self, raw: str) -> None:
+        paths, files, done = [], [], []
+        for _, table in _segments(raw, ["path", "identity", "status"]):
+            rows = table.to_pydict()
+            paths.append(np.array([hashed(path) for path in rows["path"]], np.uint64))
+            files.append(
+                np.array([hashed(*pair) for pair in zip(rows["path"], rows["identity"], strict=True)], np.uint64)
+            )
+            done.append(np.array([status == DONE for status in rows["status"]]))
+        last = _last(paths)
+        self.files = np.sort(np.concatenate(files)[last & np.concatenate(done)]) if files else np.empty(0, np.uint64)
+
+    def __contains__(self, file: tuple[str, str]) -> bool:
+        wanted = np.uint64(hashed(*file))
+        place = int(np.searchsorted(self.files, wanted))
+        return place < len(self.files) and bool(self.files[place] == wanted)
+
+
+def outcomes(raw: str) -> Iterator[Outcome]:
+    """The last outcome of every file, of those that were there when this began. Raises DataError where none are."""
+    paths, lengths = [], {}
+    for name, table in _segments(raw, ["path"]):
+        paths.append(np.array([hashed(path) for path in table["path"].to_pylist()], np.uint64))
+        lengths[name] = len(table)
+    if not paths:
+        raise DataError(f"{raw} has no {LEDGER}/: `mplug data download` has not been here.")
+    last, row = _last(paths), 0
+    for name, length in lengths.items():
+        table = _read(raw, name)[:length]  # a writer may have added rows since
+        for item in table.drop_columns(["time_ms"]).to_pylist():
+            if last[row]:
+                yield Outcome(**item)
+            row += 1
+
+
+@dataclass(kw_only=True)
+class Status:
+    """A raw dataset in numbers."""
+
+    files: int
+    bytes: int
+    failed: Counter[str]
+    """Files that are missing, by reason."""
+    examples: list[Outcome]
+    """Some of them."""
+
+
+def status(raw: str, examples: int = 10) -> Status:
+    found = Status(files=0, bytes=0, failed=Counter(), examples=[])
+    for outcome in outcomes(raw):
+        if outcome.status == DONE:
+            found.files += 1
+            found.bytes += outcome.size
+        else:
+            found.failed[outcome.reason.partition(":")[0]] += 1
+            if len(found.examples) < examples:
+                found.examples.append(outcome)
+    return found
+
+
+def _segments(raw: str, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    base = storage.join(raw, LEDGER)
+    for name in sorted(entry.path for entry in storage.walk(base)):
+        if name.endswith(".parquet"):
+            yield name, _read(raw, name, columns)
+
+
+def _read(raw: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read(storage.join(raw, LEDGER, name))), columns=columns)
+
+
+def _last(paths: list[NDArray[np.uint64]]) -> NDArray[np.bool_]:
+    """Which rows are the last of their path."""
+    whole = np.concatenate(paths) if paths else np.empty(0, np.uint64)
+    is_last = np.zeros(len(whole), bool)
+    _, first = np.unique(whole[::-1], return_index=True)
+    is_last[len(whole) - 1 - first] = True
+    return is_last

@@ -1,0 +1,274 @@
+"""From shards to batches: picks frames, augments, hands annotation and clip to the task's collate function.
+
+Every loader process works out by itself which clips its batches need, and reads them ahead. All randomness of a clip is
+keyed by (seed, epoch, position), so neither the number of processes nor of workers changes anything.
+"""
+
+import logging
+import pickle
+import random
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from multiprocessing import forkserver, get_context, resource_tracker
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from model.config.schema import DataConfig
+from model.data.annotations import Annotation
+from model.data.cache import open_cache
+from model.data.loading.sampler import BatchSampler, Draw, EverySample
+from model.data.loading.transforms import training_transform
+from model.data.prefetch import in_order
+from model.data.shards.format import Record
+from model.data.shards.reader import ShardReader
+from model.data.video import VideoError, frame_indices, padded
+from model.errors import ConfigError, DataError, ProcessFailedError, RemoteError
+from model.manifest import cache_folder
+from model.mplug_video.processing import MPlugVideoProcessor
+
+log = logging.getLogger("mplug")
+Batch = dict[str, Any]
+FIRST_CLIPS = 1000
+"""The share of unreadable clips is taken of at least so many: one early failure is no trend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One clip and what is said about it."""
+
+    annotation: Annotation
+    clip: Tensor | None
+    """Frames of the model's size, uint8 (T, H, W, C); None where only the text is read."""
+    seed: str
+    """Keys all randomness of this example: the same in any worker and on any process."""
+
+
+Fetched = Record | Annotation | VideoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSource:
+    """Examples of one split by draw."""
+
+    reader: ShardReader
+    processor: MPlugVideoProcessor
+    augment: DataConfig | None = None
+    seed: int = 0
+    read_video: bool = True
+
+    def fetch(self, position: int) -> Fetched:
+        """What has to come from storage, or why it is of no use; several threads do this ahead of time."""
+        try:
+            return self.reader.record(position) if self.read_video else self.reader.annotation(position)
+        except (ValueError, KeyError) as error:
+            return VideoError("damaged", f"clip {position} is no record: {error}")
+
+    def example(self, draw: Draw, fetched: Fetched) -> Example:
+        """Raises VideoError where the clip cannot be read or decoded."""
+        if isinstance(fetched, VideoError):
+            raise fetched
+        seed = f"{self.seed}/{draw[0]}/{draw[1]}"
+        if isinstance(fetched, Annotation):
+            return Example(annotation=fetched, clip=None, seed=seed)
+        rng = random.Random(seed) if self.augment else None
+        count = self.processor.num_frames
+        indices = padded(frame_indices(fetched.meta["num_frames"], count, rng), count)
+        frames = torch.from_numpy(np.stack(self.reader.frames(fetched, indices)))  # (T, H, W, C)
+        if self.augment and rng:
+            frames = training_transform(frames, self.processor.image_size, self.augment, rng)
+        else:
+            frames = self.processor.resize(frames)
+        return Example(annotation=fetched.annotation, clip=frames, seed=seed)
+
+
+Order = BatchSampler | EverySample
+Loaded = tuple[Batch, int, list[str]] | RemoteError
+"""A batch, the number of its clips, and what could not be read of it; or what ends the run. As a value: of what a
+loader process raises, DataLoader passes on neither the kind nor the message."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class BatchStream(IterableDataset[Loaded]):
+    """Collated batches in the order's sequence. With several workers, each makes every n-th."""
+
+    def __init__(
+        self, source: ClipSource, order: Order, collate: Callable[[list[Example]], Batch], read_ahead: int
+    ) -> None:
+        self.source, self.order, self.collate, self.read_ahead = source, order, collate, read_ahead
+        self.last: Example | None = None
+
+    def __iter__(self) -> Iterator[Loaded]:
+        if get_worker_info() is None:
+            yield from self._batches()
+            return
+        try:
+            for batch, clips, failures in self._batches():
+                yield _shared(batch), clips, failures
+        except Exception as error:  # of any kind: it is raised again where the batches are used
+            yield RemoteError.of(error)
+
+    def _batches(self) -> Iterator[tuple[Batch, int, list[str]]]:
+        worker = get_worker_info()
+        if worker:
+            torch.set_num_threads(1)  # parallelism comes from the workers
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        steps = range(self.order.start_step + first, self.order.steps, every)
+        batches = (self.order.batch(step) for step in steps)
+        with ThreadPoolExecutor(self.read_ahead, thread_name_prefix="read-ahead") as pool:
+            sizes: list[int] = []
+
+            def begin() -> Iterator["Future[tuple[Draw, Fetched]]"]:
+                for batch in batches:
+                    sizes.append(len(batch))
+                    yield from (pool.submit(self._fetch, draw) for draw in batch)
+
+            fetched = in_order(begin(), self.read_ahead)
+            for future in fetched:
+                whole = chain([future], islice(fetched, sizes.pop(0) - 1))
+                # one by one: what follows is fetched while a clip is decoded
+                yield self._batch(item.result() for item in whole)
+
+    def _fetch(self, draw: Draw) -> tuple[Draw, Fetched]:
+        return draw, self.source.fetch(draw[1])
+
+    def _batch(self, fetched: Iterable[tuple[Draw, Fetched]]) -> tuple[Batch, int, list[str]]:
+        examples: list[Example | None] = []
+        failures = []
+        for draw, item in fetched:
+            try:
+                examples.append(self.source.example(draw, item))
+            except VideoError as error:
+                examples.append(None)
+                key = item.meta["video"] if isinstance(item, Record) else str(draw)
+                failures.append(f"{self.source.reader.uri} {key}: {error}")
+        read = [example for example in examples if example is not None]
+        last = read[-1] if read else self.last
+        if last is None:
+            raise DataError("no clip of the first batch can be read:\n" + "\n".join(failures))
+        self.last = last
+        return self.collate(_filled(examples, last)), len(examples), failures
+
+
+def _filled(examples: list[Example | None], last: Example) -> list[Example]:
+    """The batch in its full size, since processes exchange features of equal shape: what could not be read is replaced
+    by others of the batch that could, or by the `last` one before it."""
+    read = [example for example in examples if example is not None] or [last]
+    following = cycle(read[1:] + read[:1])
+    return [example or next(following) for example in examples]
+
+
+def _shared(batch: Batch) -> Batch:
+    """The batch as it can be sent. Otherwise the thread that sends it would do this, of whose errors nobody hears."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    pickle.dumps([value for value in batch.values() if not isinstance(value, Tensor)])
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        disk = disk_usage(SHARED_MEMORY)
+        raise ConfigError(
+            f"{SHARED_MEMORY} must hold a batch of {sum(tensor.nbytes for tensor in tensors) / 1e6:.0f} MB, "
+            f"{disk.free / 1e6:.0f} of its {disk.total / 1e6:.0f} MB are free. `mplug plan` says what a run needs; "
+            "enlarge it, or lower data.workers or data.batch_size."
+        ) from error
+    return batch
+
+
+class Batches:
+    """Batches of a run, and a watch over what could not be read: logged, counted, and too many of it end the run."""
+
+    def __init__(self, stream: BatchStream, *, workers: int, max_failures: float) -> None:
+        self.max_failures = max_failures
+        self.read, self.failed, self.reported = 0, 0, 0
+        # forkserver: forking a process that holds threads (DeepSpeed, S3) can deadlock, and spawning imports torch anew
+        context = get_context("forkserver") if workers else None
+        if workers:
+            start_fork_server(stream.collate.__module__)
+        self.loader: DataLoader[Loaded] = DataLoader(
+            stream, batch_size=None, num_workers=workers, multiprocessing_context=context
+        )
+
+    def take_failures(self) -> int:
+        """Clips that could not be read since this was last asked."""
+        failures, self.reported = self.failed - self.reported, self.failed
+        return failures
+
+    def __iter__(self) -> Iterator[Batch]:
+        for loaded in self._loaded():
+            if isinstance(loaded, RemoteError):
+                loaded.reraise()
+            batch, clips, failures = loaded
+            self.read += clips
+            self.failed += len(failures)
+            for failure in failures:
+                log.warning("unreadable, another clip of the batch takes its place: %s", failure)
+            if self.failed > self.max_failures * max(self.read, FIRST_CLIPS):
+                raise DataError(
+                    f"at most {self.max_failures:.2%} of clips may be unreadable (data.max_read_failures), got "
+                    f"{self.failed} of {self.read}; the last is {failures[-1]}."
+                )
+            yield batch
+
+    def _loaded(self) -> Iterator[Loaded]:
+        """Raises ProcessFailedError where a loader process ends by an error before it can say which."""
+        iterator = iter(self.loader)
+        try:
+            yield from iterator
+        except RuntimeError as error:
+            codes = [process.exitcode for process in getattr(iterator, "_workers", []) if process.exitcode]
+            if not any(code > 0 for code in codes):
+                raise
+            raise ProcessFailedError(
+                f"a loader process has ended with exit code {max(codes)}; what it printed says why."
+            ) from error
+
+
+def start_fork_server(*modules: str) -> None:
+    """Loader processes are forked from it, once it has imported what they need: the sooner it is started, the better.
+
+    Nobody can ask it to end before it has left the process group (model.data.loading.leave_process_group).
+    """
+    get_context("forkserver").set_forkserver_preload(["model.data.loading.leave_process_group", __name__, *modules])
+    resource_tracker.ensure_running()  # started later, it would let the signal through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; annotations stay."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+
+
+def open_split(uri: str, config: DataConfig) -> ShardReader:
+    """A split as a run's configuration wants it read."""
+    cache = open_cache(cache_folder() / "clips", int(config.cache_gb * 1e9)) if config.cache_gb else None
+    return ShardReader(uri, cache=cache, decoder=config.decoder, deadline_s=config.decode_deadline_s)
+
+
+def training_batches(
+    source: ClipSource, order: BatchSampler, collate: Callable[[list[Example]], Batch], config: DataConfig
+) -> Batches:
+    """Batches in the sampler's order."""
+    stream = BatchStream(source, order, collate, config.read_ahead)
+    return Batches(stream, workers=config.workers, max_failures=config.max_read_failures)
+
+
+def evaluation_batches(
+    source: ClipSource, order: EverySample, collate: Callable[[list[Example]], Batch], read_ahead: int = 32
+) -> Batches:
+    """Every example once, in the split's order; one that cannot be read ends the evaluation."""
+    return Batches(BatchStream(source, order, collate, read_ahead), workers=0, max_failures=0)

@@ -1,0 +1,1 @@
+"""Clips, decoded once and stored in tar shards that training reads."""

@@ -1,0 +1,69 @@
+"""Looks at one clip: decodes it, and either encodes what is to be stored or says why it cannot be.
+
+Runs in a process of its own that is killed at a deadline and may not take more memory than it is given, so that no
+file, however broken, stops or fills the machine.
+"""
+
+import io
+import resource
+
+from PIL import Image
+
+from model.data.shards.format import Form, StoredClip
+from model.data.video import Pixels, VideoError, frame_indices, open_clip
+
+JPEG_QUALITY = 88
+MEMORY = 4 * 2**30
+"""Bytes that a decoding process may add to what it starts with."""
+
+
+def limit_memory() -> None:
+    """For the start of a decoding process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+
+
+def examine(data: bytes, form: Form, decoder: str, deadline_s: float) -> StoredClip | tuple[str, str]:
+    """What is to be stored, or (reason, detail) where first, middle and last frames cannot all be decoded."""
+    try:
+        reader = open_clip(data, decoder, deadline_s)
+        last = reader.num_frames - 1
+        if form.kind == "frames":
+            indices = frame_indices(reader.num_frames, form.num_frames)
+        else:
+            indices = sorted({0, last // 2, last})
+        width = height = 0
+        files: list[bytes] = []
+        for pixels in reader.frames([*indices, last]):
+            height, width = pixels.shape[:2]
+            if form.kind == "frames" and len(files) < len(indices):
+                files.append(_jpeg(pixels, form.short_side))
+    except VideoError as error:
+        return error.reason, error.detail
+    except MemoryError:
+        return "too_large", f"decoding took more than {MEMORY >> 30} GiB of memory"
+    except Exception as error:  # whatever a strange file leads to is the file's fault here, and is listed
+        return "unreadable", f"{type(error).__name__}: {error}"
+    original = form.kind == "original"
+    return StoredClip(
+        files=[data] if original else files,
+        frames=[] if original else indices,
+        num_frames=reader.num_frames,
+        fps=round(reader.fps, 3),
+        duration_s=round(reader.duration_s, 3),
+        width=width,
+        height=height,
+        bytes=len(data),
+    )
+
+
+def _jpeg(pixels: Pixels, short_side: int) -> bytes:
+    frame = Image.fromarray(pixels)
+    scale = min(1.0, short_side / min(frame.size))
+    size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+    if size != frame.size:
+        frame = frame.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+    buffer = io.BytesIO()
+    frame.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

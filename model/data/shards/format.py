@@ -1,0 +1,160 @@
+"""The form of a stored clip: one JSON file and its frames (or its original bytes), side by side in a tar shard.
+
+    00001234.json      annotation, facts of the source, numbers of the stored frames, lengths of the files that follow
+    00001234.00.jpg …  F uniformly spaced frames                                       (form "frames")
+    00001234.mp4       the clip as published                                           (form "original")
+
+The files of a clip follow each other without a gap, so one read fetches it whole, and its JSON says where in it each
+frame lies. Every tar is one that `tar` and WebDataset read.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import pyarrow as pa
+
+from model.data.annotations import Annotation
+from model.errors import DataError
+
+BLOCK = tarfile.BLOCKSIZE
+INDEX, QUARANTINE, DATASET = "index.parquet", "quarantine.jsonl", "dataset.json"
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # number of the row in the split's annotation file
+        ("video", pa.string()),
+        ("text", pa.string()),
+        ("label", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),  # of the clip's first tar header in its shard
+        ("length", pa.int64()),  # of all its files with their headers
+        ("sha256", pa.binary(32)),  # of those bytes
+        ("num_frames", pa.int32()),  # of the source, as the next five
+        ("fps", pa.float32()),
+        ("duration_s", pa.float32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is stored of each clip."""
+
+    kind: str = "frames"
+    """"frames", or "original" for the published bytes."""
+    num_frames: int = 16
+    """Uniformly spaced frames per clip, in the form "frames"."""
+    short_side: int = 256
+    """Of stored frames, in pixels; smaller ones are not enlarged."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("frames", "original"):
+            raise DataError(f"the form must be frames or original, got {self.kind}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredClip:
+    """What is stored of one clip."""
+
+    files: list[bytes]
+    """JPEG frames, or one file as published."""
+    frames: list[int]
+    """Number in the source of each stored frame; empty where the source itself is stored."""
+    num_frames: int
+    fps: float
+    duration_s: float
+    width: int
+    height: int
+    bytes: int
+    """Size of the source."""
+
+    def facts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("num_frames", "fps", "duration_s", "width", "height", "bytes")}
+
+
+def encode(key: str, annotation: Annotation, clip: StoredClip) -> bytes:
+    """The clip as a piece of a tar file."""
+    if clip.frames:
+        names = [f"{key}.{number:02d}.jpg" for number in range(len(clip.files))]
+    else:
+        suffix = PurePosixPath(annotation.video).suffix.lower()
+        names = [key + (suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ".mp4")]
+    meta = {**asdict(annotation), **clip.facts(), "frames": clip.frames, "lengths": [len(data) for data in clip.files]}
+    members = [(f"{key}.json", json.dumps(meta, ensure_ascii=False).encode()), *zip(names, clip.files, strict=True)]
+    return b"".join(_member(name, data) for name, data in members)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)  # no time, no owner: the same clips give the same bytes
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+
+
+class Record:
+    """A stored clip as it was read back. Raises ValueError where the bytes are not those of one."""
+
+    def __init__(self, data: bytes) -> None:
+        end = self.needed(data)
+        self.meta: dict[str, Any] = json.loads(data[BLOCK:end])
+        self.data, self.start = data, end + -end % BLOCK
+
+    @property
+    def annotation(self) -> Annotation:
+        references = tuple(self.meta["references"])
+        return Annotation(
+            video=self.meta["video"], text=self.meta["text"], label=self.meta["label"], references=references
+        )
+
+    def file(self, number: int) -> memoryview:
+        """A stored frame, or the clip itself as number 0."""
+        lengths = self.meta["lengths"]
+        start = self.start + BLOCK + sum(length + -length % BLOCK + BLOCK for length in lengths[:number])
+        return memoryview(self.data)[start : start + lengths[number]]
+
+    @staticmethod
+    def needed(head: bytes) -> int:
+        """How many bytes of a record hold its JSON file."""
+        return BLOCK + int(head[124:135], 8)  # the size field of a tar header
+
+
+class TarWriter:
+    """Writes clips one after another into tar files of about `limit` bytes, and says where each went."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.rows: list[dict[str, Any]] = []
+        self.file: IO[bytes] | None = None
+        self.number = -1
+
+    def add(self, key: str, annotation: Annotation, clip: StoredClip) -> None:
+        if self.file is None or self.file.tell() > self.limit:
+            self.close()
+            self.number += 1
+            self.file = self.path(self.number).open("wb")
+        data = encode(key, annotation, clip)
+        where = {"shard": self.number, "offset": self.file.tell(), "length": len(data)}
+        row = {"key": key, **asdict(annotation), **where, "sha256": hashlib.sha256(data).digest(), **clip.facts()}
+        self.rows.append(row)
+        self.file.write(data)
+
+    def path(self, number: int) -> Path:
+        return self.folder / shard_name(number)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.write(bytes(2 * BLOCK))  # the end of an archive
+            self.file.close()
+            self.file = None
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"

@@ -1,0 +1,1 @@
+"""Published weights, converted into folders that transformers loads."""

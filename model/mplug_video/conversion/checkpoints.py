@@ -1,0 +1,79 @@
+"""Checkpoint files of others, opened lazily and without running code in them; ours, written shard by shard."""
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.errors import ConversionError
+from model.progress import progress
+
+SHARD_BYTES = 512 * 2**20
+"""Bounds what is held in memory while a model is written."""
+WRAPPERS = ("model", "module", "state_dict")
+"""Entries under which training programs keep the weights, in the order in which upstream looks for them."""
+
+
+def open_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a file, or of all weight files of a folder; read from disk when they are used."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) or sorted(path.glob("*.pt"))
+        if not files:
+            raise ConversionError(f"{path} must hold .safetensors, .bin or .pt files, it holds none.")
+        return {name: tensor for file in files for name, tensor in open_checkpoint(file).items()}
+    if not path.is_file():
+        raise ConversionError(f"{path} must be a checkpoint file or a folder of them, there is nothing.")
+    tree: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    for wrapper in WRAPPERS:
+        if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
+            tree = tree[wrapper]
+    if not isinstance(tree, dict) or not tree:
+        raise ConversionError(f"{path} must hold named tensors, it holds a {type(tree).__name__}.")
+    others = [str(name) for name, value in tree.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ConversionError(f"{path} must hold tensors only, {others[0]} is a {type(tree[others[0]]).__name__}.")
+    return dict(tree)
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # written by torch before 1.6
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if "weights_only" not in str(error) and "Weights only" not in str(error):
+            raise ConversionError(f"{path} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from error
+        raise ConversionError(
+            f"{path} holds more than tensors, and loading it would run code from it: refused. Where you trust it, "
+            'load it once with its own program and save torch.save({"module": model.state_dict()}, FILE).'
+        ) from error
+
+
+def write_checkpoint(
+    folder: Path, forms: Mapping[str, Tensor], build: Mapping[str, Callable[[], Tensor]], desc: str
+) -> None:
+    """Writes model.safetensors, or shards and their index, as transformers loads them.
+
+    `forms` holds a meta tensor per name, which says how large it will be; `build` makes the tensor when its turn comes.
+    """
+    plan = split_state_dict_into_shards_factory(
+        dict(forms),
+        get_storage_size=lambda form: form.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    bar = progress(plan.filename_to_tensors.items(), total=len(plan.filename_to_tensors), desc=desc, unit="file")
+    for filename, names in bar:
+        save_file({name: build[name]().contiguous() for name in names}, folder / filename, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

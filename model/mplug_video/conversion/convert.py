@@ -1,0 +1,331 @@
+"""Published weights -> folders that `from_pretrained` loads: `mplug convert SOURCE DEST`.
+
+A source is one of three, told apart by what it holds: a ModelScope GPT-3 folder (whole or in tensor-parallel pieces),
+an image encoder (CLIP or a timm ViT), or a trained mPLUG-Video. Every tensor is mapped, dropped with a reason, or an
+error.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from model import manifest, storage
+from model.errors import ConversionError
+from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
+from model.mplug_video.conversion.checkpoints import open_checkpoint, write_checkpoint
+from model.mplug_video.conversion.names import (
+    BRIDGE_AND_HEADS,
+    DECODER,
+    OPENAI_CLIP,
+    TRANSFORMERS_CLIP,
+    VISION,
+    megatron_to_gpt2,
+    piece_dimension,
+    timesformer_names,
+    timm_to_timesformer,
+    translate,
+)
+from model.mplug_video.conversion.shapes import (
+    class_names_of,
+    gpt2_config,
+    refuse_missing,
+    refuse_split_patches,
+    tokenizer_of,
+    vision_config_of,
+)
+from model.mplug_video.modeling import (
+    MPlugVideoForClassification,
+    MPlugVideoForConditionalGeneration,
+    MPlugVideoForPreTraining,
+)
+from model.mplug_video.processing import MPlugVideoProcessor
+from model.mplug_video.vision import TimeSformer, resize_frames, resize_positions
+
+REPORT = "conversion.json"
+GPT3_PREFIX, GPT3_IN_MODEL = "language_model.", "text_decoder.dist_model.language_model."
+VISION_PREFIX = "visual_encoder."
+PIECES = "mp_rank_*_model_states.pt"
+"""A checkpoint's file per rank of tensor parallelism, in its folder or, at ModelScope's, in `model` below it."""
+KEY_BIAS = "a bias of keys changes no attention: it adds the same to all scores of a query"
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of our tensors is made of a published one, or of its tensor-parallel pieces."""
+
+    parts: Sequence[Tensor]
+    dimension: int = 0
+    """In which the parts are joined."""
+    transform: Callable[[Tensor], Tensor] = _same
+
+    def make(self, device: str = "cpu") -> Tensor:
+        """The tensor; on "meta" its shape and type alone."""
+        parts = [part.to(device) for part in self.parts]
+        return self.transform(parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dimension))
+
+
+@dataclass
+class Conversion:
+    """What a source becomes. Tensors are made one by one, while they are written."""
+
+    config: PreTrainedConfig
+    architecture: type[PreTrainedModel]
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    mapped: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    initialised: list[str] = field(default_factory=list)
+    """Tensors that the source cannot have, with fresh values."""
+    processor: MPlugVideoProcessor | PreTrainedTokenizerFast | None = None
+
+    def map(self, source: str, target: str | None, recipe: Recipe) -> None:
+        """Without a target the tensor keeps its name, and is refused with all other unknown ones."""
+        self.mapped[source] = target or source
+        self.recipes[target or source] = recipe
+
+    def summary(self) -> str:
+        reasons = {reason: sum(value == reason for value in self.dropped.values()) for reason in self.dropped.values()}
+        lines = [f"{self.architecture.__name__}: {len(self.mapped)} tensors mapped"]
+        vision = getattr(self.config, "vision_config", self.config)
+        if isinstance(vision, TimeSformerConfig):  # what tensors cannot tell is worth a look
+            lines.append(
+                f"vision encoder of {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads, "
+                f"for {vision.num_frames} frames of {vision.image_size} pixels"
+            )
+        lines += [f"{count} dropped: {reason}" for reason, count in reasons.items()]
+        if self.initialised:
+            lines.append(f"{len(self.initialised)} initialised, the source has none: {self.initialised[0]}, …")
+        return "\n".join(lines)
+
+
+def convert_to(source: Path, dest: str, **options: Any) -> Conversion:
+    """Like `convert`, to a folder or an s3:// URI."""
+    if not storage.is_s3(dest):
+        return convert(source, Path(dest), **options)
+    if storage.exists(storage.join(dest, manifest.FILE)):
+        raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Choose another.")
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "converted"
+        conversion = convert(source, local, **options)
+        manifest.put(local, dest, (local / manifest.FILE).read_bytes())
+    return conversion
+
+
+def convert(
+    source: Path,
+    dest: Path,
+    *,
+    decoder: Path | None = None,
+    vision_heads: int = 8,
+    image_size: int | None = None,
+    num_frames: int | None = None,
+    class_names: list[str] | None = None,
+    drop: Iterable[str] = (),
+) -> Conversion:
+    """Writes `dest`, which must not exist, and returns what became of every tensor.
+
+    `decoder` is the GPT-3 folder, ModelScope's or a converted one, whose tokenizer and number of heads a trained
+    model needs. Tensors whose names match a pattern of `drop` are left out. Raises ConversionError.
+    """
+    if dest.exists():
+        raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Remove it or choose another.")
+    pieces = sorted(source.glob(PIECES)) or sorted(source.glob(f"model/{PIECES}"))
+    states = [open_checkpoint(piece) for piece in pieces or [source]]
+    dropped = {name: "asked for (--drop)" for pattern in drop for name in states[0] if fnmatch(name, pattern)}
+    states = [{name: tensor for name, tensor in state.items() if name not in dropped} for state in states]
+    if any(name.startswith(GPT3_PREFIX) for name in states[0]):
+        conversion = _decoder(source, states)
+    elif any(name.startswith(VISION_PREFIX) for name in states[0]):
+        conversion = _model(states, decoder, vision_heads, (image_size, num_frames), class_names)
+    else:
+        conversion = _vision(states[0], vision_heads, image_size, num_frames or TimeSformerConfig().num_frames)
+    conversion.dropped |= dropped
+    _write(conversion, source, dest)
+    return conversion
+
+
+def _decoder(folder: Path, states: list[dict[str, Tensor]]) -> Conversion:
+    """`states` are the pieces of tensor parallelism, one where there is none."""
+    if not folder.is_dir():
+        raise ConversionError(
+            f"{folder} is a GPT-3 without its folder: give the one that holds config.json and {folder.name}."
+        )
+    recipes, forms = _whole(states)
+    tokenizer = tokenizer_of(folder)
+    config = gpt2_config(folder, tokenizer, forms, GPT3_PREFIX)
+    conversion = Conversion(config, GPT2LMHeadModel, processor=tokenizer)
+    for name, recipe in recipes.items():
+        _map_decoder(conversion, name, recipe, GPT3_PREFIX, "")
+    return conversion
+
+
+def _whole(states: list[dict[str, Tensor]]) -> tuple[dict[str, Recipe], dict[str, Tensor]]:
+    """How each tensor is made of its pieces, and what it will be like (on the meta device)."""
+    names = dict.fromkeys(name for state in states for name in state)
+    recipes = {name: _joined(name, states) for name in names}
+    return recipes, {name: recipe.make("meta") for name, recipe in recipes.items()}
+
+
+def _joined(name: str, states: list[dict[str, Tensor]]) -> Recipe:
+    """The whole tensor: its pieces one after the other, or the first of equal copies."""
+    if not all(name in state for state in states):
+        raise ConversionError(f"{name} must be in all {len(states)} pieces of the checkpoint, it is not.")
+    parts = [state[name] for state in states]
+    dimension = piece_dimension(name)
+    if dimension is not None:
+        return Recipe(parts, dimension)
+    if not all(torch.equal(part, parts[0]) for part in parts):
+        raise ConversionError(f"{name} must be the same in all {len(parts)} pieces of the checkpoint, it differs.")
+    return Recipe(parts[:1])
+
+
+def _vision(state: dict[str, Tensor], heads: int, image_size: int | None, num_frames: int) -> Conversion:
+    conversion = Conversion(TimeSformerConfig(), TimeSformer)
+    names = {name: name for name in state}  # the source's -> timm's
+    for table in (OPENAI_CLIP, TRANSFORMERS_CLIP):
+        translated = {name: translate(name, table) for name in state}
+        if "cls_token" in translated.values():
+            names = {name: ours for name, ours in translated.items() if ours}
+            conversion.dropped = dict.fromkeys((n for n in state if n not in names), "not of CLIP's image encoder")
+    for name, timm_name in list(names.items()):
+        if "head" in timm_name:
+            conversion.dropped[name] = "a classifier of images"
+            del names[name]
+    refuse_missing(["cls_token", "pos_embed", "patch_embed.proj.weight"], names.values(), "an image encoder")
+    tensors = timm_to_timesformer({timm_name: state[name] for name, timm_name in names.items()})
+    conversion.mapped = {name: timesformer_names(timm_name) for name, timm_name in names.items()}
+    for name, timm_name in names.items():
+        if timm_name.endswith("attn.k.bias"):
+            del conversion.mapped[name]
+        if timm_name.endswith(("attn.k.bias", "attn.qkv.bias")):
+            conversion.dropped[name if ".k." in timm_name else f"{name} (keys)"] = KEY_BIAS
+    config = conversion.config = vision_config_of(tensors, heads, num_frames)
+    config.image_size = refuse_split_patches(image_size or config.image_size, config.patch_size)
+    tensors["pos_embed"] = resize_positions(tensors["pos_embed"], config.image_size // config.patch_size)
+    torch.manual_seed(0)  # the same source gives the same bytes
+    fresh = TimeSformer(config).state_dict()
+    conversion.initialised = [name for name in fresh if name not in tensors and "temporal" in name]
+    tensors |= {name: fresh[name] for name in conversion.initialised}
+    conversion.recipes = {name: Recipe([tensor]) for name, tensor in tensors.items()}
+    return conversion
+
+
+def _model(
+    states: list[dict[str, Tensor]],
+    decoder: Path | None,
+    heads: int,
+    size: tuple[int | None, int | None],
+    class_names: list[str] | None,
+) -> Conversion:
+    if decoder is None:
+        raise ConversionError("a trained model needs the folder of its GPT-3 too, for the tokenizer: --decoder FOLDER.")
+    tokenizer = tokenizer_of(decoder)
+    recipes, state = _whole(states)
+    refuse_missing(["learnable_queries", f"{VISION_PREFIX}temporal_embed"], state, "a trained model")
+    num_frames = state[f"{VISION_PREFIX}temporal_embed"].shape[1]
+    vision = {_vision_name(name): tensor for name, tensor in state.items() if name.startswith(VISION_PREFIX)}
+    vision_config = vision_config_of(vision, heads, num_frames)
+    vision_config.image_size = refuse_split_patches(size[0] or vision_config.image_size, vision_config.patch_size)
+    vision_config.num_frames = size[1] or vision_config.num_frames
+    config = MPlugVideoConfig(
+        vision_config=vision_config,
+        text_config=gpt2_config(decoder, tokenizer, state, GPT3_IN_MODEL),
+        num_queries=state["learnable_queries"].shape[1],
+        query_norm="visual_norm.weight" in state,
+        use_contrastive="vision_proj.weight" in state,
+        contrastive_size=state["vision_proj.weight"].shape[0] if "vision_proj.weight" in state else 256,
+        class_names=class_names_of(state, class_names),
+        released_beam_search=True,
+    )
+    processor = MPlugVideoProcessor(
+        tokenizer, image_size=vision_config.image_size, num_frames=vision_config.num_frames, resample="nearest"
+    )
+    conversion = Conversion(config, _architecture(config), processor=processor)
+    side = vision_config.image_size // vision_config.patch_size
+    transforms: dict[str, Callable[[Tensor], Tensor]] = {
+        f"{VISION_PREFIX}pos_embed": partial(resize_positions, side=side),
+        f"{VISION_PREFIX}temporal_embed": partial(resize_frames, num_frames=vision_config.num_frames),
+        "temp": partial(torch.reshape, shape=(1,)),
+    }
+    for name, recipe in recipes.items():
+        recipe = replace(recipe, transform=transforms.get(name, _same))
+        if name.startswith(GPT3_IN_MODEL):
+            _map_decoder(conversion, name, recipe, GPT3_IN_MODEL, "decoder.")
+        elif name.startswith(VISION_PREFIX):
+            conversion.map(name, f"vision_encoder.{_vision_name(name)}", recipe)
+        else:
+            conversion.map(name, translate(name, BRIDGE_AND_HEADS), recipe)
+    return conversion
+
+
+def _vision_name(name: str) -> str:
+    name = name.removeprefix(VISION_PREFIX)
+    return translate(name, VISION) or name
+
+
+def _architecture(config: MPlugVideoConfig) -> type[PreTrainedModel]:
+    """Retrieval models hold the same tensors as contrastive pre-training, and load from it."""
+    if config.class_names:
+        return MPlugVideoForClassification
+    return MPlugVideoForPreTraining if config.use_contrastive else MPlugVideoForConditionalGeneration
+
+
+def _map_decoder(conversion: Conversion, name: str, recipe: Recipe, prefix: str, ours: str) -> None:
+    target = translate(name.removeprefix(prefix), DECODER)
+    if target is None:
+        conversion.map(name, None, recipe)
+        return
+    heads = conversion.config.get_text_config().num_attention_heads
+    conversion.map(name, ours + target, replace(recipe, transform=partial(megatron_to_gpt2, target, num_heads=heads)))
+
+
+def _write(conversion: Conversion, source: Path, dest: Path) -> None:
+    """Checks every name and shape against the network, then writes next to `dest` and moves it there."""
+    forms = _forms(conversion)
+    unfinished = dest.with_name(f".{dest.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    conversion.config.architectures = [conversion.architecture.__name__]
+    conversion.config.dtype = next(iter(forms.values())).dtype
+    conversion.config.save_pretrained(unfinished)
+    if conversion.processor is not None:
+        conversion.processor.save_pretrained(unfinished)
+    build = {name: recipe.make for name, recipe in conversion.recipes.items()}
+    write_checkpoint(unfinished, forms, build, desc=f"converting {source.name}")
+    facts: dict[str, Any] = {"source": source.name, "mapped": conversion.mapped, "dropped": conversion.dropped}
+    facts["initialised"] = conversion.initialised
+    (unfinished / REPORT).write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (unfinished / manifest.FILE).write_bytes(manifest.describe(unfinished, source=source.name))
+    unfinished.rename(dest)
+
+
+def _forms(conversion: Conversion) -> dict[str, Tensor]:
+    """A meta tensor per target. Raises ConversionError, one line per unknown, missing or misshapen tensor."""
+    with torch.device("meta"):
+        network = conversion.architecture(conversion.config)
+    expected = {name: parameter.shape for name, parameter in network.named_parameters()}
+    sources = {target: name for name, target in conversion.mapped.items()}
+    forms = {name: recipe.make("meta") for name, recipe in conversion.recipes.items()}
+    problems = [f"{name} is missing in the source." for name in expected if name not in forms]
+    for name, form in forms.items():
+        source = sources.get(name, name)
+        if name not in expected:
+            problems.append(f"{source} is not known. Leave it out with --drop {source}.")
+        elif form.shape != expected[name]:
+            problems.append(f"{source} must be {tuple(expected[name])} as {name}, it is {tuple(form.shape)}.")
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return forms

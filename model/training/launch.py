@@ -1,0 +1,219 @@
+"""Starts the processes of a training run on this machine, alone or as one node of several. No kfp here.
+
+On one machine torchrun stands alone. In a pod of a PyTorchJob the operator's variables say who the others are:
+PET_NNODES and, with a Master, PET_MASTER_ADDR, PET_MASTER_PORT and PET_NODE_RANK; in an elastic job PET_RDZV_ENDPOINT.
+(RANK and WORLD_SIZE there count nodes, or nothing useful; torchrun sets them anew.) All nodes meet at torchrun's c10d
+store on the first one.
+
+Each attempt is a process of its own (`python -m model.training.launch`), so that nothing of a failed one is left.
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from model.config.load import load_config
+from model.config.schema import RunConfig
+from model.errors import FAILURES, INTERRUPTED, LOST, UserError, clear_termination, exit_code, note_termination
+from model.memory_limit import memory_kills, memory_limit
+from model.parent import PARENT_PID, signal_at_its_end
+from model.training.attempts import count_start
+
+RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
+GOOD_ATTEMPT_S = 60.0
+"""An attempt that has lasted so long counts as one that worked for a while."""
+ATTEMPTS_IN_A_ROW = 10
+"""Attempts that end at once before this gives up. The run itself counts those that bring no new checkpoint."""
+FIRST_NODE_WITHIN_S = 1800.0
+ALL_NODES_WITHIN_S = 14000
+"""Timeout for all nodes to join: pods may stay pending until the cluster has room; torchrun's default of ten minutes
+would use up the attempts of a run. The pods' liveness probe allows four hours."""
+SHUTDOWN_S = 60
+"""What processes have to save when they are asked to end."""
+
+
+def launch(config: str, overrides: list[str], processes: int | None = None) -> int:
+    """Trains on `processes` processes of this machine; returns 0 or the exit code.
+
+    What ends with a code that is worth a restart (128 and above) is started again and goes on from its last checkpoint.
+    """
+    count = ["--nproc-per-node", str(processes)] if processes else []
+    command = [sys.executable, "-m", "model.training.launch", *count, "-m", "model.training", config, *overrides]
+    failed, resolved, cause = 0, load_config(config, overrides), ""
+    while True:
+        start, kills = time.monotonic(), memory_kills()
+        clear_termination()
+        code, asked_to_end = _counted(resolved, cause) or _attempt(command)
+        failed = 0 if time.monotonic() - start > GOOD_ATTEMPT_S else failed + 1
+        if code >= 128 and memory_kills() > kills:
+            cause = _killed_for_memory()
+            _say(code, cause)
+        if code < 128 or code == INTERRUPTED or asked_to_end or failed == ATTEMPTS_IN_A_ROW:
+            return code
+        wait_s = min(RESTART_AFTER_S * 2 ** max(failed - 1, 0), LONGEST_WAIT_S)
+        print(f"training ended with code {code}, it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
+
+
+def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
+    """Counts this start on the first node. Returns an attempt's result if the bucket does not answer."""
+    if not _is_first_node():
+        return None
+    try:
+        count_start(config, cause)
+    except UserError as error:
+        if (code := exit_code(error)) < 128:
+            raise
+        _say(code, str(error))
+        return code, False
+    return None
+
+
+def _killed_for_memory() -> str:
+    limit = memory_limit()
+    if not limit:
+        return "a process was killed for memory: this machine has too little."
+    return (
+        f"a process was killed for memory at the pod's limit of {limit / 2**20:.0f} MiB: raise it in the shape "
+        "(PodTemplate training)."
+    )
+
+
+def _say(code: int, why: str) -> None:
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    note_termination(code, why)
+
+
+def _attempt(command: list[str]) -> tuple[int, bool]:
+    """Exit code of one attempt, and whether it ended because this process was asked to."""
+    asked: list[int] = []
+    environment = {**os.environ, PARENT_PID: str(os.getpid())}
+    environment.pop(FAILURES, None)  # an attempt that fails is not yet a failure
+    child = subprocess.Popen(command, env=environment)
+
+    def pass_on(number: int, _frame: object) -> None:
+        asked.append(number)
+        child.send_signal(number)
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        return _shell_code(child.wait()), bool(asked)
+    except KeyboardInterrupt:  # the terminal has told the child as well
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _shell_code(exit_code: int) -> int:
+    """128 + its number for a process that a signal has ended."""
+    return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def main() -> None:
+    """One attempt on this node."""
+    signal_at_its_end(signal.SIGTERM)
+    if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):
+        sys.exit(LOST)  # it was gone before this process could ask to be told
+    os.environ[PARENT_PID] = str(os.getpid())
+    _environment()
+    sys.exit(_torchrun([*_place(), *sys.argv[1:]]))
+
+
+def _environment() -> None:
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # where DeepSpeed has to guess its device, it says so on standard output, which is the model's URI alone
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # restarted workers must not meet the addresses of the last attempt (torch 2.13 shares one store between attempts)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.pop("PET_STANDALONE", None)  # the operator sets it empty, which torchrun cannot read
+    wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
+    if not wanted.isdigit():  # torchrun's "auto" is a process per core where there is no GPU
+        os.environ["PET_NPROC_PER_NODE"] = str(max(torch.cuda.device_count(), 1))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failed process has said why
+
+
+def _place() -> list[str]:
+    """torchrun's arguments that say where the other nodes are; waits until the first one can be reached."""
+    # torchrun's own restarts would repeat what cannot get better, and count differently on every node
+    common = ["--max-restarts=0", f"--shutdown-timeout={SHUTDOWN_S}"]
+    if "PET_NNODES" not in os.environ:
+        return ["--standalone", *common]
+    endpoint = _endpoint()
+    host, _, port = endpoint.rpartition(":")
+    is_first = _is_first_node()
+    os.environ.pop("PET_NODE_RANK", None)
+    if not is_first:
+        _wait_for(host, int(port))
+    given = os.environ.get("PET_RDZV_CONF", "")
+    waiting = "" if "join_timeout" in given else f"join_timeout={ALL_NODES_WITHIN_S}"
+    conf = ",".join(filter(None, [given, waiting, f"is_host={int(is_first)}"]))
+    name = os.environ.get("PET_RDZV_ID", "mplug")
+    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={name}", f"--rdzv-conf={conf}", *common]
+
+
+def _endpoint() -> str:
+    """Where the nodes meet, as host:port."""
+    static = f"{os.environ.get('PET_MASTER_ADDR')}:{os.environ.get('PET_MASTER_PORT')}"
+    return os.environ.get("PET_RDZV_ENDPOINT", static)
+
+
+def _is_first_node() -> bool:
+    """Whether the other nodes meet at this one; also true without other nodes."""
+    if "PET_NNODES" not in os.environ or os.environ.get("PET_NODE_RANK") == "0":
+        return True
+    return _endpoint().partition(":")[0].partition(".")[0] == socket.gethostname()
+
+
+def _wait_for(host: str, port: int) -> None:
+    """The name of a pod resolves before anything listens there."""
+    end, said = time.monotonic() + FIRST_NODE_WITHIN_S, 0.0
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                print(f"error: {host}:{port} does not answer for {FIRST_NODE_WITHIN_S:g} s: {error}", file=sys.stderr)
+                sys.exit(LOST)
+            if time.monotonic() - said > 30:
+                print(f"waiting for the first node, {host}:{port}: {error}", file=sys.stderr, flush=True)
+                said = time.monotonic()
+            time.sleep(0.5)
+
+
+def _torchrun(arguments: list[str]) -> int:
+    """Exit code of this node's processes."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(arguments))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        # what is permanent is the cause; processes that only lost another say less
+        ends = [
+            (_shell_code(failure.exitcode) >= 128, failure.timestamp, rank) for rank, failure in error.failures.items()
+        ]
+        rank = min(ends)[-1]
+        code = _shell_code(error.failures[rank].exitcode)
+        print(f"training process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
+        return code
+    except SignalException as error:
+        return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
+    except (RendezvousError, DistError) as error:
+        print(f"the nodes of the run lost each other: {error or type(error).__name__}", file=sys.stderr, flush=True)
+        return LOST
+    return 0
+
+
+if __name__ == "__main__":
+    main()

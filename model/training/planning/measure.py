@@ -1,0 +1,68 @@
+"""A few real steps of a run on this machine, with weights of no meaning and no data: what they take, and how long.
+
+`python -m model.training.planning.measure CONFIG [key=value …]` prints a JSON object; `mplug plan --measure` runs it.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+
+from model import storage
+from model.config.load import load_config
+from model.config.schema import RunConfig
+from model.data.loading.loader import ClipSource, open_split
+from model.errors import DataError, StorageError
+from model.mplug_video.processing import MPlugVideoProcessor
+from model.tasks.base import TaskNetwork
+from model.training.clock import Clock
+from model.training.distributed import ALONE, processes
+from model.training.engine import Engine
+from model.training.optim import lr_at
+from model.training.planning.estimate import Measured
+from model.training.planning.meta_model import example_batch, outline, task_of
+
+STEPS, CLIPS = 4, 24
+
+
+def measure(config: RunConfig) -> Measured:
+    """Steps over `data.batch_size` clips at a time, on one process."""
+    os.environ |= ALONE
+    with processes(config.watchdog) as group:
+        model = outline(config, "cpu")
+        model.train()
+        engine = Engine(TaskNetwork(task_of(config, model)), config, group)
+        clock, seconds = Clock(group.device), []
+        for step in range(STEPS):
+            start = time.perf_counter()
+            engine.step([example_batch(config, config.data.batch_size)], lr_at(step, STEPS, config.optim), clock)
+            if group.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        if group.device.type == "cuda":
+            memory = float(torch.cuda.max_memory_reserved())
+    return Measured(memory=memory, step_s=min(seconds[1:]), clip_s=_clip_s(config))
+
+
+def _clip_s(config: RunConfig) -> float | None:
+    vision = config.model.vision
+    try:
+        reader = open_split(storage.join(config.data.shards, "train"), config.data)
+    except (StorageError, DataError):  # not written yet
+        return None
+    processor = MPlugVideoProcessor(None, image_size=vision.image_size, num_frames=vision.num_frames)
+    clips = ClipSource(reader=reader, processor=processor, augment=config.data)
+    torch.set_num_threads(1)
+    start = time.process_time()
+    for position in range(min(CLIPS, len(reader))):
+        clips.example((0, position), clips.fetch(position))
+    return (time.process_time() - start) / min(CLIPS, len(reader))
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(load_config(sys.argv[1], sys.argv[2:])))))

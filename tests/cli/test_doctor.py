@@ -1,0 +1,277 @@
+"""Each thing that can be wrong, made wrong, and what is said about it."""
+
+import copy
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from cli.doctor.examine import Question, examine, show
+from cli.doctor.finding import Finding
+from components.jobs.client import amount
+from tests.helpers.fake_kube import FakeKube, fake_kube
+from tests.helpers.paths import ROOT
+from tests.helpers.shapes import GPU
+
+K8S = ROOT / "k8s"
+
+
+def found(question: Question, what: str) -> Finding:
+    findings = [finding for finding in examine(question) if finding.what == what]
+    assert findings, [finding.what for finding in examine(question)]
+    return findings[0]
+
+
+# ---- this machine
+
+
+def test_a_laptop_is_well(tmp_path: Path) -> None:
+    question = Question(root=str(tmp_path / "work"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert {finding.kind for finding in examine(question)} <= {"ok", "warning"}
+    assert show(question)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_bucket_is_written_read_and_left_clean(s3: str) -> None:
+    from model import storage
+
+    finding = found(Question(root=f"{s3}/doctor"), "storage")
+    assert (finding.kind, finding.said) == ("ok", f"{s3}/doctor takes, keeps and removes")
+    assert list(storage.walk(f"{s3}/doctor")) == []
+
+
+def test_a_bucket_that_is_not_there_is_a_failure(s3: str) -> None:
+    finding = found(Question(root="s3://no-such-bucket/x"), "storage")
+    assert finding.kind == "failure"
+    assert "no-such-bucket" in finding.said
+
+
+def test_a_clock_that_is_off_is_a_failure(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.storage.clock_skew_s", lambda _uri: -700.0)
+    finding = found(Question(root=f"{s3}/doctor"), "clock")
+    assert (finding.kind, finding.said) == ("failure", "-700 s off the store's")
+
+
+def test_too_little_shared_memory_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.doctor.examine.shutil.disk_usage", lambda _path: SimpleNamespace(total=64e6, free=1e12))
+    finding = found(Question(), "/dev/shm")
+    assert finding.kind == "failure"
+    assert "emptyDir of medium Memory" in finding.remedy
+
+
+def test_missing_gpus_are_a_failure() -> None:
+    assert found(Question(gpus=8), "GPUs").said == "0 of 8"
+
+
+def test_an_interface_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib")
+    finding = found(Question(), "NCCL_SOCKET_IFNAME")
+    assert (finding.kind, finding.said) == ("failure", "ib: no interface of that name")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    assert found(Question(), "NCCL_SOCKET_IFNAME").kind == "ok"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+        self.wfile.write(b"Invalid Host header - possible DNS rebinding attack detected")
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_tracking_server_that_refuses_its_name_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    finding = found(Question(tracking_uri=f"http://127.0.0.1:{server.server_address[1]}"), "MLflow")
+    server.shutdown()
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    assert finding.kind == "failure"
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" in finding.remedy
+
+
+# ---- a cluster
+
+
+@pytest.fixture
+def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
+    """A cluster on which all is well."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with fake_kube(tmp_path / "kubeconfig") as server:
+        server.put("podtemplates", GPU)
+        server.put("configmaps", {"metadata": {"name": "mplug-config"}})
+        server.put("secrets", {"metadata": {"name": "mplug-s3"}})
+        data = {"initContainer.yaml": (K8S / "operator" / "initContainer.yaml").read_text()}
+        server.put("configmaps", {"metadata": {"name": "training-operator-init-container"}, "data": data}, "kubeflow")
+        patch = yaml.safe_load((K8S / "operator" / "mount.yaml").read_text())["spec"]
+        server.put("deployments", {"metadata": {"name": "training-operator"}, "spec": patch}, "kubeflow")
+        server.pages["/apis/kubeflow.org/v1"] = {"resources": [{"kind": "PyTorchJob"}]}
+        restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+        server.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": restricted}}
+        node: dict[str, Any] = {"status": {"allocatable": {"nvidia.com/gpu": "8"}}}
+        server.pages["/api/v1/nodes"] = {"items": [node, node]}
+        yield server
+
+
+CLUSTER = Question(cluster=True, namespace="mplug", nodes=2)
+
+
+def test_a_cluster_is_well(kube: FakeKube) -> None:
+    kinds = {finding.what: finding.kind for finding in examine(CLUSTER)}
+    assert set(kinds.values()) <= {"ok", "warning"}, kinds
+    assert {"API server", "rights", "training-operator", "shape", "init container", "quota"} <= set(kinds)
+
+
+def test_missing_rights_are_named(kube: FakeKube) -> None:
+    kube.denied = {("create", "pytorchjobs"), ("list", "events")}
+    assert found(CLUSTER, "rights").said == "you may not: create pytorchjobs, list events"
+
+
+def test_a_cluster_without_the_operator_is_a_failure(kube: FakeKube) -> None:
+    del kube.pages["/apis/kubeflow.org/v1"]
+    finding = found(CLUSTER, "training-operator")
+    assert (finding.kind, finding.remedy) == ("failure", "Install training-operator 1.9.")
+
+
+def test_what_is_not_installed_is_named(kube: FakeKube) -> None:
+    kube.remove("configmaps", "mplug-config")
+    kube.remove("podtemplates", "training")
+    assert found(CLUSTER, "mplug-config").kind == "failure"
+    assert found(CLUSTER, "shape").said == "namespace mplug has no PodTemplate training"
+
+
+def test_a_shape_that_breaks_a_rule_is_named(kube: FakeKube) -> None:
+    shape = copy.deepcopy(GPU)
+    shape["template"]["spec"]["containers"][0]["image"] = "registry.example/training:latest"
+    kube.put("podtemplates", shape)
+    assert "other than latest" in found(CLUSTER, "shape").said
+
+
+def operator_pod(kube: FakeKube) -> dict[str, Any]:
+    pod: dict[str, Any] = kube.objects["kubeflow", "deployments", "training-operator"]["spec"]["template"]["spec"]
+    return pod
+
+
+def test_the_operators_own_init_container_is_a_failure_under_the_restricted_standard(kube: FakeKube) -> None:
+    """The ConfigMap is there, but nothing mounts it."""
+    assert found(CLUSTER, "init container").kind == "ok"
+    operator_pod(kube)["volumes"] = []
+    finding = found(CLUSTER, "init container")
+    assert finding.kind == "failure"
+    assert "nothing is mounted. A worker would be refused" in finding.said
+    assert 'violates PodSecurity "restricted:latest": container init-pytorch' in finding.said
+    assert not [name for _, kind, name in kube.objects if kind == "pods"]  # asked, not made
+    kube.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": {}}}
+    assert found(CLUSTER, "init container").kind == "warning"  # admitted, but it waits for a name
+
+
+def test_a_template_of_ones_own_is_asked_about_with_the_operators_image(kube: FakeKube) -> None:
+    operator_pod(kube)["containers"][0]["args"] = ["--pytorch-init-container-image=registry.example/busybox:1"]
+    config = kube.objects["kubeflow", "configmaps", "training-operator-init-container"]["data"]
+    config["initContainer.yaml"] = "- {name: mine, image: '{{.InitContainerImage}}', command: ['true']}"
+    finding = found(CLUSTER, "init container")
+    assert finding.kind == "failure"
+    assert "container mine: allowPrivilegeEscalation must be false" in finding.said
+
+
+def test_who_may_not_create_pods_is_told_no_more(kube: FakeKube) -> None:
+    kube.denied = {("create", "pods")}
+    finding = found(CLUSTER, "init container")
+    assert (finding.kind, "you may not create pods" in finding.said) == ("warning", True)
+
+
+@pytest.mark.parametrize("template", ["a: {", "name: x", "[1]"])
+def test_a_template_that_cannot_be_read_is_a_failure(kube: FakeKube, template: str) -> None:
+    config = kube.objects["kubeflow", "configmaps", "training-operator-init-container"]
+    config["data"]["initContainer.yaml"] = template
+    assert found(CLUSTER, "init container").kind == "failure"
+
+
+def test_an_operator_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
+    kube.faults.append(lambda _method, path: 403 if "deployments" in path else None)
+    assert found(CLUSTER, "init container").kind == "warning"
+
+
+@pytest.mark.parametrize(
+    ("frameworks", "kind"), [(["batch/job"], "failure"), (["batch/job", "kubeflow.org/pytorchjob"], "ok")]
+)
+def test_a_kueue_that_does_not_know_pytorchjobs_is_a_failure(
+    kube: FakeKube, frameworks: list[str], kind: str
+) -> None:  # fmt: skip
+    shape = copy.deepcopy(GPU)
+    shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
+    kube.put("podtemplates", shape)
+    assert found(CLUSTER, "Kueue").kind == "failure"  # there is none
+    settings = yaml.safe_dump({"integrations": {"frameworks": frameworks}})
+    data = {"controller_manager_config.yaml": settings}
+    kube.put("configmaps", {"metadata": {"name": "kueue-manager-config"}, "data": data}, "kueue-system")
+    kube.put("localqueues", {"metadata": {"name": "training"}})
+    assert found(CLUSTER, "Kueue").kind == kind
+
+
+STOCK = "spec: {templateDefaults: {retryStrategy: {limit: 2, retryPolicy: OnError}}}"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "said"),
+    [
+        ({"workflowDefaults": STOCK, "artifactRepository": "s3: {}"}, "ok", "Argo's retryPolicy is OnError"),
+        ({"config": f"workflowDefaults: {{{STOCK}}}"}, "ok", "Argo's retryPolicy is OnError"),
+        ({"workflowDefaults": STOCK.replace("OnError", "Always")}, "warning", "also what is permanent"),
+        ({}, "ok", "is its default"),
+    ],
+)
+def test_what_argo_repeats_is_said(kube: FakeKube, data: dict[str, str], kind: str, said: str) -> None:
+    kube.put("configmaps", {"metadata": {"name": "workflow-controller-configmap"}, "data": data}, "kubeflow")
+    finding = found(CLUSTER, "pipeline steps")
+    assert finding.kind == kind
+    assert said in finding.said
+
+
+def test_the_findings_fit_80_columns(kube: FakeKube, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    operator_pod(kube)["volumes"] = []
+    assert not show(CLUSTER)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("✗  init container      ") for line in lines), lines
+    assert any(line.split()[:1] == ["→"] for line in lines)
+
+
+def test_a_quota_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
+    kube.faults.append(lambda _method, path: 403 if path.endswith("resourcequotas") else None)
+    assert found(CLUSTER, "quota").kind == "warning"
+    assert found(CLUSTER, "GPUs").kind == "ok"  # and the rest is looked at
+
+
+def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:
+    kube.put("resourcequotas", {
+        "metadata": {"name": "mplug"}, "spec": {"hard": {"requests.nvidia.com/gpu": "16"}},
+        "status": {"hard": {"requests.nvidia.com/gpu": "16"}, "used": {"requests.nvidia.com/gpu": "8"}},
+    })  # fmt: skip
+    assert found(CLUSTER, "quota").said == "requests.nvidia.com/gpu: the job asks for 16, 8 of 16 are left"
+
+
+def test_too_few_nodes_with_gpus_are_a_failure(kube: FakeKube) -> None:
+    finding = [item for item in examine(Question(cluster=True, nodes=3)) if item.what == "GPUs"][-1]
+    assert (finding.kind, finding.said) == (
+        "failure",
+        "there is room for 2 pods with 8 of nvidia.com/gpu each, the job has 3",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("500m", 0.5), ("64Gi", 64 * 2**30), ("2", 2), ("6Ti", 6 * 2**40), (3, 3)]
+)
+def test_quantities_are_numbers(text: str, number: float) -> None:
+    assert amount(text) == number

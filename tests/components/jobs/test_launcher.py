@@ -1,0 +1,289 @@
+"""The launcher against an API server that fails in every way that it knows."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.jobs.client import Cluster
+from components.jobs.launcher import DIGEST, Limits, attend, ensure, run
+from components.jobs.manifests import Launch, render
+from components.jobs.run_end import GIVEN_UP
+from model.errors import AttemptsError, ClusterError, ConfigError, JobFailedError, OutageError, exit_code
+from tests.helpers.fake_kube import FakeKube
+from tests.helpers.jobs import LAUNCH, LIMITS, MASTER, started, succeed
+from tests.helpers.shapes import CPU
+
+
+def test_the_name_is_the_same_for_the_same_job_only() -> None:
+    def name(**changes: Any) -> str:
+        return render(Launch(**{"command": LAUNCH.command, **changes}), CPU, "mplug")[-1]["metadata"]["name"]
+
+    assert name() == name()
+    assert len({name(), name(nodes=2), name(image="registry.example/training:2"), name(processes=4)}) == 4
+    assert name().startswith("train-tiny-pretraining-")
+
+
+def test_a_step_that_is_started_again_adopts_the_running_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    kube.conclude("pytorchjobs", "job", "Running")
+    started(lambda: succeed(kube))
+    run(cluster, job, LIMITS)
+    assert kube.objects["mplug", "pytorchjobs", "job"]["metadata"]["uid"] == uid
+    run(cluster, job, LIMITS)  # and one that has succeeded is a success at once
+
+
+def test_a_step_that_is_started_again_replaces_a_failed_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    kube.conclude("pytorchjobs", "job", "Failed", "a pod failed")
+    kube.slow_delete_s = 1.0
+    assert ensure(cluster, job)["metadata"]["uid"] != uid
+
+
+def test_a_job_that_is_being_removed_is_waited_for(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    kube.slow_delete_s = 1.0
+    cluster.delete("PyTorchJob", "job")
+    assert ensure(cluster, job)["metadata"]["uid"] != uid
+
+
+def test_only_the_very_job_is_removed(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    uid = ensure(cluster, job)["metadata"]["uid"]
+    assert not cluster.delete("PyTorchJob", "job", "of-another")
+    assert cluster.delete("PyTorchJob", "job", uid)
+    assert not cluster.delete("PyTorchJob", "job", uid)
+
+
+def test_a_job_of_the_same_name_with_other_settings_is_left_alone(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    ensure(cluster, job)
+    other = copy.deepcopy(job)
+    other[-1]["spec"]["nprocPerNode"] = "4"
+    with pytest.raises(ConfigError, match="with other settings"):
+        ensure(cluster, other)
+
+
+def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        ended = {"name": "pytorch", "state": {"terminated": {"exitCode": 2, "reason": "Error"}}}
+        kube.pod("job-master-0", MASTER, phase="Failed", containerStatuses=[ended])
+        kube.conclude("pytorchjobs", "job", "Failed", "job failed because 1 Master replica(s) failed.")
+
+    started(act)
+    with pytest.raises(JobFailedError, match=r"1 Master replica.*job-master-0: it ended with exit code 2") as caught:
+        run(cluster, job, LIMITS)
+    assert exit_code(caught.value) == 2
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_it_follows_through_an_api_server_that_fails(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], code: int
+) -> None:
+    answers = iter([code, code, None] * 4)
+    kube.faults.append(lambda _method, _path: next(answers, None))
+    started(lambda: succeed(kube))
+    run(cluster, job, LIMITS)
+    assert len([path for _, path in kube.requests if path.endswith("pytorchjobs")]) > 3
+
+
+def test_it_follows_through_lost_watches_and_forgotten_versions(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    kube.break_watches = 2
+
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        kube.forget()
+        time.sleep(0.5)
+        succeed(kube)
+
+    started(act)
+    run(cluster, job, LIMITS)
+    assert kube.break_watches == 0
+
+
+def test_a_slow_answer_to_a_create_is_no_second_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    """The server has made the job, and the client has not heard of it."""
+    answered = iter([True])
+
+    def lose_answer(method: str, path: str) -> int | None:
+        if method == "POST" and next(answered, False):
+            manifest = copy.deepcopy(job[-1])
+            manifest["metadata"]["annotations"] = {DIGEST: expected}
+            kube.put("pytorchjobs", manifest)
+            return 504
+        return None
+
+    expected = ensure(cluster, job)["metadata"]["annotations"][DIGEST]
+    kube.remove("pytorchjobs", "job")
+    kube.faults.append(lose_answer)
+    assert ensure(cluster, job)["metadata"]["name"] == "job"
+
+
+def test_an_outage_that_lasts_is_worth_a_restart(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    cluster.patience_s = 0.2
+    kube.faults.append(lambda _method, _path: 503)
+    with pytest.raises(OutageError) as caught:
+        run(cluster, job, LIMITS)
+    assert exit_code(caught.value) >= 128
+
+
+def test_what_is_forbidden_is_said_at_once_in_a_line(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    kube.faults.append(lambda method, _path: 403 if method == "POST" else None)
+    with pytest.raises(ClusterError, match="Kubernetes: 403 Forbidden") as caught:
+        run(cluster, job, LIMITS)
+    assert "\n" not in str(caught.value)
+    assert len(kube.requests) == 1
+
+
+def test_a_job_that_stands_still_is_stopped_at_its_deadline_for_good(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(AttemptsError, match="has not finished within 1 s") as caught:
+        run(cluster, job, Limits(deadline_s=1))
+    assert exit_code(caught.value) == 4
+    assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
+    with pytest.raises(AttemptsError, match=r"has not finished within 1 s.* `mplug job cancel job` lets it begin anew"):
+        run(cluster, job, LIMITS)  # as the step is started again
+
+
+def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    job[-1]["spec"]["runPolicy"]["suspend"] = True
+
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        time.sleep(2.5)
+        kube.conclude("pytorchjobs", "job", "Succeeded")
+
+    started(act)
+    run(cluster, job, Limits(deadline_s=1))
+
+
+def test_a_job_whose_pods_are_restarted_too_often_is_stopped(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    def act() -> None:
+        kube.wait_for("pytorchjobs")
+        while not kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"].get("suspend"):
+            kube.pod("job-master-0", MASTER)
+            time.sleep(1.2)
+            kube.remove("pods", "job-master-0")
+
+    started(act)
+    with pytest.raises(AttemptsError, match="started again 3 times, at most 2"):
+        run(cluster, job, LIMITS)
+    assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
+
+
+def test_a_job_that_somebody_removes_is_no_success(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    started(lambda: (kube.wait_for("pytorchjobs"), time.sleep(0.3), kube.remove("pytorchjobs", "job")))
+    with pytest.raises(JobFailedError, match="is gone"):
+        run(cluster, job, LIMITS)
+
+
+def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
+    """Kueue resumes a job that another hand has suspended, while its Workload is active."""
+    job[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+    stopped = threading.Event()
+
+    def kueue() -> None:
+        made = kube.wait_for("pytorchjobs")[0]["metadata"]
+        labels = {"kueue.x-k8s.io/job-uid": made["uid"]}
+        kube.put("workloads", {"metadata": {"name": "pytorchjob-job-1", "labels": labels}, "spec": {"active": True}})
+        while not stopped.wait(0.1):
+            with kube.changed:
+                is_active = kube.find("mplug", "workloads", "pytorchjob-job-1")["spec"]["active"]
+                kube.find("mplug", "pytorchjobs", "job")["spec"]["runPolicy"]["suspend"] = not is_active
+
+    watcher = started(kueue)
+    with pytest.raises(AttemptsError, match="has not finished within 1 s"):
+        run(cluster, job, Limits(deadline_s=1))
+    time.sleep(0.5)
+    stopped.set()
+    watcher.join()
+    stopped_job = kube.objects["mplug", "pytorchjobs", "job"]
+    assert stopped_job["spec"]["runPolicy"]["suspend"]
+    assert "has not finished" in stopped_job["metadata"]["annotations"][GIVEN_UP]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_job_with_a_queue_that_kueue_does_not_hold_is_suspended(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], is_there: bool
+) -> None:
+    """Kueue does not know PyTorchJobs as delivered, or is not installed."""
+    job[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
+    kube.faults.append(lambda _method, path: 404 if "workloads" in path and not is_there else None)
+    with pytest.raises(AttemptsError, match="has not finished within 1 s"):
+        run(cluster, job, Limits(deadline_s=1))
+    assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
+
+
+def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+    ensure(cluster, job)
+    with pytest.raises(AttemptsError):
+        attend(cluster, "PyTorchJob", "job", Limits(deadline_s=1))
+    assert kube.objects
+
+
+SCRIPT = """
+import sys
+from components.jobs.client import Cluster
+from components.jobs.launcher import Limits, run
+from tests_shape import job
+run(Cluster(), job(), Limits())
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_step_that_is_asked_to_end_removes_its_job(kube: FakeKube, tmp_path: Path, asked: signal.Signals) -> None:
+    launch = f"Launch(command={LAUNCH.command!r}, name='job')"
+    (tmp_path / "tests_shape.py").write_text(
+        f"from components.jobs.manifests import Launch, render\ndef job(): return render({launch}, {CPU!r}, 'mplug')\n"
+    )
+    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT], env=path, stderr=subprocess.PIPE, text=True)
+    kube.wait_for("pytorchjobs", seconds=60)
+    time.sleep(1)
+    child.send_signal(asked)
+    _, said = child.communicate(timeout=60)
+    assert not kube.objects, said
+    assert child.returncode == (143 if asked == signal.SIGTERM else -signal.SIGINT), said
+
+
+def test_the_workflow_of_a_step_owns_its_job(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = kube.put("workflows", {"metadata": {"name": "run-1"}})
+    reference = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run-1", "controller": True}
+    step = kube.pod("step", {})
+    step["metadata"]["ownerReferences"] = [{**reference, "uid": workflow["metadata"]["uid"]}]
+    (tmp_path / "namespace").write_text("mplug")
+    monkeypatch.setattr("components.jobs.client.OWN_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    (owner,) = ensure(cluster, job)["metadata"]["ownerReferences"]
+    assert owner == {
+        **reference, "uid": workflow["metadata"]["uid"], "controller": False, "blockOwnerDeletion": False
+    }  # fmt: skip
+    step["metadata"]["ownerReferences"][0]["uid"] = "of-the-next-run"
+    ensure(cluster, job)  # which takes the job over
+    adopted = kube.objects["mplug", "pytorchjobs", "job"]
+    assert adopted["metadata"]["ownerReferences"][0]["uid"] == "of-the-next-run"

@@ -1,0 +1,115 @@
+import ast
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.data.annotations import read_annotations
+from model.data.download.import_videos import read_rows
+from model.data.shards.reader import ShardReader, describe
+from model.errors import DataError
+
+MPLUG = str(Path(sys.executable).with_name("mplug"))
+
+
+@pytest.fixture
+def videos(corpus: Path) -> Path:
+    return corpus / "videos"
+
+
+def names(videos: Path, count: int) -> list[str]:
+    return sorted(path.name for path in videos.iterdir())[:count]
+
+
+def write(path: Path, rows: list[list[str]], encoding: str = "utf-8") -> str:
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file).writerows(rows)
+    return str(path)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([MPLUG, "data", "import", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_one_command_makes_a_dataset(videos: Path, tmp_path: Path, encoding: str) -> None:
+    rows = [[name, f"标题 {number}"] for number, name in enumerate(names(videos, 5))]
+    table = write(tmp_path / "own.csv", [["video", "title"], *rows], encoding)
+    done = run(str(videos), table, str(tmp_path / "work"), "--short-side", "32")
+    assert done.returncode == 0, done.stderr
+    shards = done.stdout.strip()
+    found = {row.video: row.text for row in ShardReader(f"{shards}/train").annotations()}
+    assert found == dict(rows)
+    assert (tmp_path / "work/raw/own" / rows[0][0]).read_bytes() == (videos / rows[0][0]).read_bytes()
+
+
+def test_splits_are_drawn_by_video_and_captions_to_be_judged_by_come_together(videos: Path, tmp_path: Path) -> None:
+    used = names(videos, 60)
+    rows = [[name, f"第{n}句 {name}"] for name in used for n in (1, 2)]
+    table = write(tmp_path / "own.csv", [["path", "caption"], *rows])
+    done = run(str(videos), table, str(tmp_path), "--dataset", "captioning", "--form", "original")
+    assert done.returncode == 0, done.stderr
+    raw = str(tmp_path / "raw" / "own")
+    splits = {split: read_annotations(raw, "captioning", split) for split in ("train", "val", "test")}
+    drawn = [{row.video for row in rows} for rows in splits.values()]
+    assert sum(map(len, drawn)) == len(set().union(*drawn)) == 60
+    assert all(len(videos) >= 2 for videos in drawn)
+    assert len(splits["train"]) == 2 * len(drawn[0])
+    with (tmp_path / "raw/own/captioning/test.csv").open(encoding="utf-8", newline="") as file:
+        first = next(iter(csv.DictReader(file)))
+    assert len(ast.literal_eval(first["golden_caption"])) == 2
+
+
+def test_labels_become_numbered_categories(videos: Path, tmp_path: Path) -> None:
+    rows = [[name, "题", "乙甲"[n % 2], ["train", "test"][n % 2]] for n, name in enumerate(names(videos, 6))]
+    table = write(tmp_path / "own.csv", [["file", "text", "label", "split"], *rows])
+    done = run(str(videos), table, str(tmp_path), "--dataset", "classification", "--num-frames", "2")
+    assert done.returncode == 0, done.stderr
+    facts = describe(done.stdout.strip())
+    assert facts["class_names"] == ["乙", "甲"]
+    assert facts["clips"] == {"train": 3, "test": 3}
+
+
+def test_two_datasets_do_not_mix_under_one_name(videos: Path, tmp_path: Path) -> None:
+    first, second = (
+        write(tmp_path / f"{n}.csv", [["video", "title"], [name, "题"]]) for n, name in enumerate(names(videos, 2))
+    )
+    assert run(str(videos), first, str(tmp_path), "--short-side", "32").returncode == 0
+    assert run(str(videos), first, str(tmp_path), "--short-side", "32").returncode == 0
+    refused = run(str(videos), second, str(tmp_path), "--short-side", "32")
+    assert refused.returncode == 3
+    assert "holds another dataset" in refused.stderr
+    assert run(str(videos), second, str(tmp_path), "--short-side", "32", "--name", "other").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "complaint"),
+    [
+        (["name", "title"], ["a.mp4", "x"], "must have one column of video, path"),
+        (["video", "note"], ["a.mp4", "x"], "and one of text, title"),
+        (["video", "title"], ["nowhere.mp4", "x"], r"line 3: .*nowhere\.mp4 does not exist"),
+        (["video", "title"], ["../secret.mp4", "x"], "line 3: the video's path must stay below"),
+        (["video", "title"], ["{0}", "好"], "line 3: line 2 has the same video and text"),
+        (["video", "title"], ["{1}", " "], "line 3: the text must not be empty"),
+        (["video", "title", "split"], ["{1}", "x", "dev"], "line 3: split must be one of train, val, test, got 'dev'"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_line_by_line(
+    videos: Path, tmp_path: Path, header: list[str], row: list[str], complaint: str
+) -> None:
+    known = names(videos, 2)
+    good = [known[0], "好", "train"][: len(header)]
+    table = write(tmp_path / "own.csv", [header, good, [cell.format(*known) for cell in row]])
+    with pytest.raises(DataError, match=complaint):
+        read_rows(table, str(videos), "pretrain")
+
+
+def test_another_encoding_is_one_line_and_a_non_zero_exit(videos: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "own.csv", [["video", "title"], [names(videos, 1)[0], "标题"]], "gb18030")
+    done = run(str(videos), table, str(tmp_path / "work"))
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "must be UTF-8" in done.stderr
+    assert not (tmp_path / "work").exists()

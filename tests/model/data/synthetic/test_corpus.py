@@ -1,0 +1,101 @@
+import csv
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import av
+import psutil
+import pytest
+
+from model.data.annotations import COLUMNS, read_annotations
+from model.data.synthetic.corpus import CATEGORIES, HORIZONTAL, SPLIT_SIZES, plan, synthesize
+from model.data.synthetic.rendering import SUBJECTS
+from model.errors import LOST, DataError
+from tests.helpers.killing import MPLUG
+from tests.helpers.paths import FIXTURES
+
+CLASS_NAMES = json.loads((FIXTURES / "classname.json").read_text(encoding="utf-8"))
+
+
+def test_the_corpus_has_the_published_files_and_columns(corpus: Path) -> None:
+    for dataset, splits in SPLIT_SIZES.items():
+        for split in splits:
+            with (corpus / dataset / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+                rows = list(csv.reader(file))
+            assert tuple(rows[0]) == COLUMNS[dataset]
+            assert all((corpus / row[0]).is_file() for row in rows[1:])
+
+
+def test_categories_are_published_names() -> None:
+    assert len(CLASS_NAMES) == 45
+    assert set(CATEGORIES) <= set(CLASS_NAMES)
+
+
+def test_one_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    first, again, other = (
+        synthesize(tmp_path / name, seed=seed, scale=0.001) for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
+    assert (first / "scenes.jsonl").read_bytes() != (other / "scenes.jsonl").read_bytes()
+
+
+def test_clips_are_h264_and_vary_in_everything_a_decoder_meets(corpus: Path) -> None:
+    seen = set()
+    for path in sorted((corpus / "videos").iterdir()):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.name == "h264"
+            assert min(stream.width, stream.height) >= 180
+            assert 2.9 <= stream.frames / stream.average_rate <= 10.1
+            seen.add((stream.width, stream.height, int(stream.average_rate)))
+    assert len({size[:2] for size in seen}) >= 4
+    assert len({fps for *_, fps in seen}) >= 4
+
+
+def test_a_category_cannot_be_read_from_its_title() -> None:
+    for clip in plan("classification", "train", 200, seed=0):
+        title = clip.row["title"]
+        assert clip.row["label"] not in title
+        assert not any(subject[-1] in title for subject in SUBJECTS)
+
+
+def test_balls_differ_only_by_how_they_move() -> None:
+    clips = [clip for clip in plan("classification", "train", 200, seed=0) if clip.scene.subject == "皮球"]
+    assert {clip.row["label"] for clip in clips} == {"篮球", "足球"}
+    assert all((clip.row["label"] == "足球") == (clip.scene.motions[0] in HORIZONTAL) for clip in clips)
+
+
+def test_no_two_test_clips_show_the_same_scene() -> None:
+    scenes = [clip.scene for clip in plan("retrieval", "test", 100, seed=0)]
+    assert len(set(scenes)) == len(scenes)
+
+
+def test_some_captions_tell_an_order() -> None:
+    clips = list(plan("pretrain", "train", 200, seed=0))
+    ordered = [clip for clip in clips if len(clip.scene.motions) == 2]
+    assert 20 < len(ordered) < 80
+    assert all("先" in clip.row["title"] and "再" in clip.row["title"] for clip in ordered)
+
+
+def test_captions_of_an_evaluation_split_have_three_references(corpus: Path) -> None:
+    assert all(len(row.references) == 3 for row in read_annotations(str(corpus), "captioning", "test"))
+
+
+def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(DataError, match="must be empty or new"):
+        synthesize(tmp_path)
+
+
+def test_a_killed_rendering_process_is_worth_a_restart(tmp_path: Path) -> None:
+    command = [MPLUG, "data", "synthesize", str(tmp_path / "corpus")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "corpus").glob("videos/*")):  # the processes are at work
+        time.sleep(0.05)
+    psutil.Process(child.pid).children()[-1].kill()
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == LOST
+    assert "error: a rendering process was killed" in said
+    assert "Traceback" not in said

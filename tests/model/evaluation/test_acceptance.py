@@ -1,0 +1,52 @@
+import pytest
+
+from model.evaluation.acceptance import requirements
+from model.evaluation.results import Evaluation
+
+CHANCE = {
+    "classification": {"top1": 0.125},
+    "retrieval": {"text_to_video_r1": 0.01, "video_to_text_r1": 0.01},
+    "captioning": {},
+}
+
+
+def evaluations(*, top1: float = 0.6, recall: float = 0.2, cider: float = 1.0, cider_without: float = 0.5) -> list:
+    scores = {
+        "classification": {"top1": top1},
+        "retrieval": {"text_to_video_r1": recall, "video_to_text_r1": 0.3},
+        "captioning": {"cider": cider},
+    }
+    without = {**scores, "captioning": {"cider": cider_without}}
+    return [
+        Evaluation(
+            task=task,
+            model="m",
+            pretrained=start,
+            scores=table[task],
+            chance=CHANCE[task],
+            predictions=[],
+            class_names=[],
+        )
+        for start, table in ((True, scores), (False, without))
+        for task in CHANCE
+    ]
+
+
+def missed(**values: float) -> list[str]:
+    return [row.metric for row in requirements(evaluations(**values)) if not row.passed]
+
+
+def test_a_run_that_reaches_everything_passes() -> None:
+    assert missed() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "metric"),
+    [({"top1": 0.49}, "top1"), ({"recall": 0.099}, "text_to_video_r1"), ({"cider": 0.5}, "cider")],
+)
+def test_a_missed_requirement_is_named(values: dict[str, float], metric: str) -> None:
+    assert missed(**values) == [metric]
+
+
+def test_reaching_a_multiple_of_chance_exactly_is_enough() -> None:
+    assert missed(top1=0.5, recall=0.1) == []

@@ -1,0 +1,96 @@
+"""Two hosts with the environment that a PyTorchJob's pods get, as network namespaces of this machine."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.hosts import MISSING, hosts, start
+from tests.helpers.killing import STEPS, Outcome, Training, workers
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+@pytest.fixture(scope="module")
+def settings(shards: dict[str, str], decoder: str) -> list[str]:
+    return [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "watchdog.silence_s=8", "data.workers=1"]
+
+
+def static(number: int) -> dict[str, str]:
+    """As training-operator sets it for one Master and one Worker: RANK and WORLD_SIZE count pods."""
+    port, master = "23456", "job-master-0"
+    return {
+        "PYTHONUNBUFFERED": "1", "MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(number),
+        "PET_MASTER_ADDR": master, "PET_MASTER_PORT": port, "PET_NNODES": "2", "PET_NODE_RANK": str(number),
+        "PET_NPROC_PER_NODE": "auto",
+    }  # fmt: skip
+
+
+def elastic() -> dict[str, str]:
+    """As training-operator sets it for one or two elastic Workers."""
+    return {
+        "PYTHONUNBUFFERED": "1", "PET_RDZV_ENDPOINT": "job-worker-0:23456", "PET_RDZV_BACKEND": "c10d",
+        "PET_NNODES": "1:2", "PET_NPROC_PER_NODE": "1", "PET_MAX_RESTARTS": "3", "PET_STANDALONE": "",
+        "PET_RDZV_CONF": "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def running() -> Iterator[list["subprocess.Popen[str]"]]:
+    """Children that are gone after the test, whatever became of it."""
+    children: list[subprocess.Popen[str]] = []
+    yield children
+    for child in children:
+        kill(child)
+
+
+def kill(child: "subprocess.Popen[str]") -> None:
+    """A host that is lost: everything on it at once."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    for worker in workers(child) if child.poll() is None else []:
+        worker.kill()
+
+
+def test_two_hosts_train_as_one_and_survive_a_killed_process(
+    settings: list[str], undisturbed: Outcome, tmp_path: Path, running: list["subprocess.Popen[str]"]
+) -> None:
+    run = Training(tmp_path, settings)
+    names = ["job-master-0", "job-worker-0"]
+    with hosts(*names) as spaces:
+        for number in (1, 0):  # the worker is there first, and has to wait
+            running.append(start(spaces[number], names[number], run.command(), static(number)))
+            time.sleep(4)
+        worker, master = running
+        run.wait_for(4, master)
+        workers(worker)[0].kill()
+        ended = [run.end(child) for child in running]
+    assert [outcome.code for outcome in ended] == [0, 0], [outcome.said for outcome in ended]
+    assert "waiting for the first node, job-master-0:23456" in ended[0].said
+    outcome = max(ended, key=lambda outcome: outcome.model)  # printed where process 0 is
+    assert outcome.losses == undisturbed.losses
+    assert outcome.weights == undisturbed.weights
+
+
+def test_an_elastic_run_goes_on_when_a_host_is_lost(
+    settings: list[str], undisturbed: Outcome, tmp_path: Path, running: list["subprocess.Popen[str]"]
+) -> None:
+    run = Training(tmp_path, settings)
+    names = ["job-worker-0", "job-worker-1"]
+    with hosts(*names) as spaces:
+        for space, name in zip(spaces, names, strict=True):
+            running.append(start(space, name, run.command(), elastic()))
+        run.wait_for(4, running[0])
+        for worker in workers(running[1]):
+            worker.kill()
+        kill(running[1])
+        outcome = run.end(running[0])
+    assert outcome.code == 0, outcome.said
+    assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
+    assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)
