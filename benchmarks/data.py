@@ -42,7 +42,7 @@ from model import storage
 from model.config.schema import DataConfig
 from model.data.loading.loader import ClipSource, Example, training_batches
 from model.data.loading.sampler import BatchSampler
-from model.data.shards.build import Settings
+from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from model.data.shards.reader import ShardReader
@@ -120,7 +120,7 @@ def repeated_corpus(folder: Path) -> Path:
 
 
 def shard(raw: Path, root: str, kind: str) -> str:
-    return build_shards(Settings(raw=str(raw), root=root, dataset="pretrain", form=Form(kind=kind))) + "/train"
+    return build_shards(ShardSettings(raw=str(raw), root=root, dataset="pretrain", form=Form(kind=kind))) + "/train"
 
 
 def source(split: str, decoder: str = "pyav") -> ClipSource:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cli.services import BUCKET, object_storage
 from model import manifest
-from model.data.shards.build import Settings
+from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 
@@ -27,7 +27,7 @@ def metrics(folder: Path) -> dict[str, Any]:
         for task, names in SHOWN.items():
             shards = {
                 kind: build_shards(
-                    Settings(
+                    ShardSettings(
                         raw=f"{base}/raw/youku-mplug", root=str(folder), dataset=task,
                         form=Form(kind=kind, num_frames=16, short_side=72),
                     )
@@ -55,8 +55,8 @@ def difference(row: dict[str, list[float]]) -> float:
 def score(base: str, folder: Path, task: str, shards: str, kind: str, seed: int) -> dict[str, float]:
     settings = [
         f"name={task}-{kind}-{seed}", f"seed={seed}", f"output={folder}", f"data.shards={shards}",
-        f"model.init_from={manifest.latest(f'{base}/models/tiny-pretraining-random')}",
-        f"model.decoder={manifest.latest(f'{base}/models/tiny-decoder-titles')}",
+        f"model.init_from={manifest.latest_version(f'{base}/models/tiny-pretraining-random')}",
+        f"model.decoder={manifest.latest_version(f'{base}/models/tiny-decoder-titles')}",
     ]  # fmt: skip
     trained = run("train", f"tiny_{task}", *settings).split()[-1]
     scores: dict[str, float] = json.loads(run("evaluate", trained, shards))

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cli.services import BUCKET, object_storage, settings
-from model.data.shards.build import PART_CLIPS, Plan, Settings, Split, part_uri
+from cli.services import BUCKET, local_services, object_storage
+from model.data.shards.build import PART_CLIPS, ShardPlan, ShardSettings, Split, part_uri
 from model.data.shards.format import INDEX, QUARANTINE, SCHEMA
 
 ROWS = 10_000_000
@@ -82,7 +82,7 @@ def index(folder: Path) -> dict[str, Any]:
 def write_parts(staging: Path, rows: int) -> None:
     size = PART_CLIPS["frames"]
     split = Split(name="train", rows=rows, duplicates={})
-    plan = Plan(settings=Settings(raw="", root="", dataset="pretrain"), splits=[split], staging=str(staging))
+    plan = ShardPlan(settings=ShardSettings(raw="", root="", dataset="pretrain"), splits=[split], staging=str(staging))
     rng = np.random.default_rng(0)
     for number in range(plan.count(split)):
         count = min(size, rows - number * size)
@@ -126,7 +126,7 @@ def two_servers(folder: Path) -> Iterator[dict[str, str]]:
     before = dict(os.environ)
     with object_storage(folder / "a"), object_storage(folder / "b"):
         for name in ("a", "b"):
-            made = settings(folder / name).environment()
+            made = local_services(folder / name).environment()
             endpoints[name] = made["AWS_ENDPOINT_URL_S3"]
             lines += [
                 f"[profile {name}]", "region = us-east-1", f"endpoint_url = {endpoints[name]}",

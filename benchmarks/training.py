@@ -35,7 +35,7 @@ from model.config.load import load_config
 from model.config.schema import RunConfig, TrackingConfig, WatchdogConfig
 from model.data.annotations import COLUMNS
 from model.data.loading.loader import open_split
-from model.data.shards.build import Settings
+from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from model.data.synthetic.corpus import synthesize
@@ -59,7 +59,7 @@ def corpus(folder: Path) -> list[str]:
     """Overrides that name the shards and the decoder of a small synthetic corpus."""
     source = synthesize(folder / "source", seed=1, scale=0.1)
     form = Form(num_frames=8, short_side=72)
-    shards = build_shards(Settings(raw=str(source), root=str(folder), dataset=next(iter(COLUMNS)), form=form))
+    shards = build_shards(ShardSettings(raw=str(source), root=str(folder), dataset=next(iter(COLUMNS)), form=form))
     tokenizer = publish_tokenizer(str(source), str(folder), vocab_size=448)
     train = [MPLUG, "train", "tiny_decoder", f"data.shards={shards}", f"model.decoder={tokenizer}", f"output={folder}"]
     made = subprocess.run([*train, "training.steps=50"], check=True, capture_output=True, text=True)

@@ -15,8 +15,8 @@ from typing import Any
 import mlflow
 import psutil
 
-from cli.services import BUCKET, object_storage, process
-from cli.services import settings as service_settings
+from cli.services import BUCKET, object_storage, run_process
+from cli.services import local_services as service_settings
 from model import storage
 from model.errors import TERMINATED
 
@@ -44,7 +44,7 @@ class Rig:
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.mlflow_port),
             "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
         ]  # fmt: skip
-        return process(command, self.folder / "mlflow.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+        return run_process(command, self.folder / "mlflow.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
     def start(self, trial: int) -> Run:
         settings = [

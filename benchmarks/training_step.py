@@ -22,9 +22,9 @@ from model.config.schema import RunConfig
 from model.data.loading.loader import on_device
 from model.mplug_video import vision
 from model.training.flops import peak_flops
-from model.training.planning.estimate import Measured, plan
-from model.training.planning.measure import STEPS, measure
-from model.training.planning.meta_model import example_batch, outline, task_of
+from model.training.planning.estimate import Measurement, plan_run
+from model.training.planning.measure import STEPS, measure_steps
+from model.training.planning.meta_model import build_meta_model, example_batch, task_of
 
 PLAIN = "plain loop"
 WAYS = {
@@ -47,10 +47,10 @@ def config_of(way: str, clips: int) -> RunConfig:
     return load_config("pretrain_1.3b" if on_gpu else "tiny_pretraining", settings if on_gpu else [*settings, *SMALL])
 
 
-def plain(config: RunConfig) -> Measured:
+def plain(config: RunConfig) -> Measurement:
     vision.remade = vision.kept
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = outline(config, str(device)).train()
+    model = build_meta_model(config, str(device)).train()
     model.decoder.to(torch.bfloat16)
     task, seconds = task_of(config, model), []
     trained = [weights for weights in model.parameters() if weights.requires_grad]
@@ -70,14 +70,14 @@ def plain(config: RunConfig) -> Measured:
     memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     if device.type == "cuda":
         memory = float(torch.cuda.max_memory_reserved())
-    return Measured(memory=memory, step_s=min(seconds[1:]), clip_s=None)
+    return Measurement(memory=memory, step_s=min(seconds[1:]), clip_s=None)
 
 
 def one(way: str, clips: int) -> dict[str, float]:
     config = config_of(way, clips)
-    found = plain(config) if way == PLAIN else measure(config)
+    found = plain(config) if way == PLAIN else measure_steps(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    flops = plan(config, 1, on_cpu=device.type == "cpu").step_flops
+    flops = plan_run(config, 1, on_cpu=device.type == "cpu").step_flops
     return {**asdict(found), "mfu": flops / found.step_s / peak_flops(device, torch.bfloat16)}
 
 

@@ -56,14 +56,14 @@ def download(
     Example: `mplug data download modelscope://modelscope/Youku-AliceMind s3://mplug/work --partition 3/64`
     """
     from model.data.download.dataset import Options
-    from model.data.download.dataset import download as run
-    from model.data.download.fetch import Policy
+    from model.data.download.dataset import download_dataset as run
+    from model.data.download.fetch import RetryPolicy
     from model.data.partition import parse_partition
 
     index, count = parse_partition(partition)
     options = Options(
         only=only or (), index=index, count=count, threads=threads, rate=rate_limit * 1e6, max_failed=max_failed,
-        policy=Policy(attempts=attempts),
+        policy=RetryPolicy(attempts=attempts),
     )  # fmt: skip
     print(run(source, root, dataset, options)[0])
 
@@ -76,7 +76,7 @@ def status(
 
     Example: `mplug data status s3://mplug/work/raw/youku-mplug`
     """
-    from model.data.download.ledger import status as run
+    from model.data.download.ledger import download_status as run
 
     found = run(raw)
     print(f"{found.files} files, {found.bytes / 1e9:.3f} GB done; {found.failed.total()} failed")
@@ -139,17 +139,17 @@ def shard(
     Example: `mplug data shard work/raw/youku-mplug work --dataset retrieval --short-side 72`
     """
     from model.data.partition import parse_partition
-    from model.data.shards.build import Settings, build_parts, plan
+    from model.data.shards.build import ShardSettings, build_parts, plan_shards
     from model.data.shards.commit import build_shards
     from model.data.shards.format import Form
 
-    settings = Settings(
+    settings = ShardSettings(
         raw=raw, root=root, dataset=dataset, form=Form(kind=form, num_frames=num_frames, short_side=short_side),
         decoder=decoder, deadline_s=deadline, available_only=available, max_quarantined=max_quarantined,
     )  # fmt: skip
     index, count = parse_partition(partition)
     if count > 1:
-        build_parts(plan(settings), index=index, count=count, workers=workers)
+        build_parts(plan_shards(settings), index=index, count=count, workers=workers)
     else:
         print(build_shards(settings, workers=workers))
 
@@ -175,19 +175,19 @@ def import_own(
     import tempfile
 
     from model import storage
-    from model.data.download.dataset import download as copy
-    from model.data.download.import_videos import OwnSource, read_rows
-    from model.data.shards.build import Settings
+    from model.data.download.dataset import download_dataset as copy
+    from model.data.download.import_videos import ImportedVideos, read_rows
+    from model.data.shards.build import ShardSettings
     from model.data.shards.commit import build_shards
     from model.data.shards.format import Form
 
     stored = Form(kind=form, num_frames=num_frames, short_side=short_side)
     rows = read_rows(table, videos, dataset)
     with tempfile.TemporaryDirectory() as made:
-        own = OwnSource(videos, rows, dataset, Path(made))
-        own.refuse_other(storage.join(root, "raw", name))
+        own = ImportedVideos(videos, rows, dataset, Path(made))
+        own.validate_same(storage.join(root, "raw", name))
         raw, _ = copy(own, root, name)
-    print(build_shards(Settings(raw=raw, root=root, dataset=dataset, form=stored)))
+    print(build_shards(ShardSettings(raw=raw, root=root, dataset=dataset, form=stored)))
 
 
 @data.command()
@@ -205,17 +205,17 @@ def stats(
 
     from model.config.schema import TrackingConfig
     from model.data.statistics import statistics
-    from model.evaluation.dataset_report import html, publish, show
+    from model.evaluation.dataset_report import print_statistics, publish_statistics, statistics_page
     from model.tracking import tracked
 
     found = statistics(shards)
-    show(found, Console(highlight=False))
+    print_statistics(found, Console(highlight=False))
     if out:
-        out.write_text(html(found), encoding="utf-8")
+        out.write_text(statistics_page(found), encoding="utf-8")
     if tracking_uri:
         with tracked(TrackingConfig(uri=tracking_uri, experiment=experiment), f"stats-{found.name}") as run:
             run.tags({"data_digest": found.name.rpartition("@")[2]})
-            publish(found, run)
+            publish_statistics(found, run)
 
 
 @data.command()

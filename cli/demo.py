@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cli.services import BUCKET, Settings, services, stop
+from cli.services import BUCKET, LocalServices, run_services, stop_process
 from model import storage
 from model.data.synthetic.corpus import synthesize
 from model.errors import INTERRUPTED, ConfigError, ProcessFailedError, StageError
-from pipelines.local import refuse
+from pipelines.local import validate_arguments
 
 ROOT = f"s3://{BUCKET}/demo"
 EXPERIMENT, RUN_NAME = "mplug-video", "demo"
@@ -30,16 +30,16 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 console = Console(highlight=False)
 
 
-def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
+def run_demo(folder: Path, *, scale: float, overrides: list[str]) -> int:
     """Runs the demo in `folder`; returns 0, or 1 where a required result was missed."""
-    refuse({"root": ROOT, "overrides": overrides})
+    validate_arguments({"root": ROOT, "overrides": overrides})
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
     started = time.monotonic()
     with _interruptible():
         source = _corpus(folder, scale)
         console.print("[bold]starting S3 and MLflow[/]")
-        with services(folder) as made:
+        with run_services(folder) as made:
             _run_pipeline(folder, source, made, overrides)
             report, results = _fetch_report(folder, made)
     missed = _print_results(results)
@@ -50,11 +50,11 @@ def run(folder: Path, *, scale: float, overrides: list[str]) -> int:
     return 1 if missed else 0
 
 
-def serve(folder: Path) -> None:
+def serve_demo(folder: Path) -> None:
     """Runs S3 and MLflow on a demo's results until Ctrl-C."""
     if not (folder / "mlflow.db").exists():
         raise StageError(f"{folder} holds no demo. Run `mplug demo {folder}` first.")
-    with _interruptible(), services(folder) as made:
+    with _interruptible(), run_services(folder) as made:
         console.print(f"MLflow   [bold]{made.tracking_uri}[/]   (Ctrl-C stops it)")
         signal.pause()
 
@@ -72,7 +72,7 @@ def _corpus(folder: Path, scale: float) -> Path:
     return source
 
 
-def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[str]) -> None:
+def _run_pipeline(folder: Path, source: Path, made: LocalServices, overrides: list[str]) -> None:
     log = folder / "pipeline.log"
     command = [
         _mplug(), "pipeline", "run", "--folder", str(folder / "kfp"), "mplug-video", f"source={source}", f"root={ROOT}",
@@ -91,7 +91,7 @@ def _run_pipeline(folder: Path, source: Path, made: Settings, overrides: list[st
             said = f"the pipeline failed; {log} says why. Run `mplug demo` again to resume."
             raise ProcessFailedError(said, code)
     finally:
-        stop(child)
+        stop_process(child)
 
 
 def _show(line: str) -> None:
@@ -105,7 +105,7 @@ def _show(line: str) -> None:
         print(f"  {line}", flush=True)
 
 
-def _fetch_report(folder: Path, made: Settings) -> tuple[Path, list[dict[str, Any]]]:
+def _fetch_report(folder: Path, made: LocalServices) -> tuple[Path, list[dict[str, Any]]]:
     """Copies the report of this run out of S3, which stops with the demo."""
     uri = storage.join(ROOT, "reports", RUN_NAME)
     storage.download(storage.join(uri, "report.html"), folder / "report.html")

@@ -58,11 +58,11 @@ def apply(
     Example: `mplug job apply --nodes 8 train pretrain_1.3b data.shards=s3://… model.decoder=s3://…`
     """
     from components.jobs.client import Cluster
-    from components.jobs.launcher import ensure
+    from components.jobs.launcher import ensure_job
 
     launch = _launch(command, name, nodes, processes, image, deadline_hours)
     namespace, manifests = _manifests(launch, overlay, namespace, api)
-    print(ensure(Cluster(namespace), manifests)["metadata"]["name"])
+    print(ensure_job(Cluster(namespace), manifests)["metadata"]["name"])
 
 
 def _launch(command: list[str], name: str, nodes: int, processes: int, image: str, hours: float) -> "Launch":
@@ -76,14 +76,14 @@ def _launch(command: list[str], name: str, nodes: int, processes: int, image: st
 def _manifests(launch: "Launch", overlay: Path | None, namespace: str, api: Api) -> tuple[str, list[dict[str, object]]]:
     """The namespace of a job, and its manifests."""
     from components.jobs.client import Cluster
-    from components.jobs.manifests import SHAPE, render, shape_of
+    from components.jobs.manifests import SHAPE, load_pod_template, render_job
 
     if overlay:
-        shape, known = shape_of(overlay)
+        shape, known = load_pod_template(overlay)
     else:
         cluster = Cluster(namespace)
-        shape, known = cluster.shape(SHAPE), cluster.namespace
-    return namespace or known, render(launch, shape, namespace or known, api)
+        shape, known = cluster.pod_template(SHAPE), cluster.namespace
+    return namespace or known, render_job(launch, shape, namespace or known, api)
 
 
 @job.command()
@@ -93,10 +93,10 @@ def watch(name: Name, namespace: Namespace = "") -> None:
     Example: `mplug job watch pretrain-1-3b`
     """
     from components.jobs.client import Cluster
-    from components.jobs.launcher import Limits, attend, kind_of
+    from components.jobs.launcher import Limits, find_kind, follow_job
 
     cluster = Cluster(namespace)
-    attend(cluster, kind_of(cluster, name), name, Limits(restarts=sys.maxsize))
+    follow_job(cluster, find_kind(cluster, name), name, Limits(restarts=sys.maxsize))
 
 
 @job.command()
@@ -110,11 +110,11 @@ def logs(
     Example: `mplug job logs pretrain-1-3b --follow`
     """
     from components.jobs.client import Cluster
-    from components.jobs.launcher import follow_log, kind_of
+    from components.jobs.launcher import find_kind, follow_log
     from components.jobs.log import print_log
 
     cluster = Cluster(namespace)
-    kind = kind_of(cluster, name)
+    kind = find_kind(cluster, name)
     if follow:
         follow_log(cluster, kind, name)
     else:
@@ -128,10 +128,10 @@ def cancel(name: Name, namespace: Namespace = "") -> None:
     Example: `mplug job cancel pretrain-1-3b`
     """
     from components.jobs.client import Cluster
-    from components.jobs.launcher import kind_of
+    from components.jobs.launcher import find_kind
 
     cluster = Cluster(namespace)
-    kind = kind_of(cluster, name)
+    kind = find_kind(cluster, name)
     cluster.delete(kind, name)
     if kind == "TrainJob":
         cluster.delete("TrainingRuntime", name)

@@ -31,7 +31,7 @@ def presets() -> None:
 
     Example: `mplug presets`
     """
-    from model.config.load import presets as known
+    from model.config.load import list_presets as known
 
     print(*known(), sep="\n")
 
@@ -64,11 +64,11 @@ def convert(
     Example: `mplug convert 1_3B_mp_rank_00_model_states.pt work/mplug-1.3b --decoder nlp_gpt3_text-generation_1.3B`
     """
     from model.mplug_video.conversion.convert import convert_to
-    from model.mplug_video.conversion.shapes import read_class_names
+    from model.mplug_video.conversion.shapes import read_class_list
 
     conversion = convert_to(
         source, dest, decoder=decoder, vision_heads=vision_heads, image_size=image_size, num_frames=num_frames,
-        class_names=read_class_names(class_names) if class_names else None, drop=drop or [],
+        class_names=read_class_list(class_names) if class_names else None, drop=drop or [],
     )  # fmt: skip
     print(conversion.summary(), file=sys.stderr)
     print(dest)
@@ -116,13 +116,13 @@ def plan(
 
     Example: `mplug plan pretrain_1.3b --nodes 4 --gpus 8 --gpu H100 --clips 10000000 --price 2.5`
     """
-    from cli.plan import Cluster, show
+    from cli.plan import Hardware, print_plan
     from model.training.flops import GPUS
 
     if gpu not in GPUS:
         raise typer.BadParameter(f"must be one of {', '.join(GPUS)}, got {gpu}.", param_hint="--gpu")
-    cluster = Cluster(nodes=nodes, gpus=gpus, gpu=gpu, price=price)
-    sys.exit(0 if show(config, overrides or [], cluster, clips=clips, measured=measure) else 1)
+    cluster = Hardware(nodes=nodes, gpus=gpus, gpu=gpu, price=price)
+    sys.exit(0 if print_plan(config, overrides or [], cluster, clips=clips, measured=measure) else 1)
 
 
 @app.command()
@@ -172,13 +172,13 @@ def doctor(
 
     Example: `mplug doctor --cluster --pod --namespace mplug --nodes 8`
     """
-    from cli.doctor.examine import Question, show
+    from cli.doctor.examine import Question, print_findings
 
     question = Question(
         root=root, tracking_uri=tracking_uri, cluster=cluster or pod, namespace=namespace, nodes=nodes,
         processes=processes, gpus=gpus,
     )  # fmt: skip
-    fits = show(question)
+    fits = print_findings(question)
     if pod:
         from cli.doctor.cluster import ask_in_a_pod
 
@@ -196,9 +196,9 @@ def demo(
 
     Example: `mplug demo`
     """
-    from cli.demo import run
+    from cli.demo import run_demo
 
-    sys.exit(run(folder.resolve(), scale=scale, overrides=overrides or []))
+    sys.exit(run_demo(folder.resolve(), scale=scale, overrides=overrides or []))
 
 
 @app.command()
@@ -209,9 +209,9 @@ def ui(
 
     Example: `mplug ui`
     """
-    from cli.demo import serve
+    from cli.demo import serve_demo
 
-    serve(folder.resolve())
+    serve_demo(folder.resolve())
 
 
 def main() -> None:

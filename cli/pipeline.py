@@ -27,12 +27,12 @@ def parameters(name: Name) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.catalog import parameters
+    from pipelines.catalog import pipeline_parameters
 
     table = Table(box=None)
     for column in ("parameter", "default", ""):
         table.add_column(column)
-    for key, parameter in parameters(name).items():
+    for key, parameter in pipeline_parameters(name).items():
         default = str(parameter.get("defaultValue", "")) if parameter.get("isOptional") else "required"
         table.add_row(key, default, parameter.get("description", ""))
     Console(highlight=False).print(table)
@@ -49,10 +49,10 @@ def run(
 
     Example: `mplug pipeline run mplug-video source=corpus root=s3://mplug/work tracking_uri=http://127.0.0.1:5000`
     """
-    from pipelines.catalog import arguments
-    from pipelines.local import run
+    from pipelines.catalog import parse_arguments
+    from pipelines.local import run_pipeline
 
-    run(name, folder, arguments(name, items or []))
+    run_pipeline(name, folder, parse_arguments(name, items or []))
 
 
 @pipeline.command("compile")
@@ -114,20 +114,20 @@ def submit(
     from pipelines import submit as sending
     from pipelines.catalog import with_defaults
     from pipelines.cluster_defaults import arguments_on_cluster
-    from pipelines.follow_run import follow
-    from pipelines.local import refuse
+    from pipelines.follow_run import follow_run
+    from pipelines.local import validate_arguments
 
     given = arguments_on_cluster(name, items or [], overlay)
     values = with_defaults(name, given)
-    refuse(values)
+    validate_arguments(values)
     host = _host(url, token, headers, profile)
-    run_id = sending.submit(
+    run_id = sending.submit_run(
         host, name, given, run_name=values["run_name"], experiment=experiment, service_account=service_account,
         caching=cache,
     )  # fmt: skip
     print(host.link(run_id), flush=True)
     if wait or retries:
-        follow(host, run_id, retries)
+        follow_run(host, run_id, retries)
 
 
 @pipeline.command()
@@ -144,14 +144,14 @@ def retry(
 
     Example: `mplug pipeline retry 0c2f5c8e-… --wait`
     """
-    from pipelines.follow_run import follow
-    from pipelines.follow_run import retry as start_again
+    from pipelines.follow_run import follow_run
+    from pipelines.follow_run import retry_run as start_again
 
     host = _host(url, token, headers, profile)
     start_again(host, run_id)
     print(host.link(run_id), flush=True)
     if wait or retries:
-        follow(host, run_id, retries)
+        follow_run(host, run_id, retries)
 
 
 @pipeline.command()
@@ -166,9 +166,9 @@ def cancel(
 
     Example: `mplug pipeline cancel 0c2f5c8e-…`
     """
-    from pipelines.follow_run import cancel
+    from pipelines.follow_run import cancel_run
 
-    cancel(_host(url, token, headers, profile), run_id)
+    cancel_run(_host(url, token, headers, profile), run_id)
     print(f"{run_id} is cancelled")
 
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config.load import load_config
-from model.config.schema import RunConfig, in_steps, micro_batch_of
-from model.data.shards.reader import describe
+from model.config.schema import RunConfig, count_in_steps, micro_batch_size
+from model.data.shards.reader import read_dataset_info
 from model.errors import ConfigError, ProcessFailedError, StorageError
 from model.training.flops import GPUS
-from model.training.planning.estimate import Measured, Memory, Plan, plan
+from model.training.planning.estimate import Measurement, Memory, RunPlan, plan_run
 
 USABLE = 0.92
 """Of a GPU's memory; the rest is fragments."""
@@ -25,7 +25,7 @@ CLIP_BYTES = {"frames": (0.1e6, 0.4e6), "original": (0.6e6, 4e6)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class Hardware:
     nodes: int
     gpus: int
     """Per node; 0: processes on CPUs, one per node."""
@@ -38,23 +38,23 @@ class Cluster:
         return self.nodes * max(self.gpus, 1)
 
 
-def show(config: str, overrides: list[str], cluster: Cluster, *, clips: int, measured: bool) -> bool:
+def print_plan(config: str, overrides: list[str], hardware: Hardware, *, clips: int, measured: bool) -> bool:
     """Prints the plan; False where the run would not fit."""
     run, overrides = _loaded(config, overrides)
     form, clips = _dataset(run, clips)
-    run = in_steps(run, clips) if clips or run.training.steps else run
-    found = plan(run, cluster.processes, on_cpu=not cluster.gpus)
+    run = count_in_steps(run, clips) if clips or run.training.steps else run
+    found = plan_run(run, hardware.processes, on_cpu=not hardware.gpus)
     measurement = _measure(config, overrides, found.micro_batch) if measured else None
     console = Console()
-    memory = _memory_bytes(run, cluster, found, measurement)
-    console.print(_memory_table(found.memory, memory, measurement, on_cpu=not cluster.gpus))
-    console.print(_facts(run, cluster, found, measurement, form))
-    limit = GPUS[cluster.gpu].memory * USABLE if cluster.gpus else None
+    memory = _memory_bytes(run, hardware, found, measurement)
+    console.print(_memory_table(found.memory, memory, measurement, on_cpu=not hardware.gpus))
+    console.print(_facts(run, hardware, found, measurement, form))
+    limit = GPUS[hardware.gpu].memory * USABLE if hardware.gpus else None
     if limit is None or memory <= limit:
         return True
-    has = f"{limit / 1e9:.1f} GB that this GPU ({cluster.gpu}) has to give"
+    has = f"{limit / 1e9:.1f} GB that this GPU ({hardware.gpu}) has to give"
     console.print(f"[bold red]does not fit[/]: {memory / 1e9:.1f} GB of the {has}.")
-    console.print(_remedy(run, cluster, limit), markup=False)
+    console.print(_remedy(run, hardware, limit), markup=False)
     return False
 
 
@@ -70,7 +70,7 @@ def _loaded(config: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
 def _dataset(run: RunConfig, clips: int) -> tuple[str, int]:
     """Form of the shards, and the number of clips in an epoch."""
     try:
-        facts = describe(run.data.shards)
+        facts = read_dataset_info(run.data.shards)
         return facts["form"]["kind"], clips or facts["clips"]["train"]
     except StorageError:
         if not clips and not run.training.steps:
@@ -78,19 +78,19 @@ def _dataset(run: RunConfig, clips: int) -> tuple[str, int]:
         return "frames", clips
 
 
-def _measure(config: str, overrides: list[str], micro_batch: int) -> Measured:
+def _measure(config: str, overrides: list[str], micro_batch: int) -> Measurement:
     settings = [*overrides, f"data.batch_size={micro_batch}", "training.gradient_accumulation=1"]
     command = [sys.executable, "-m", "model.training.planning.measure", config, *settings]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         raise ProcessFailedError(f"a step over {micro_batch} clips cannot be measured here: {last}", ended.returncode)
-    return Measured(**json.loads(ended.stdout.splitlines()[-1]))
+    return Measurement(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def _memory_bytes(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | None) -> float:
+def _memory_bytes(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measurement | None) -> float:
     """Of one process: as computed, or as one process measured here and sharing its state with the others."""
-    on_cpu = not cluster.gpus
+    on_cpu = not hardware.gpus
     host = found.memory.host if on_cpu else 0.0
     if not measured:
         return found.memory.device + host
@@ -98,10 +98,10 @@ def _memory_bytes(run: RunConfig, cluster: Cluster, found: Plan, measured: Measu
         "data": run.data.model_copy(update={"batch_size": found.micro_batch}),
         "training": run.training.model_copy(update={"gradient_accumulation": 1}),
     })  # fmt: skip
-    return measured.memory - plan(alone, 1, on_cpu=on_cpu).memory.device + found.memory.device + host
+    return measured.memory - plan_run(alone, 1, on_cpu=on_cpu).memory.device + found.memory.device + host
 
 
-def _memory_table(memory: Memory, total: float, measured: Measured | None, *, on_cpu: bool) -> Table:
+def _memory_table(memory: Memory, total: float, measured: Measurement | None, *, on_cpu: bool) -> Table:
     table = Table(title=f"memory per {'process' if on_cpu else 'GPU'}, GB", title_justify="left")
     table.add_column("for")
     table.add_column("", justify="right")
@@ -120,28 +120,30 @@ def _memory_table(memory: Memory, total: float, measured: Measured | None, *, on
     return table
 
 
-def _facts(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | None, form: str) -> Table:
+def _facts(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measurement | None, form: str) -> Table:
     table = Table(show_header=False, box=None)
     shared = f"{found.processes} processes x {run.training.gradient_accumulation} x {found.micro_batch} clips"
     table.add_row("parameters", f"{found.trained:,} trained, {found.frozen:,} frozen")
     table.add_row("batch", f"{run.data.batch_size} clips = {shared}")
     table.add_row("a checkpoint", f"{found.checkpoint_bytes:,} bytes; {run.checkpoint.keep} and the best are kept")
     table.add_row("the model", f"{found.model_bytes:,} bytes")
-    if cluster.gpus:
+    if hardware.gpus:
         table.add_row(
             "host memory per GPU", f"{found.memory.host / 1e9:.2f} GB for a checkpoint's copy, and the loaders'"
         )
-    fast, slow = _step_seconds(run, cluster, found, measured)
+    fast, slow = _step_seconds(run, hardware, found, measured)
     table.add_row("operations per step", f"{found.step_flops / 1e12:,.2f} TFLOP")
     table.add_row("a step", f"{fast:.3g} to {slow:.3g} s" if slow > fast else f"{fast:.3g} s, as measured here")
     steps = run.training.steps
     if steps:
         hours = [steps * seconds / 3600 for seconds in (fast, slow)]
         table.add_row("the run", f"{steps:,} steps, {hours[0]:,.1f} to {hours[1]:,.1f} hours")
-        if cluster.gpus:
+        if hardware.gpus:
             gpu_hours = [hour * found.processes for hour in hours]
             cost = (
-                f", {gpu_hours[0] * cluster.price:,.0f} to {gpu_hours[1] * cluster.price:,.0f}" if cluster.price else ""
+                f", {gpu_hours[0] * hardware.price:,.0f} to {gpu_hours[1] * hardware.price:,.0f}"
+                if hardware.price
+                else ""
             )
             table.add_row("GPU-hours, cost", f"{gpu_hours[0]:,.0f} to {gpu_hours[1]:,.0f}{cost}")
     rate = run.data.batch_size / fast
@@ -151,31 +153,35 @@ def _facts(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | N
         "decode cores", f"{rate * low:,.1f} to {rate * high:,.1f}, data.workers has {run.data.workers} per process"
     )
     if run.data.workers:
-        table.add_row("/dev/shm per node", f"{_shared_bytes(run, cluster, found) / 1e9:,.1f} GB for batches read ahead")
+        table.add_row(
+            "/dev/shm per node", f"{_shared_bytes(run, hardware, found) / 1e9:,.1f} GB for batches read ahead"
+        )
     small, large = CLIP_BYTES[form]
     table.add_row("from storage", f"{rate * small / 1e6:,.1f} to {rate * large / 1e6:,.1f} MB per second")
     return table
 
 
-def _shared_bytes(run: RunConfig, cluster: Cluster, found: Plan) -> float:
+def _shared_bytes(run: RunConfig, hardware: Hardware, found: RunPlan) -> float:
     """Every loader process has two batches ready, in fp32."""
     vision = run.model.vision
     clip = 4 * 3 * vision.num_frames * vision.image_size**2
-    return 2 * run.data.workers * found.micro_batch * clip * max(cluster.gpus, 1)
+    return 2 * run.data.workers * found.micro_batch * clip * max(hardware.gpus, 1)
 
 
-def _step_seconds(run: RunConfig, cluster: Cluster, found: Plan, measured: Measured | None) -> tuple[float, float]:
+def _step_seconds(
+    run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measurement | None
+) -> tuple[float, float]:
     """The fastest and the slowest to expect; exchange between processes is part of the range, not measured."""
     if measured:
         seconds = measured.step_s * run.training.gradient_accumulation
         return seconds, seconds
-    if not cluster.gpus:
+    if not hardware.gpus:
         raise ConfigError("how fast this processor is must be measured: add --measure.")
-    peak = GPUS[cluster.gpu].bf16_peak * found.processes
+    peak = GPUS[hardware.gpu].bf16_peak * found.processes
     return found.step_flops / (peak * MFU_RANGE[1]), found.step_flops / (peak * MFU_RANGE[0])
 
 
-def _remedy(run: RunConfig, cluster: Cluster, limit: float) -> str:
+def _remedy(run: RunConfig, hardware: Hardware, limit: float) -> str:
     """The mildest change with which it fits."""
     parts = ["vision", "abstractor", "decoder"]
     accumulation = run.training.gradient_accumulation
@@ -185,10 +191,10 @@ def _remedy(run: RunConfig, cluster: Cluster, limit: float) -> str:
     for changes in tries:
         other = run.model_copy(update={"training": run.training.model_copy(update=changes)})
         try:
-            micro_batch_of(other, cluster.processes)
+            micro_batch_size(other, hardware.processes)
         except ConfigError:
             continue
-        size = plan(other, cluster.processes).memory.device
+        size = plan_run(other, hardware.processes).memory.device
         if size <= limit:
             settings = " ".join(f"training.{key}={_yaml(value)}" for key, value in changes.items())
             return f"It fits ({size / 1e9:.1f} GB) with: {settings}"

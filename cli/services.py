@@ -26,7 +26,7 @@ WEED_PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class LocalServices:
     """Ports and credentials of one demo folder. Kept, since addresses are part of what finished stages are known by."""
 
     weed_port: int
@@ -50,12 +50,12 @@ class Settings:
         }
 
 
-def settings(folder: Path) -> Settings:
+def local_services(folder: Path) -> LocalServices:
     """The folder's settings, made up the first time; only the user may read them."""
     path = folder / "services.json"
     if path.exists():
-        return Settings(**json.loads(path.read_text(encoding="utf-8")))
-    made = Settings(
+        return LocalServices(**json.loads(path.read_text(encoding="utf-8")))
+    made = LocalServices(
         weed_port=free_ports(len(WEED_PORTS)),
         mlflow_port=free_ports(1),
         access_key=secrets.token_hex(8),
@@ -70,28 +70,28 @@ def settings(folder: Path) -> Settings:
 
 
 @contextmanager
-def object_storage(folder: Path) -> Iterator[Settings]:
+def object_storage(folder: Path) -> Iterator[LocalServices]:
     """Runs the S3 server while the context lasts; this process's environment points at it."""
-    made = settings(folder)
+    made = local_services(folder)
     os.environ.update(made.environment())
     log = folder / "s3.log"
-    with process(_weed(folder, made), log, {"GOMEMLIMIT": "400MiB"}) as server:
+    with run_process(_weed(folder, made), log, {"GOMEMLIMIT": "400MiB"}) as server:
         # its health page answers before it can store anything
         _wait(server, lambda: storage.write(f"s3://{BUCKET}/ready", b""), log)
         yield made
 
 
 @contextmanager
-def services(folder: Path) -> Iterator[Settings]:
+def run_services(folder: Path) -> Iterator[LocalServices]:
     """Runs S3 and MLflow while the context lasts."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = folder / "mlflow.log"
-    with object_storage(folder) as made, process(_mlflow(folder, made), log, quiet) as server:
+    with object_storage(folder) as made, run_process(_mlflow(folder, made), log, quiet) as server:
         _wait(server, lambda: urllib.request.urlopen(f"{made.tracking_uri}/health", timeout=2).close(), log)
         yield made
 
 
-def _weed(folder: Path, made: Settings) -> list[str]:
+def _weed(folder: Path, made: LocalServices) -> list[str]:
     data = folder / "s3"
     data.mkdir(parents=True, exist_ok=True)
     ports = [f"-{name}={made.weed_port + offset}" for offset, name in enumerate(WEED_PORTS)]
@@ -102,7 +102,7 @@ def _weed(folder: Path, made: Settings) -> list[str]:
     ]  # fmt: skip
 
 
-def _mlflow(folder: Path, made: Settings) -> list[str]:
+def _mlflow(folder: Path, made: LocalServices) -> list[str]:
     return [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(made.mlflow_port),
         "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
@@ -111,7 +111,7 @@ def _mlflow(folder: Path, made: Settings) -> list[str]:
 
 
 @contextmanager
-def process(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def run_process(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a session of its own; it and all its descendants are gone when the context ends."""
     with log.open("ab") as file:
         child = subprocess.Popen(
@@ -120,10 +120,10 @@ def process(command: list[str], log: Path, environment: dict[str, str]) -> Itera
     try:
         yield child
     finally:
-        stop(child)
+        stop_process(child)
 
 
-def stop(child: subprocess.Popen[bytes]) -> None:
+def stop_process(child: subprocess.Popen[bytes]) -> None:
     """Asks the whole tree to end, then makes it; a second Ctrl-C does not cut that short.
 
     The tree, not the group: a worker of torchrun is in a session of its own.

@@ -10,12 +10,12 @@ def download(
 ) -> str:  # fmt: skip
     """Returns the URI of the raw data, <root>/raw/<dataset>. `partition` i/n fetches the i-th of n shares."""
     from model.data.download.dataset import Options
-    from model.data.download.dataset import download as run
-    from model.data.download.http import shown
+    from model.data.download.dataset import download_dataset as run
+    from model.data.download.http import redact_url
     from model.data.partition import parse_partition
     from model.tracking import stage
 
-    facts = {"source": shown(source), "source_version": source_version, "partition": partition}
+    facts = {"source": redact_url(source), "source_version": source_version, "partition": partition}
     with stage("download", tracking, {**facts, "code_version": code_version}) as tracked:
         index, count = parse_partition(partition)
         uri, done = run(source, root, dataset, Options(index=index, count=count))

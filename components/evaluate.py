@@ -18,13 +18,13 @@ def evaluate(
     import json
     from pathlib import Path
 
-    from model.config.load import dataset_of
+    from model.config.load import preset_dataset
     from model.errors import exit_codes
     from model.evaluation.results import save_evaluation
     from model.evaluation.runner import evaluate_model
 
     with exit_codes():
-        evaluation = evaluate_model(trained, shards=shards[dataset_of(config)], tracking=tracking)
+        evaluation = evaluate_model(trained, shards=shards[preset_dataset(config)], tracking=tracking)
         for name, value in evaluation.scores.items():
             metrics.log_metric(name, value)
         # an artifact without a file does not count as made, and the local cache would judge the model again

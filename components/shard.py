@@ -12,25 +12,27 @@ def shard(
 
     `datasets` may hold presets: their datasets are meant. Other data have another `raw_version`.
     """
-    from model.config.load import dataset_of
+    from model.config.load import preset_dataset
     from model.data.partition import parse_partition
-    from model.data.shards.build import Settings, build_parts, plan
+    from model.data.shards.build import ShardSettings, build_parts, plan_shards
     from model.data.shards.commit import build_shards
     from model.data.shards.format import Form
     from model.data.statistics import statistics
-    from model.evaluation.dataset_report import publish
+    from model.evaluation.dataset_report import publish_statistics
     from model.tracking import stage
 
     facts = {"num_frames": num_frames, "short_side": short_side, "partition": partition, "raw_version": raw_version}
     with stage("shard", tracking, {**facts, "code_version": code_version}) as tracked:
         form, (index, count) = Form(num_frames=num_frames, short_side=short_side), parse_partition(partition)
-        wanted = {name: Settings(raw=raw, root=root, dataset=name, form=form) for name in map(dataset_of, datasets)}
+        wanted = {
+            name: ShardSettings(raw=raw, root=root, dataset=name, form=form) for name in map(preset_dataset, datasets)
+        }
         if count > 1:
             for settings in wanted.values():
-                build_parts(plan(settings), index=index, count=count)
+                build_parts(plan_shards(settings), index=index, count=count)
             return {}
         uris = {name: build_shards(settings) for name, settings in wanted.items()}
         for uri in uris.values():
-            publish(statistics(uri), tracked)
+            publish_statistics(statistics(uri), tracked)
         tracked.tags({f"data_digest.{name}": uri.rpartition("@")[2] for name, uri in uris.items()})
         return uris

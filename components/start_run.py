@@ -6,10 +6,10 @@ from components.image import component
 @component()
 def start_run(tracking_uri: str, experiment: str, run_name: str, source: str, root: str) -> dict[str, str]:
     """Returns the tracking settings of all stages. A `run_name` that has not failed before continues the same run."""
-    from model.data.download.http import shown
+    from model.data.download.http import redact_url
     from model.errors import exit_codes
     from model.registry import start_pipeline_run
 
     with exit_codes():
-        start_pipeline_run(tracking_uri, experiment, run_name, {"source": shown(source), "root": root})
+        start_pipeline_run(tracking_uri, experiment, run_name, {"source": redact_url(source), "root": root})
         return {"uri": tracking_uri, "experiment": experiment, "pipeline": run_name}

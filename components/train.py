@@ -15,16 +15,16 @@ def train(
     `nodes` it trains in this step, on so many `processes`; else as a PyTorchJob with so many per node, 0: one per GPU.
     """
     from components.jobs.launcher import train_on_cluster
-    from model.config.load import dataset_of, load_config
+    from model.config.load import load_config, preset_dataset
     from model.errors import ProcessFailedError, exit_codes
-    from model.training.attempts import published
+    from model.training.attempts import published_model
     from model.training.launch import launch
 
     settings = {
         "name": f"{config}-{init}".replace("_", "-"),
         "output": root,
         "code_version": code_version,
-        "data.shards": shards[dataset_of(config)],
+        "data.shards": shards[preset_dataset(config)],
         "model.decoder": decoder,
         "model.init_from": pretrained if init == "pretrained" else "",
         **{f"tracking.{key}": value for key, value in tracking.items()},
@@ -35,4 +35,4 @@ def train(
             train_on_cluster(config, arguments, nodes, processes, image, namespace, deadline_hours)
         elif code := launch(config, arguments, processes):
             raise ProcessFailedError(f"{settings['name']} ended with exit code {code}; its log says why.", code)
-        return published(load_config(config, arguments))
+        return published_model(load_config(config, arguments))

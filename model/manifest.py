@@ -19,35 +19,35 @@ from model.errors import NotFoundError, StorageError
 FILE, LATEST = "manifest.json", "latest"
 
 
-def publish(folder: Path, base: str, **facts: Any) -> str:
+def publish_folder(folder: Path, base: str, **facts: Any) -> str:
     """Uploads `folder` to <base>/<version>, manifest last, and returns that URI.
 
     The version is the beginning of the manifest's sha256: it names the content, so nothing published ever changes.
     """
-    manifest = describe(folder, **facts)
+    manifest = describe_folder(folder, **facts)
     version = hashlib.sha256(manifest).hexdigest()[:12]
     uri = storage.join(base, version)
-    put(folder, uri, manifest)
+    upload_folder(folder, uri, manifest)
     storage.write(storage.join(base, LATEST), version.encode())
     return uri
 
 
-def describe(folder: Path, **facts: Any) -> bytes:
+def describe_folder(folder: Path, **facts: Any) -> bytes:
     """The manifest of a local folder."""
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != FILE
     }
     return _encoded(files, facts)
 
 
-def entry(data: bytes | memoryview) -> dict[str, Any]:
+def file_entry(data: bytes | memoryview) -> dict[str, Any]:
     """What a manifest says about a file with these bytes."""
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def commit(uri: str, files: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
+def commit_folder(uri: str, files: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
     """Makes a whole of files that are at `uri` already."""
     storage.write(storage.join(uri, FILE), _encoded(files, facts))
 
@@ -56,19 +56,19 @@ def _encoded(files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -
     return json.dumps({**facts, "files": files}, ensure_ascii=False, indent=1, sort_keys=True).encode()
 
 
-def put(folder: Path, uri: str, manifest: bytes) -> None:
+def upload_folder(folder: Path, uri: str, manifest: bytes) -> None:
     """Uploads what `manifest` lists to `uri`, and the manifest last."""
     for name in json.loads(manifest)["files"]:
         storage.upload(folder / name, storage.join(uri, name))
     storage.write(storage.join(uri, FILE), manifest)
 
 
-def latest(base: str) -> str:
+def latest_version(base: str) -> str:
     """URI of the version that was published last below `base`."""
     return storage.join(base, storage.read(storage.join(base, LATEST)).decode())
 
 
-def read(uri: str) -> dict[str, Any]:
+def read_manifest(uri: str) -> dict[str, Any]:
     """The manifest of a published folder."""
     where = storage.join(uri, FILE)
     if not storage.exists(where):
@@ -77,14 +77,14 @@ def read(uri: str) -> dict[str, Any]:
     return manifest
 
 
-def sha256_of(uri: str) -> str:
+def manifest_sha256(uri: str) -> str:
     """The hash of the manifest, and so of everything it lists."""
     return hashlib.sha256(storage.read(storage.join(uri, FILE))).hexdigest()
 
 
-def fetch(uri: str) -> Path:
+def fetch_folder(uri: str) -> Path:
     """A local folder with the verified files of `uri`: the folder itself, or a copy in the cache."""
-    manifest = read(uri)
+    manifest = read_manifest(uri)
     if not storage.is_s3(uri):
         _verify(Path(uri), manifest)
         return Path(uri)
@@ -112,13 +112,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MPLUG_CACHE", Path.home() / ".cache" / "mplug"))
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(folder: Path, manifest: dict[str, Any]) -> None:
     for name, expected in manifest["files"].items():
-        found = sha256(folder / name) if (folder / name).is_file() else "no file"
+        found = file_sha256(folder / name) if (folder / name).is_file() else "no file"
         if found != expected["sha256"]:
             raise StorageError(f"{folder / name} must have sha256 {expected['sha256']}, got {found}. Publish it again.")

@@ -20,7 +20,7 @@ from model.pipeline_run import (
     find_pipeline_run,
     open_pipeline_run,
 )
-from model.tracking import client, experiment_id
+from model.tracking import experiment_id, mlflow_client
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +44,7 @@ def _one_line(function: Callable[P, R]) -> Callable[P, R]:
 def start_pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]) -> None:
     """Opens the run of a pipeline, where a tracking server is configured."""
     if uri:
-        server = client(uri)
+        server = mlflow_client(uri)
         open_pipeline_run(server, experiment_id(server, experiment), name, params)
 
 
@@ -55,7 +55,7 @@ def finish_pipeline_run(
     """Closes the run of a pipeline, also one that was never opened; says in a line what became of it."""
     if not uri:
         return f"{name} has ended: {outcome or 'no tracking server is configured'}."
-    server = client(uri)
+    server = mlflow_client(uri)
     within = experiment_id(server, experiment)
     found = find_pipeline_run(server, within, name)
     found = found or server.get_run(create_pipeline_run(server, within, name, None))
@@ -68,9 +68,9 @@ def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
 
     The same manifest is registered once: a repeated call returns the version that has it.
     """
-    server = client(uri)
-    facts = manifest.read(model)
-    all_tags = {"manifest_sha256": manifest.sha256_of(model), **tags}
+    server = mlflow_client(uri)
+    facts = manifest.read_manifest(model)
+    all_tags = {"manifest_sha256": manifest.manifest_sha256(model), **tags}
     try:
         server.create_registered_model(name)
     except MlflowException:  # it exists
@@ -86,7 +86,7 @@ def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
 @_one_line
 def try_out(uri: str) -> str:
     """Writes a run with a metric, reads it and removes it; returns the server's version."""
-    server = client(uri)
+    server = mlflow_client(uri)
     run = server.create_run(experiment_id(server, "mplug-doctor"), tags={"mlflow.runName": "doctor"}).info.run_id
     server.log_metric(run, "answer", 42.0)
     found = server.get_run(run).data.metrics.get("answer")
@@ -99,23 +99,25 @@ def try_out(uri: str) -> str:
 @_one_line
 def promote(uri: str, name: str, version: str) -> None:
     """Makes a version the one in use."""
-    client(uri).set_registered_model_alias(name, CHAMPION, version)
+    mlflow_client(uri).set_registered_model_alias(name, CHAMPION, version)
 
 
 @_one_line
 def champion_scores(uri: str, name: str) -> dict[str, float]:
     """Test metrics of the version in use; empty where there is none."""
-    found = [model for model in client(uri).search_registered_models(f"name = '{name}'") if CHAMPION in model.aliases]
+    found = [
+        model for model in mlflow_client(uri).search_registered_models(f"name = '{name}'") if CHAMPION in model.aliases
+    ]
     if not found:
         return {}
-    tags = client(uri).get_model_version_by_alias(name, CHAMPION).tags
+    tags = mlflow_client(uri).get_model_version_by_alias(name, CHAMPION).tags
     return {key.removeprefix("test."): float(value) for key, value in tags.items() if key.startswith("test.")}
 
 
 @_one_line
 def attach_artifacts(config: TrackingConfig, paths: Sequence[Path], metrics: Mapping[str, float]) -> None:
     """Puts files and final metrics on the page of the pipeline's own run."""
-    server = client(config.uri) if config.uri and config.pipeline else None
+    server = mlflow_client(config.uri) if config.uri and config.pipeline else None
     found = find_pipeline_run(server, experiment_id(server, config.experiment), config.pipeline) if server else None
     if server and found:
         for path in paths:

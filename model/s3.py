@@ -27,14 +27,14 @@ class Place:
     key: str
 
 
-def place_of(uri: str) -> Place:
+def parse_uri(uri: str) -> Place:
     host, _, key = uri.removeprefix("s3://").partition("/")
     profile, _, bucket = host.rpartition("@")
     return Place(profile, bucket, key)
 
 
-def key_of(uri: str) -> str:
-    return place_of(uri).key
+def object_key(uri: str) -> str:
+    return parse_uri(uri).key
 
 
 os.environ.setdefault("TOKIO_WORKER_THREADS", "4")
@@ -51,7 +51,7 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)  # the thread that held it is not in the child
 
 
-def client_of(profile: str) -> "S3Client":
+def get_client(profile: str) -> "S3Client":
     with _creating:
         return _client(os.getpid(), profile)
 
@@ -73,8 +73,8 @@ def _client(_pid: int, profile: str) -> "S3Client":
     )
 
 
-def store_of(uri: str) -> S3Store:
-    place = place_of(uri)
+def get_store(uri: str) -> S3Store:
+    place = parse_uri(uri)
     with _creating:
         return _store(os.getpid(), place.profile, place.bucket)
 
@@ -82,7 +82,7 @@ def store_of(uri: str) -> S3Store:
 @lru_cache(maxsize=8)
 def _store(_pid: int, profile: str, bucket: str) -> S3Store:
     """The same endpoint, region and credentials as boto3's client, refreshed as boto3 refreshes them."""
-    meta = client_of(profile).meta
+    meta = get_client(profile).meta
     return S3Store(
         bucket,
         aws_endpoint_url_s3=meta.endpoint_url,  # `endpoint` would give way to the environment

@@ -26,7 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import BaseError
 
 from model.errors import NotFoundError, StorageError
-from model.s3 import client_of, key_of, place_of, store_of
+from model.s3 import get_client, get_store, object_key, parse_uri
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,7 +92,7 @@ def _is_missing(error: Exception) -> bool:
 def read(uri: str) -> bytes:
     if not is_s3(uri):
         return Path(uri).read_bytes()
-    return bytes(obstore.get(store_of(uri), key_of(uri)).bytes())
+    return bytes(obstore.get(get_store(uri), object_key(uri)).bytes())
 
 
 @_one_line
@@ -101,7 +101,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if not is_s3(uri):
         with open(uri, "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, start)
-    return bytes(obstore.get_range(store_of(uri), key_of(uri), start=start, length=length))
+    return bytes(obstore.get_range(get_store(uri), object_key(uri), start=start, length=length))
 
 
 def read_pieces(uri: str, start: int, length: int, piece: int) -> Iterator[bytes]:
@@ -161,7 +161,7 @@ def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
 def write(uri: str, data: bytes | memoryview) -> None:
     """Writes all of `data` or nothing: a reader never sees half an object."""
     if is_s3(uri):
-        obstore.put(store_of(uri), key_of(uri), data)
+        obstore.put(get_store(uri), object_key(uri), data)
         return
     partial = _partial(Path(uri))
     try:
@@ -177,7 +177,7 @@ def upload(path: Path, uri: str) -> None:
     """Copies a local file to `uri`, which appears when it is whole."""
     if is_s3(uri):
         with LARGE_UPLOADS if path.stat().st_size > PART_BYTES // 8 else nullcontext():
-            obstore.put(store_of(uri), key_of(uri), path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            obstore.put(get_store(uri), object_key(uri), path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
         return
     partial = _partial(Path(uri))
     shutil.copyfile(path, partial)
@@ -205,7 +205,7 @@ def download(uri: str, path: Path) -> None:
     partial = _partial(path)
     if is_s3(uri):
         with partial.open("wb") as file:
-            for chunk in obstore.get(store_of(uri), key_of(uri)).stream(min_chunk_size=2**20):
+            for chunk in obstore.get(get_store(uri), object_key(uri)).stream(min_chunk_size=2**20):
                 file.write(chunk)
     else:
         shutil.copyfile(uri, partial)
@@ -225,9 +225,9 @@ def head(uri: str) -> Entry | None:
             return None
         stat = os.stat(uri)
         return Entry(uri, stat.st_size, str(stat.st_mtime_ns))
-    place = place_of(uri)
+    place = parse_uri(uri)
     try:
-        found = client_of(place.profile).head_object(Bucket=place.bucket, Key=place.key)
+        found = get_client(place.profile).head_object(Bucket=place.bucket, Key=place.key)
     except ClientError as error:
         if _is_missing(error):
             return None
@@ -240,8 +240,8 @@ def clock_skew_s(uri: str) -> float:
     """Seconds that the store's clock is ahead of this machine's; requests of other times are refused by S3."""
     if not is_s3(uri):
         return 0.0
-    place = place_of(uri)
-    answer = client_of(place.profile).head_object(Bucket=place.bucket, Key=place.key)
+    place = parse_uri(uri)
+    answer = get_client(place.profile).head_object(Bucket=place.bucket, Key=place.key)
     told = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
     return told.timestamp() - time.time()
 
@@ -275,9 +275,9 @@ def _walk_folder(folder: str, prefix: str) -> Iterator[Entry]:
 
 
 def _walk_s3(uri: str) -> Iterator[Entry]:
-    place = place_of(uri)
+    place = parse_uri(uri)
     prefix = f"{place.key.rstrip('/')}/" if place.key else ""
-    pages = client_of(place.profile).get_paginator("list_objects_v2")
+    pages = get_client(place.profile).get_paginator("list_objects_v2")
     try:
         for page in pages.paginate(Bucket=place.bucket, Prefix=prefix):
             for item in page.get("Contents", []):
@@ -295,8 +295,8 @@ def move(source: str, dest: str) -> None:
         Path(dest).parent.mkdir(parents=True, exist_ok=True)
         Path(source).replace(dest)
         return
-    old, new = place_of(source), place_of(dest)
-    client = client_of(old.profile)
+    old, new = parse_uri(source), parse_uri(dest)
+    client = get_client(old.profile)
     # inside the store: the bytes do not pass through here
     client.copy_object(Bucket=new.bucket, Key=new.key, CopySource={"Bucket": old.bucket, "Key": old.key})
     client.delete_object(Bucket=old.bucket, Key=old.key)
@@ -308,8 +308,8 @@ def remove(uri: str) -> None:
     if not is_s3(uri):
         shutil.rmtree(uri, ignore_errors=True)
         return
-    place = place_of(uri)
+    place = parse_uri(uri)
     keys = [f"{place.key.rstrip('/')}/{entry.path}" for entry in walk(uri)]
     for start in range(0, len(keys), 1000):  # S3's limit
         batch = [{"Key": name} for name in keys[start : start + 1000]]
-        client_of(place.profile).delete_objects(Bucket=place.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+        get_client(place.profile).delete_objects(Bucket=place.bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]

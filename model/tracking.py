@@ -58,7 +58,7 @@ class Run:
         self.journal = cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
         self.lines: list[str] = []
         """The metrics so far, as the journal has them."""
-        self.client = client(config.uri) if config.uri else None
+        self.client = mlflow_client(config.uri) if config.uri else None
         self.run_id, self.pipeline_id = "", ""
         self.sent: dict[str, int] = {}
         """Last step of each metric that an earlier process has sent."""
@@ -135,11 +135,11 @@ class Run:
             log.warning("MLflow did not take the last %d entries; metrics are in %s", len(self.outbox), self.journal)
 
     @property
-    def is_told(self) -> bool:
+    def is_synced(self) -> bool:
         """Whether MLflow has everything; also where there is none."""
         return not self.outbox
 
-    def hurry(self) -> None:
+    def skip_wait(self) -> None:
         """Ends the patience of `finish`."""
         self.deadline = 0.0
 
@@ -260,7 +260,7 @@ def tracked(config: TrackingConfig, name: str, key: str = "", history: Iterable[
         raise
     finally:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, lambda *_: run.hurry())
+            signal.signal(signal.SIGTERM, lambda *_: run.skip_wait())
         run.finish(status)
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
@@ -279,7 +279,7 @@ def stage(name: str, tracking: Mapping[str, str], params: Mapping[str, Any]) -> 
         yield run
 
 
-def client(uri: str) -> "MlflowClient":
+def mlflow_client(uri: str) -> "MlflowClient":
     """A client that gives up on a silent server after seconds; its default is four minutes."""
     import mlflow
 
@@ -305,12 +305,12 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
         return str(experiment.experiment_id)
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     items: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            items |= flat(value, f"{prefix}{key}.")
+            items |= flatten(value, f"{prefix}{key}.")
         else:
             items[prefix + key] = value
     return items

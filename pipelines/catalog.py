@@ -26,7 +26,7 @@ YAML_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def pipeline(name: str) -> Any:
+def load_pipeline(name: str) -> Any:
     """A pipeline as kfp knows it."""
     module, _, attribute = PIPELINES[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute)
@@ -37,14 +37,14 @@ def compile_to(name: str, folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{name}.yaml"
-    compiler.Compiler().compile(pipeline(name), str(out))
+    compiler.Compiler().compile(load_pipeline(name), str(out))
     # kfp's comment above it repeats the defaults in an order that changes from process to process
     lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
     out.write_text("".join(dropwhile(lambda line: line.startswith("#"), lines)), encoding="utf-8")
     return out
 
 
-def documents(name: str) -> list[dict[str, Any]]:
+def compiled_documents(name: str) -> list[dict[str, Any]]:
     """The compiled pipeline: what runs, and what of it is Kubernetes'. Raises ConfigError for a name that is none."""
     if name not in PIPELINES:
         raise ConfigError(f"no pipeline named {name}: there are {', '.join(PIPELINES)}.")
@@ -52,15 +52,15 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def parameters(name: str) -> dict[str, Any]:
+def pipeline_parameters(name: str) -> dict[str, Any]:
     """Type, default and meaning of each of a pipeline's parameters."""
-    found: dict[str, Any] = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    found: dict[str, Any] = compiled_documents(name)[0]["root"]["inputDefinitions"]["parameters"]
     return found
 
 
-def arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
     """`parameter=value` as the pipeline's arguments, values as YAML. Raises ConfigError, with every problem."""
-    known = parameters(name)
+    known = pipeline_parameters(name)
     found: dict[str, Any] = {}
     problems: list[str] = []
     for item in items:
@@ -83,7 +83,7 @@ def arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
 
 def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a run. Raises ConfigError where something is missing that has no default."""
-    known = parameters(name)
+    known = pipeline_parameters(name)
     missing = [key for key, parameter in known.items() if not parameter.get("isOptional") and key not in given]
     if missing:
         _refuse([f"{key} must be given: {known[key].get('description', '')}" for key in missing])

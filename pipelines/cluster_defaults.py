@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from components.jobs.client import Cluster
-from components.jobs.manifests import SHAPE, container_of, overlay_documents
+from components.jobs.manifests import SHAPE, find_container, overlay_documents
 from model.errors import ConfigError, OutageError, StageError
-from pipelines.catalog import arguments, parameters
+from pipelines.catalog import parse_arguments, pipeline_parameters
 from pipelines.local import code_version
 
 log = logging.getLogger("mplug")
@@ -20,7 +20,7 @@ PATIENCE_S = 5.0
 
 def arguments_on_cluster(name: str, items: Sequence[str], overlay: Path | None = None) -> dict[str, Any]:
     """All arguments of a run of pipeline `name` that differ from the compiled defaults: given, or the cluster's."""
-    given, known = arguments(name, items), parameters(name)
+    given, known = parse_arguments(name, items), pipeline_parameters(name)
     values = {"code_version": code_version(), **cluster_defaults(name, given.get("namespace", ""), overlay), **given}
     if "cpu_image" in known and "image" in given and "cpu_image" not in given:
         values["cpu_image"] = given["image"]
@@ -38,18 +38,18 @@ def cluster_defaults(name: str, namespace: str, overlay: Path | None) -> dict[st
         log.warning("the cluster's defaults cannot be read, the pipeline's own are used: %s", error)
         return {}
     addresses, defaults = found[CONFIG]["data"], found[DEFAULTS]["data"]
-    known = parameters(name)
-    image = container_of(found[SHAPE]["template"]).get("image", "")
+    known = pipeline_parameters(name)
+    image = find_container(found[SHAPE]["template"]).get("image", "")
     values = {key: addresses[source] for key, source in ADDRESSES.items() if source in addresses}
     values |= {"namespace": namespace, "image": image, "cpu_image": image, **defaults}
-    return arguments(name, [f"{key}={value}" for key, value in values.items() if key in known and value])
+    return parse_arguments(name, [f"{key}={value}" for key, value in values.items() if key in known and value])
 
 
 def _of_cluster(namespace: str) -> tuple[dict[str, Any], str]:
     cluster = Cluster(namespace, patience_s=PATIENCE_S)
     path = f"/api/v1/namespaces/{cluster.namespace}/configmaps"
     found = {name: cluster.read(f"{path}/{name}") for name in (CONFIG, DEFAULTS)}
-    return {**found, SHAPE: cluster.shape(SHAPE)}, cluster.namespace
+    return {**found, SHAPE: cluster.pod_template(SHAPE)}, cluster.namespace
 
 
 def _of_overlay(overlay: Path) -> tuple[dict[str, Any], str]:

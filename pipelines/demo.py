@@ -16,7 +16,7 @@ from components.shard import shard
 from components.start_run import start_run
 from components.train import train
 from components.train_tokenizer import train_tokenizer
-from pipelines.placement import give, place
+from pipelines.placement import place, set_resources
 
 DATASETS = ["pretrain", "classification", "retrieval", "captioning"]
 BENCHMARKS = [
@@ -47,15 +47,15 @@ def benchmarks(
             pretrained=pretrained, init=benchmark.init, processes=1, overrides=overrides, image=image, **IN_THE_STEP,
             **common,
         )  # fmt: skip
-        give(place(tuned, image), cpu=cpu, memory=memory)
+        set_resources(place(tuned, image), cpu=cpu, memory=memory)
         judged = evaluate(trained=tuned.output, config=benchmark.config, shards=shards, **common)
-        give(place(judged, image), cpu=cpu, memory=memory)
+        set_resources(place(judged, image), cpu=cpu, memory=memory)
 
     # one Collected per consumer: the compiler rewrites it in place
     found = dsl.Collected(judged.outputs["Output"])
     place(register(evaluations=found, promote=False, **common), image)
     found = dsl.Collected(judged.outputs["Output"])
-    give(place(report(evaluations=found, shards=shards, root=root, **common), image), cpu=cpu, memory=memory)
+    set_resources(place(report(evaluations=found, shards=shards, root=root, **common), image), cpu=cpu, memory=memory)
 
 
 @dsl.pipeline(name="mplug-video-stages")
@@ -92,7 +92,7 @@ def stages(
         processes=processes, **IN_THE_STEP, **training,
     )  # fmt: skip
     for task in (raw, shards, tokenizer, decoder, pretrained):
-        give(place(task, image), cpu=cpu, memory=memory)
+        set_resources(place(task, image), cpu=cpu, memory=memory)
     benchmarks(decoder=decoder.output, pretrained=pretrained.output, cpu=cpu, memory=memory, **training)
 
 

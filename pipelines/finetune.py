@@ -11,7 +11,7 @@ from components.register import register
 from components.shard import shard
 from components.start_run import start_run
 from components.train import train
-from pipelines.placement import SIZES, give, place, put_on_nodes
+from pipelines.placement import SIZES, place, set_nodes, set_resources
 
 
 @dsl.pipeline(name="mplug-video-finetune-tasks")
@@ -34,10 +34,10 @@ def finetune_tasks(
             init="pretrained", nodes=nodes, processes=processes, image=image, namespace=namespace,
             deadline_hours=deadline_hours, overrides=overrides, **common,
         )  # fmt: skip
-        give(place(tuned, cpu_image), cpu=train_cpu, memory=train_memory)
+        set_resources(place(tuned, cpu_image), cpu=train_cpu, memory=train_memory)
         judged = evaluate(trained=tuned.output, config=config, shards=shards, **common)
-        give(place(judged, image), cpu=evaluate_cpu, memory=evaluate_memory, gpus=gpus)
-        put_on_nodes(judged, node_selector, tolerations)
+        set_resources(place(judged, image), cpu=evaluate_cpu, memory=evaluate_memory, gpus=gpus)
+        set_nodes(judged, node_selector, tolerations)
     # one Collected per consumer: the compiler rewrites it in place
     passed = gate(
         evaluations=dsl.Collected(judged.outputs["Output"]), root=root, minimum=minimum, tolerance=tolerance, **common
@@ -65,7 +65,7 @@ def finetune_stages(
         raw=raw, raw_version=raw_version, root=root, datasets=configs, num_frames=num_frames, short_side=short_side,
         partition="1/1", **common,
     )  # fmt: skip
-    give(place(sharded, cpu_image), cpu=shard_cpu, memory=shard_memory)
+    set_resources(place(sharded, cpu_image), cpu=shard_cpu, memory=shard_memory)
     finetune_tasks(
         configs=configs, shards=sharded.output, pretrained=pretrained, decoder=decoder, root=root, overrides=overrides,
         nodes=nodes, processes=processes, namespace=namespace, deadline_hours=deadline_hours, minimum=minimum,

@@ -10,12 +10,12 @@ import kfp_server_api
 
 from components.jobs.client import Cluster
 from components.jobs.manifests import Manifest
-from components.jobs.pod_status import waits
+from components.jobs.pod_status import waiting_reasons
 from components.jobs.run_end import RUN_LABEL, stop_jobs
-from components.jobs.workflow import Step, failed_steps, last_lines, outcome, steps, workflow_of_run
+from components.jobs.workflow import Step, failed_steps, last_lines, workflow_of_run, workflow_outcome, workflow_steps
 from model.errors import FAILED, ClusterError, OutageError, ProcessFailedError
-from pipelines.catalog import PIPELINES, documents, parameters
-from pipelines.kfp_host import Host, call
+from pipelines.catalog import PIPELINES, compiled_documents, pipeline_parameters
+from pipelines.kfp_host import Host, call_api
 
 log = logging.getLogger("mplug")
 ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
@@ -40,7 +40,7 @@ class Followed:
     running: str = ""
 
     def run(self) -> Any:
-        return call(kfp_server_api.RunServiceApi(self.host.api()).run_service_get_run, self.run_id)
+        return call_api(kfp_server_api.RunServiceApi(self.host.api()).run_service_get_run, self.run_id)
 
     def workflow(self) -> Manifest | None:
         if not self.cluster:
@@ -61,7 +61,7 @@ class Followed:
             log.info("%s", line)
 
 
-def follow(host: Host, run_id: str, retries: int = 0) -> None:
+def follow_run(host: Host, run_id: str, retries: int = 0) -> None:
     """Returns when the run has succeeded. Raises ProcessFailedError with the step that has failed, and why.
 
     A failure that is not permanent is repeated up to `retries` times: what has succeeded is not run again.
@@ -85,29 +85,29 @@ def follow(host: Host, run_id: str, retries: int = 0) -> None:
             retries -= 1
             log.warning("%s", failure)
             log.warning("what has failed is run again, %d more times", retries)
-            retry(host, run_id)
+            retry_run(host, run_id)
         time.sleep(LOOK_EVERY_S)
 
 
-def retry(host: Host, run_id: str) -> None:
+def retry_run(host: Host, run_id: str) -> None:
     """Retries the failed steps of a run; returns when the run is active again."""
     service = kfp_server_api.RunServiceApi(host.api())
-    call(service.run_service_retry_run, run_id, patience_s=0)
+    call_api(service.run_service_retry_run, run_id, patience_s=0)
     deadline = time.monotonic() + RESTARTED_WITHIN_S
-    while call(service.run_service_get_run, run_id).state in ENDED:
+    while call_api(service.run_service_get_run, run_id).state in ENDED:
         if time.monotonic() > deadline:
             raise OutageError(f"run {run_id} was not resumed within {RESTARTED_WITHIN_S:g} s. {host.link(run_id)}")
         time.sleep(1)
 
 
-def cancel(host: Host, run_id: str) -> None:
+def cancel_run(host: Host, run_id: str) -> None:
     """Cancels a run; returns when it has ended, and its training jobs have saved a checkpoint and are gone.
 
     The exit handler of a run that was retried does not run again: there it is this command that stops the jobs.
     """
     service = kfp_server_api.RunServiceApi(host.api())
-    call(service.run_service_terminate_run, run_id)
-    while (run := call(service.run_service_get_run, run_id)).state not in ENDED:
+    call_api(service.run_service_terminate_run, run_id)
+    while (run := call_api(service.run_service_get_run, run_id)).state not in ENDED:
         time.sleep(1)
     if jobs := _cluster(_job_namespace(run)):
         stop_jobs(jobs, run_id)
@@ -116,14 +116,14 @@ def cancel(host: Host, run_id: str) -> None:
 def _job_namespace(run: Any) -> str:
     """The parameter `namespace` of a run; its default is the same for all pipelines that have it."""
     given = (run.runtime_config.parameters if run.runtime_config else None) or {}
-    return str(given.get("namespace") or parameters("pretrain")["namespace"]["defaultValue"])
+    return str(given.get("namespace") or pipeline_parameters("pretrain")["namespace"]["defaultValue"])
 
 
 def step_names() -> frozenset[str]:
     """Of all pipelines."""
     found: set[str] = set()
     for name in PIPELINES:
-        spec = documents(name)[0]
+        spec = compiled_documents(name)[0]
         for part in (spec["root"], *spec["components"].values()):
             for step, task in part.get("dag", {}).get("tasks", {}).items():
                 if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
@@ -142,7 +142,7 @@ def _cluster(namespace: str) -> Cluster | None:
 def _report(followed: Followed, run: Any, workflow: Manifest | None) -> None:
     """Logs the current steps when they change, and why pods wait."""
     if workflow:
-        found = list(steps(workflow))
+        found = list(workflow_steps(workflow))
         names = sorted({step.name for step in found if step.phase in ("Running", "Pending")} & followed.known)
         for step in found:
             if step.phase == "Pending" and step.message:
@@ -168,14 +168,14 @@ def _waiting_jobs(followed: Followed) -> Iterator[str]:
             name = job["metadata"]["name"]
             yield from followed.jobs.warnings(name)
             for pod in followed.jobs.pods("PyTorchJob", name):
-                yield from waits(pod)
+                yield from waiting_reasons(pod)
     except (ClusterError, OutageError) as error:
         yield f"training jobs cannot be looked at: {error}"
 
 
 def _failure(followed: Followed, run: Any, workflow: Manifest | None) -> ProcessFailedError:
     link = followed.host.link(followed.run_id)
-    if run.state == "CANCELED" or (workflow and outcome(workflow) == "cancelled"):
+    if run.state == "CANCELED" or (workflow and workflow_outcome(workflow) == "cancelled"):
         return ProcessFailedError(f"run {followed.run_id} was cancelled. {link}")
     failed = failed_steps(workflow) if workflow else []
     if not workflow or not failed:

@@ -51,7 +51,9 @@ class Host:
 def check_version(host: Host) -> None:
     """Raises StageError for a server that is too old for the compiled pipelines."""
     service = kfp_server_api.HealthzServiceApi(host.api())
-    answer: Any = call(service.healthz_service_get_healthz, _preload_content=False)  # its model leaves the version out
+    answer: Any = call_api(
+        service.healthz_service_get_healthz, _preload_content=False
+    )  # its model leaves the version out
     try:
         tag = str(json.loads(answer.data).get("tag_name", ""))
     except (ValueError, AttributeError):
@@ -64,7 +66,7 @@ def check_version(host: Host) -> None:
         raise StageError(f"Kubeflow Pipelines must be {needed} or newer, {host.url} is {tag}.")
 
 
-def call(function: Callable[..., T], *arguments: Any, patience_s: float | None = None, **options: Any) -> T:
+def call_api(function: Callable[..., T], *arguments: Any, patience_s: float | None = None, **options: Any) -> T:
     """A call that is made again while the host does not answer."""
     options = {key: value for key, value in options.items() if value is not None}
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)

@@ -15,22 +15,26 @@ import pipelines
 from model import storage
 from model.config.load import load_config
 from model.errors import FAILURES, ConfigError, ProcessFailedError
-from pipelines.catalog import parameters, pipeline, with_defaults
+from pipelines.catalog import load_pipeline, pipeline_parameters, with_defaults
 
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
 FIXED = {"name", "task", "output", "data.shards", "model.decoder", "model.init_from"}
-HERE = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0, "image": "", "cpu_image": ""}
+LOCAL_DEFAULTS = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0, "image": "", "cpu_image": ""}
 """Defaults of a pipeline's parameters on one machine."""
 
 
-def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
+def run_pipeline(name: str, folder: Path, given: Mapping[str, Any]) -> None:
     """Runs pipeline `name`; stages that finished before with the same inputs and code come from the cache."""
-    known = parameters(name)
-    values = {**{key: value for key, value in HERE.items() if key in known}, "code_version": code_version(), **given}
+    known = pipeline_parameters(name)
+    values = {
+        **{key: value for key, value in LOCAL_DEFAULTS.items() if key in known},
+        "code_version": code_version(),
+        **given,
+    }
     for data, version in (("source", "source_version"), ("raw", "raw_version")):
         if data in values and version not in values:
             values[version] = source_version(values[data])
-    refuse(with_defaults(name, values))
+    validate_arguments(with_defaults(name, values))
     from kfp import local  # a second of imports: only where a pipeline runs
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,23 +49,23 @@ def run(name: str, folder: Path, given: Mapping[str, Any]) -> None:
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as failures:
         os.environ[FAILURES] = failures.name
         try:
-            pipeline(name)(**values)
+            load_pipeline(name)(**values)
         except RuntimeError as error:
-            raise failure(error, [json.loads(line) for line in failures]) from error
+            raise pipeline_failure(error, [json.loads(line) for line in failures]) from error
         finally:
             del os.environ[FAILURES]
 
 
-def failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> ProcessFailedError:
+def pipeline_failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> ProcessFailedError:
     """What kfp says, with what the steps have noted: what is permanent decides, and of that the first."""
     said = " ".join(str(error).split())
     if not noted:  # killed
         return ProcessFailedError(said)
-    code, message = min(noted, key=lambda failure: failure[0] >= 128)
+    code, message = min(noted, key=lambda pipeline_failure: pipeline_failure[0] >= 128)
     return ProcessFailedError(f"{message}\n{said}", code)
 
 
-def refuse(values: Mapping[str, Any]) -> None:
+def validate_arguments(values: Mapping[str, Any]) -> None:
     """Refuses before anything starts what some stage would refuse later. Raises ConfigError."""
     root, overrides = values.get("root", ""), values.get("overrides", [])
     if values.get("tracking_uri") and not storage.is_s3(root):

@@ -42,7 +42,7 @@ def place(task: PipelineTask, image: str) -> PipelineTask:
     return task
 
 
-def give(task: PipelineTask, *, cpu: str, memory: str, gpus: int | None = None) -> PipelineTask:
+def set_resources(task: PipelineTask, *, cpu: str, memory: str, gpus: int | None = None) -> PipelineTask:
     """Cores, memory and GPUs of a step, as values or parameters; its loaders may fill /dev/shm up to its memory."""
     task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
     if gpus is not None:
@@ -55,7 +55,7 @@ def give(task: PipelineTask, *, cpu: str, memory: str, gpus: int | None = None) 
     return task
 
 
-def put_on_nodes(task: PipelineTask, node_selector: dict[str, str], tolerations: list[dict[str, str]]) -> PipelineTask:
+def set_nodes(task: PipelineTask, node_selector: dict[str, str], tolerations: list[dict[str, str]]) -> PipelineTask:
     """On nodes with these labels, whose taints are tolerated."""
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)

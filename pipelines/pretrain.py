@@ -7,7 +7,7 @@ from components.finish_run import finish_run
 from components.shard import shard
 from components.start_run import start_run
 from components.train import train
-from pipelines.placement import SIZES, give, place
+from pipelines.placement import SIZES, place, set_resources
 
 
 @dsl.pipeline(name="mplug-video-dataset")
@@ -23,12 +23,12 @@ def make_dataset(
     raw = f"{root}/raw/{dataset}"
     with dsl.ParallelFor(partitions, name="download shares") as partition:
         share = download(source=source, source_version=source_version, dataset=dataset, partition=partition, **common)
-        give(place(share, image), cpu=download_cpu, memory=download_memory)
+        set_resources(place(share, image), cpu=download_cpu, memory=download_memory)
     with dsl.ParallelFor(partitions, name="decode shares") as partition:
         part = shard(raw=raw, partition=partition, **stored).after(share)
-        give(place(part, image), cpu=shard_cpu, memory=shard_memory)
+        set_resources(place(part, image), cpu=shard_cpu, memory=shard_memory)
     whole = shard(raw=raw, partition="1/1", **stored).after(part)
-    give(place(whole, image), cpu=download_cpu, memory=shard_memory)  # which only puts the shares together
+    set_resources(place(whole, image), cpu=download_cpu, memory=shard_memory)  # which only puts the shares together
     return whole.output
 
 
@@ -55,7 +55,7 @@ def pretrain_stages(
         nodes=nodes, processes=processes, namespace=namespace, deadline_hours=deadline_hours, overrides=overrides,
         image=image, **common,
     )  # fmt: skip
-    give(place(trained, cpu_image), cpu=train_cpu, memory=train_memory)
+    set_resources(place(trained, cpu_image), cpu=train_cpu, memory=train_memory)
 
 
 @dsl.pipeline(name="mplug-video-pretrain", description="Pre-trains mPLUG-Video on a published dataset.")

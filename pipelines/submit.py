@@ -5,18 +5,18 @@ from typing import Any
 
 import kfp_server_api
 
-from pipelines.catalog import documents
-from pipelines.kfp_host import Host, call, check_version
+from pipelines.catalog import compiled_documents
+from pipelines.kfp_host import Host, call_api, check_version
 
 
-def submit(
+def submit_run(
     host: Host, name: str, arguments: Mapping[str, Any], *, run_name: str, experiment: str, service_account: str = "",
     caching: bool = True,
 ) -> str:  # fmt: skip
     """Starts a run of pipeline `name`; returns its id."""
     check_version(host)
     api = host.api()
-    spec, platform = documents(name)
+    spec, platform = compiled_documents(name)
     if not caching:
         _without_cache(spec)
     run = kfp_server_api.V2beta1Run(
@@ -27,7 +27,7 @@ def submit(
         service_account=service_account or None,
     )
     # made again after an answer that was lost, it would be a second run: this one call is not repeated
-    made = call(kfp_server_api.RunServiceApi(api).run_service_create_run, run=run, patience_s=0)
+    made = call_api(kfp_server_api.RunServiceApi(api).run_service_create_run, run=run, patience_s=0)
     run_id: str = made.run_id
     return run_id
 
@@ -37,7 +37,7 @@ def _experiment(api: kfp_server_api.ApiClient, name: str, namespace: str) -> str
     service = kfp_server_api.ExperimentServiceApi(api)
     token = ""
     while True:
-        page = call(
+        page = call_api(
             service.experiment_service_list_experiments, page_size=100, page_token=token, namespace=namespace or None
         )
         for found in page.experiments or []:
@@ -47,7 +47,7 @@ def _experiment(api: kfp_server_api.ApiClient, name: str, namespace: str) -> str
         if not token:
             break
     wanted = kfp_server_api.V2beta1Experiment(display_name=name, namespace=namespace or None)
-    return str(call(service.experiment_service_create_experiment, experiment=wanted).experiment_id)
+    return str(call_api(service.experiment_service_create_experiment, experiment=wanted).experiment_id)
 
 
 def _without_cache(spec: dict[str, Any]) -> None:

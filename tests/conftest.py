@@ -76,12 +76,12 @@ def corpus(shared: Path, once: Make) -> Path:
 def shards(corpus: Path, shared: Path, once: Make) -> dict[str, str]:
     """URI of each dataset's shards."""
     from model.data.annotations import COLUMNS
-    from model.data.shards.build import Settings
+    from model.data.shards.build import ShardSettings
     from model.data.shards.commit import build_shards
     from model.data.shards.format import Form
 
     form = Form(num_frames=8, short_side=72)
-    settings = {name: Settings(raw=str(corpus), root=str(shared), dataset=name, form=form) for name in COLUMNS}
+    settings = {name: ShardSettings(raw=str(corpus), root=str(shared), dataset=name, form=form) for name in COLUMNS}
     return once("shards", lambda: {name: build_shards(each) for name, each in settings.items()})
 
 

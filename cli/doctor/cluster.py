@@ -6,9 +6,9 @@ from typing import Any
 from cli.doctor.controllers import init_container, kueue, retry_policy
 from cli.doctor.finding import Finding, failed, fine, warned
 from components.jobs import rules
-from components.jobs.client import Cluster, amount
-from components.jobs.launcher import Limits, run
-from components.jobs.manifests import SHAPE, Launch, gpus_of, render
+from components.jobs.client import Cluster, parse_amount
+from components.jobs.launcher import Limits, run_job
+from components.jobs.manifests import SHAPE, Launch, gpu_resource, render_job
 from model.errors import ClusterError, ConfigError
 
 OLDEST = (1, 27)
@@ -31,24 +31,24 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
     yield operator
     yield from _installed(cluster)
     try:
-        shape = cluster.shape(SHAPE)
+        shape = cluster.pod_template(SHAPE)
     except ClusterError:
         yield failed("shape", f"namespace {cluster.namespace} has no PodTemplate {SHAPE}", APPLY)
         return
     try:
-        batch = nodes * (processes or gpus_of(shape)[1] or 1)
+        batch = nodes * (processes or gpu_resource(shape)[1] or 1)
         command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", f"data.batch_size={batch}")
-        (job,) = render(Launch(command=command, nodes=nodes, processes=processes), shape, cluster.namespace)
+        (job,) = render_job(Launch(command=command, nodes=nodes, processes=processes), shape, cluster.namespace)
     except ConfigError as error:
         yield failed("shape", " ".join(str(error).split()), "Mend the overlay, and apply it again.")
         return
-    yield fine("shape", f"{nodes} pods of {processes or gpus_of(shape)[1] or 1} processes, by every rule")
+    yield fine("shape", f"{nodes} pods of {processes or gpu_resource(shape)[1] or 1} processes, by every rule")
     pod = next(pod for _, pod in rules.pods(job))
     yield from init_container(cluster, dict(pod), nodes)
     yield from kueue(cluster, shape)
     yield from retry_policy(cluster)
     yield from _quota(cluster, pod, nodes)
-    yield from _nodes(cluster, gpus_of({"template": pod}), nodes)
+    yield from _nodes(cluster, gpu_resource({"template": pod}), nodes)
 
 
 def _version(cluster: Cluster) -> Finding:
@@ -61,7 +61,9 @@ def _version(cluster: Cluster) -> Finding:
 
 
 def _rights(cluster: Cluster) -> Iterator[Finding]:
-    missing = [f"{verb} {resource}" for verb, group, resource in RIGHTS if not cluster.may(verb, group, resource)]
+    missing = [
+        f"{verb} {resource}" for verb, group, resource in RIGHTS if not cluster.is_allowed(verb, group, resource)
+    ]
     if missing:
         remedy = f"Ask for them in namespace {cluster.namespace}; Role launcher in k8s/base/rbac lists them."
         yield failed("rights", f"you may not: {', '.join(missing)}", remedy)
@@ -109,7 +111,7 @@ def _quota(cluster: Cluster, pod: Any, nodes: int) -> Iterator[Finding]:
         for key, limit in hard.items():
             if key not in wanted:
                 continue
-            left = amount(limit) - amount(used.get(key, "0"))
+            left = parse_amount(limit) - parse_amount(used.get(key, "0"))
             if wanted[key] * nodes > left:
                 said = f"{key}: the job asks for {wanted[key] * nodes:g}, {left:g} of {limit} are left"
                 yield failed("quota", said, f"Raise quota {quota['metadata']['name']}, or take fewer nodes.")
@@ -126,7 +128,7 @@ def _nodes(cluster: Cluster, gpus: tuple[str, int], nodes: int) -> Iterator[Find
     except ClusterError:
         yield warned("GPUs", "nodes may not be looked at", "")
         return
-    able = sum(int(amount(node["status"]["allocatable"].get(name, "0")) // count) for node in found)
+    able = sum(int(parse_amount(node["status"]["allocatable"].get(name, "0")) // count) for node in found)
     said = f"there is room for {able} pods with {count} of {name} each, the job has {nodes}"
     if able < nodes:
         yield failed("GPUs", said, "Take fewer --nodes, or --processes; or add nodes and the device plugin.")
@@ -142,9 +144,9 @@ def counted(pod: Any) -> dict[str, float]:
         limits = resources.get("limits", {})
         for name, quantity in {**limits, **resources.get("requests", {})}.items():
             for key in (name, f"requests.{name}"):
-                found[key] = found.get(key, 0.0) + amount(quantity)
+                found[key] = found.get(key, 0.0) + parse_amount(quantity)
         for name, quantity in limits.items():
-            found[f"limits.{name}"] = found.get(f"limits.{name}", 0.0) + amount(quantity)
+            found[f"limits.{name}"] = found.get(f"limits.{name}", 0.0) + parse_amount(quantity)
     return found
 
 
@@ -154,14 +156,14 @@ def ask_in_a_pod(namespace: str) -> None:
     Raises JobFailedError where the pod does not come up, or finds something.
     """
     cluster = Cluster(namespace)
-    shape = cluster.shape(SHAPE)
+    shape = cluster.pod_template(SHAPE)
     command = (
         "doctor",
         "--root=$(MPLUG_ROOT)",
         "--tracking-uri=$(MLFLOW_TRACKING_URI)",
         "--gpus",
-        str(gpus_of(shape)[1]),
+        str(gpu_resource(shape)[1]),
     )
-    launch = Launch(command=command, name="doctor", processes=gpus_of(shape)[1] or 1)
+    launch = Launch(command=command, name="doctor", processes=gpu_resource(shape)[1] or 1)
     cluster.delete("Job", "doctor")
-    run(cluster, render(launch, shape, cluster.namespace), Limits(deadline_s=600))
+    run_job(cluster, render_job(launch, shape, cluster.namespace), Limits(deadline_s=600))

@@ -43,10 +43,10 @@ def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Find
         return
     worker = copy.deepcopy(pod)
     worker["spec"]["initContainers"] = [*(worker["spec"].get("initContainers") or []), *added]
-    if not cluster.may("create", "", "pods"):
+    if not cluster.is_allowed("create", "", "pods"):
         yield warned("init container", f"{said} Whether admission takes it is unknown: you may not create pods.", "")
         return
-    refused = cluster.refuses_pod({"apiVersion": "v1", "kind": "Pod", **worker, "metadata": _metadata(worker)})
+    refused = cluster.admission_error({"apiVersion": "v1", "kind": "Pod", **worker, "metadata": _metadata(worker)})
     if "PodSecurity" in refused:
         yield failed("init container", f"{said} A worker would be refused: {refused}", APPLY)
     elif refused:

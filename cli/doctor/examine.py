@@ -44,7 +44,7 @@ class Question:
     """That this machine is to have."""
 
 
-def examine(question: Question) -> Iterator[Finding]:
+def run_checks(question: Question) -> Iterator[Finding]:
     """Every finding, as it is made; what goes wrong in a check is its finding."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("machine", lambda: _machine(question)),
@@ -63,13 +63,13 @@ def examine(question: Question) -> Iterator[Finding]:
             yield failed(name, " ".join(str(error).split()), "")
 
 
-def show(question: Question) -> bool:
+def print_findings(question: Question) -> bool:
     """Prints the findings; whether all is well. What to do stands below what it is for: 80 columns are enough."""
     console, fits = Console(highlight=False), True
     marks: dict[Literal["ok", "warning", "failure"], str] = {
         "ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"
     }  # fmt: skip
-    for finding in examine(question):
+    for finding in run_checks(question):
         fits = fits and finding.kind != "failure"
         table = Table.grid(padding=(0, 2))
         for width in (1, NAME_WIDTH, None):

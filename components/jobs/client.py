@@ -63,7 +63,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def amount(quantity: str | int) -> float:
+def parse_amount(quantity: str | int) -> float:
     """A Kubernetes quantity, "500m" or "64Gi", as a number."""
     return float(parse_quantity(quantity))
 
@@ -99,13 +99,13 @@ class Cluster:
             try:
                 return function(*arguments, **options)
             except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
-                if not may_pass(error):
+                if not is_transient(error):
                     raise _refused(error) from error
                 if time.monotonic() > deadline:
                     raise OutageError(
-                        f"the API server does not answer for {self.patience_s:g} s: {said(error)}"
+                        f"the API server does not answer for {self.patience_s:g} s: {error_text(error)}"
                     ) from error
-                log.warning("the API server does not answer, tried again in %g s: %s", wait_s, said(error))
+                log.warning("the API server does not answer, tried again in %g s: %s", wait_s, error_text(error))
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
@@ -178,9 +178,9 @@ class Cluster:
             ):  # fmt: skip
                 yield None if event["type"] == "DELETED" else event["object"]
         except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise _refused(error) from error
-            log.debug("the watch of %s ended: %s", name, said(error))
+            log.debug("the watch of %s ended: %s", name, error_text(error))
             time.sleep(FIRST_WAIT_S)
         finally:
             watcher.stop()
@@ -222,7 +222,7 @@ class Cluster:
         """Any object or list of the API, by its path."""
         return self._json(self.api.call_api, path, "GET", auth_settings=["BearerToken"], _return_http_data_only=True)
 
-    def refuses_pod(self, pod: Manifest) -> str:
+    def admission_error(self, pod: Manifest) -> str:
         """Why admission would refuse a pod, in a line; empty where it would not. Nothing is made."""
         try:
             self.call(self.core.create_namespaced_pod, self.namespace, pod, dry_run="All", _preload_content=False)
@@ -230,7 +230,7 @@ class Cluster:
             return str(error)
         return ""
 
-    def may(self, verb: str, group: str, resource: str) -> bool:
+    def is_allowed(self, verb: str, group: str, resource: str) -> bool:
         """Whether who asks has this right in the namespace."""
         name, _, part = resource.partition("/")
         attributes = {
@@ -243,7 +243,7 @@ class Cluster:
         )
         return bool(found["status"]["allowed"])
 
-    def shape(self, name: str) -> Manifest:
+    def pod_template(self, name: str) -> Manifest:
         """A PodTemplate of the namespace."""
         try:
             return self._json(self.core.read_namespaced_pod_template, name, self.namespace)
@@ -268,20 +268,20 @@ class Cluster:
         return [{**reference, "controller": False, "blockOwnerDeletion": False} for reference in references[:1]]
 
 
-def condition(job: Manifest, name: str) -> Manifest | None:
+def find_condition(job: Manifest, name: str) -> Manifest | None:
     """The condition of a job, where it is true."""
     conditions = (job.get("status") or {}).get("conditions") or []
     return next((item for item in conditions if item["type"] == name and item["status"] == "True"), None)
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same call may go well later. 410: the server has forgotten a version; the next look has a new one."""
     if isinstance(error, ApiException):
         return error.status in (0, 408, 410, 429, None) or error.status >= 500
     return True
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """One line of what the API server has said."""
     if not isinstance(error, ApiException):
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -295,7 +295,7 @@ def said(error: BaseException) -> str:
 
 
 def _refused(error: BaseException) -> ClusterError:
-    return ClusterError(f"Kubernetes: {said(error)}", getattr(error, "status", 0) or 0)
+    return ClusterError(f"Kubernetes: {error_text(error)}", getattr(error, "status", 0) or 0)
 
 
 def _timed(line: bytes) -> tuple[str, str] | None:

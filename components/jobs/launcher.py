@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from components.jobs import rules
-from components.jobs.client import KINDS, Cluster, condition
-from components.jobs.log import log_shown
-from components.jobs.manifests import SHAPE, Launch, Manifest, container_of, render
-from components.jobs.pod_status import Seen, ends, exit_codes_of, seconds, waits
-from components.jobs.run_end import GIVEN_UP, RUN_LABEL
+from components.jobs.client import KINDS, Cluster, find_condition
+from components.jobs.log import show_log
+from components.jobs.manifests import SHAPE, Launch, Manifest, find_container, render_job
+from components.jobs.pod_status import JobHistory, parse_time, pod_exit_codes, termination_reasons, waiting_reasons
+from components.jobs.run_end import ABANDONED, RUN_LABEL
 from model.errors import (
     FAILED,
     TERMINATED,
@@ -67,29 +67,29 @@ def train_on_cluster(
     launch = Launch(
         command=("train", config, *settings), nodes=nodes, processes=processes, image=image, deadline_s=deadline_s
     )
-    run(cluster, render(launch, cluster.shape(SHAPE), cluster.namespace), Limits(deadline_s=deadline_s))
+    run_job(cluster, render_job(launch, cluster.pod_template(SHAPE), cluster.namespace), Limits(deadline_s=deadline_s))
 
 
-def run(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
+def run_job(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
     """Returns when the job has succeeded. Raises what else became of it.
 
     Where this process is asked to end (SIGTERM, Ctrl-C), the job is removed: it saves what it has. One that is given up
     is stopped, and stays, so that a step that is started again does not begin it anew.
     """
     kind, name, job = manifests[-1]["kind"], manifests[-1]["metadata"]["name"], None
-    with _asked_to_end():
+    with termination_as_exception():
         try:
-            job = ensure(cluster, manifests)
-            attend(cluster, kind, name, limits)
+            job = ensure_job(cluster, manifests)
+            follow_job(cluster, kind, name, limits)
         except JobAbandonedError as error:
             _stop(cluster, kind, name, str(error))
             raise
-        except (_AskedToEndError, KeyboardInterrupt) as error:
+        except (TerminationRequested, KeyboardInterrupt) as error:
             job = job or cluster.get(kind, name)  # the answer to its creation may have been lost
-            if job and _digest_of(job) == digest(manifests):
+            if job and _digest_of(job) == manifest_digest(manifests):
                 cluster.delete(kind, name, job["metadata"]["uid"])
                 log.warning("%s is removed", name)
-            if isinstance(error, _AskedToEndError):
+            if isinstance(error, TerminationRequested):
                 raise SystemExit(TERMINATED) from None
             raise
 
@@ -105,7 +105,7 @@ def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
     spec: Manifest = {}
     if not _deactivated(cluster, job):
         spec = {"runPolicy": {"suspend": True}} if kind == "PyTorchJob" else {"suspend": True}
-    cluster.patch(kind, name, {"metadata": {"annotations": {GIVEN_UP: reason[:1000]}}, "spec": spec})
+    cluster.patch(kind, name, {"metadata": {"annotations": {ABANDONED: reason[:1000]}}, "spec": spec})
 
 
 def _deactivated(cluster: Cluster, job: Manifest) -> bool:
@@ -122,7 +122,7 @@ def _deactivated(cluster: Cluster, job: Manifest) -> bool:
     return bool(workloads)
 
 
-def kind_of(cluster: Cluster, name: str) -> str:
+def find_kind(cluster: Cluster, name: str) -> str:
     """Which kind of job has this name. Raises ConfigError where none has."""
     for kind in KINDS:
         try:
@@ -135,7 +135,7 @@ def kind_of(cluster: Cluster, name: str) -> str:
     )
 
 
-def digest(manifests: list[Manifest]) -> str:
+def manifest_digest(manifests: list[Manifest]) -> str:
     return hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -143,17 +143,17 @@ def _digest_of(job: Manifest) -> str:
     return str(job["metadata"].get("annotations", {}).get(DIGEST, ""))
 
 
-def ensure(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
+def ensure_job(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
     """Creates the job, or adopts the one of its name that has not failed."""
     owner, run_id = cluster.owner(), os.environ.get(RUN_ID, "")
     for manifest in manifests:
         manifest = copy.deepcopy(manifest)
-        manifest["metadata"]["annotations"] = {DIGEST: digest(manifests)}
+        manifest["metadata"]["annotations"] = {DIGEST: manifest_digest(manifests)}
         manifest["metadata"]["ownerReferences"] = owner
         if run_id:
             manifest["metadata"]["labels"] = {**manifest["metadata"]["labels"], RUN_LABEL: run_id}
             for _, pod in rules.pods(manifest):  # its run in MLflow is nested under that of the pipeline
-                container_of(dict(pod)).setdefault("env", []).append({"name": RUN_ID, "value": run_id})
+                find_container(dict(pod)).setdefault("env", []).append({"name": RUN_ID, "value": run_id})
         job = _ensure_one(cluster, manifest)
     return job
 
@@ -174,7 +174,7 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
             continue
         if found["metadata"].get("deletionTimestamp"):
             _wait_until_gone(cluster, kind, name)
-        elif failed := condition(found, "Failed"):
+        elif failed := find_condition(found, "Failed"):
             log.warning("%s %s has failed before and is replaced: %s", kind, name, failed.get("message"))
             cluster.delete(kind, name, found["metadata"]["uid"])
             _wait_until_gone(cluster, kind, name)
@@ -183,7 +183,7 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
                 f"a {kind} named {name} is there already, with other settings. `mplug job cancel {name}` removes it; "
                 "or take another --name."
             )
-        elif reason := found["metadata"]["annotations"].get(GIVEN_UP):
+        elif reason := found["metadata"]["annotations"].get(ABANDONED):
             raise AttemptsError(f"{reason} `mplug job cancel {name}` lets it begin anew.")
         else:
             log.info("%s %s is there and is followed", kind, name)
@@ -202,14 +202,14 @@ def _wait_until_gone(cluster: Cluster, kind: str, name: str) -> None:
         time.sleep(0.5)
 
 
-def attend(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
+def follow_job(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
     """Returns when the job has succeeded; shows its log, and what happens to it in between."""
-    seen = Seen()
-    with log_shown(cluster, kind, name, seen.resumed):
+    seen = JobHistory()
+    with show_log(cluster, kind, name, seen.resumed):
         _follow(cluster, kind, name, limits, seen)
 
 
-def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: Seen) -> None:
+def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: JobHistory) -> None:
     while True:
         job = cluster.get(kind, name)
         if job is None:
@@ -223,28 +223,34 @@ def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: Seen) 
             _look(cluster, kind, changed, seen, limits)
 
 
-class _AskedToEndError(BaseException):
+class TerminationRequested(BaseException):
     pass
 
 
-def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: Seen) -> bool:
+def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bool:
     """Whether the job has succeeded. Raises JobFailedError where it has failed."""
     for item in (job.get("status") or {}).get("conditions") or []:
         if item["status"] == "True" and item["type"] not in seen.conditions:
             seen.conditions.add(item["type"])
             log.info("%s: %s", job["metadata"]["name"], item["type"])
-    if failed := condition(job, "Failed"):
+    if failed := find_condition(job, "Failed"):
         name = job["metadata"]["name"]
         pods = cluster.pods(kind, name)
         reason = failed.get("message") or failed.get("reason")
         # a job that was restarted without success has failed, too
-        code = next((code for code in exit_codes_of(pods) if code < 128), FAILED)
-        known = [why for why in seen.ends.values() if "killed for memory" in why and why not in ends(pods)]
-        raise JobFailedError(" ".join([f"{kind} {name} has failed: {reason} {ends(pods)}", *known[-1:]]), code)
-    return bool(condition(job, KINDS[kind].succeeded))
+        code = next((code for code in pod_exit_codes(pods) if code < 128), FAILED)
+        known = [
+            why
+            for why in seen.end_reasons.values()
+            if "killed for memory" in why and why not in termination_reasons(pods)
+        ]
+        raise JobFailedError(
+            " ".join([f"{kind} {name} has failed: {reason} {termination_reasons(pods)}", *known[-1:]]), code
+        )
+    return bool(find_condition(job, KINDS[kind].succeeded))
 
 
-def _look(cluster: Cluster, kind: str, job: Manifest, seen: Seen, limits: Limits) -> None:
+def _look(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory, limits: Limits) -> None:
     """At what the job's conditions do not say: pods that cannot be made or placed, restarts, time."""
     name = job["metadata"]["name"]
     pods = cluster.pods(kind, name)
@@ -252,13 +258,16 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: Seen, limits: Limits
         seen.note(pod)
     if seen.replaced and time.monotonic() - min(seen.replaced.values()) > RESUMES_WITHIN_S:
         seen.report("Training has not resumed yet.")
-    for complaint in {*cluster.warnings(name), *(line for pod in pods for line in waits(pod))} - seen.warnings:
+    for complaint in {
+        *cluster.warnings(name),
+        *(line for pod in pods for line in waiting_reasons(pod)),
+    } - seen.warnings:
         seen.warnings.add(complaint)
         log.warning("%s: %s", name, complaint)
     if seen.restarts > limits.restarts:
         raise JobAbandonedError(
             f"{kind} {name} is given up: a pod was started again {seen.restarts} times, at most {limits.restarts} are "
-            f"allowed. {ends(pods)}"
+            f"allowed. {termination_reasons(pods)}"
         )
     if limits.deadline_s and _age_s(job) > limits.deadline_s:
         raise JobAbandonedError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
@@ -275,20 +284,20 @@ def _age_s(job: Manifest) -> float:
     if job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"):
         return 0.0
     started = (job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]
-    return time.time() - seconds(started)
+    return time.time() - parse_time(started)
 
 
 def follow_log(cluster: Cluster, kind: str, name: str) -> None:
     """Prints the log until the job has ended, however."""
-    with log_shown(cluster, kind, name, lambda _line: None):
+    with show_log(cluster, kind, name, lambda _line: None):
         while job := cluster.get(kind, name):
-            if condition(job, "Failed") or condition(job, KINDS[kind].succeeded):
+            if find_condition(job, "Failed") or find_condition(job, KINDS[kind].succeeded):
                 return
             time.sleep(2)
 
 
 @contextmanager
-def _asked_to_end() -> Iterator[None]:
+def termination_as_exception() -> Iterator[None]:
     """SIGTERM ends what runs inside as an exception, once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -297,7 +306,7 @@ def _asked_to_end() -> Iterator[None]:
     def end(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("asked to end", file=sys.stderr, flush=True)
-        raise _AskedToEndError
+        raise TerminationRequested
 
     previous = signal.signal(signal.SIGTERM, end)
     try:

@@ -12,7 +12,7 @@ LAST_LINES_S = 5.0
 
 
 @contextmanager
-def log_shown(cluster: Cluster, kind: str, name: str, seen: Callable[[str], None]) -> Iterator[None]:
+def show_log(cluster: Cluster, kind: str, name: str, seen: Callable[[str], None]) -> Iterator[None]:
     """While it lasts, the log of the job's first pod is printed, and `seen`; at its end, what is left of it."""
     ended = threading.Event()
     reader = threading.Thread(target=_show_log, args=(cluster, kind, name, ended, seen), daemon=True)

@@ -17,7 +17,7 @@ import yaml
 
 from components.jobs import rules
 from model.config.load import load_config
-from model.config.schema import micro_batch_of
+from model.config.schema import micro_batch_size
 from model.errors import ConfigError
 
 Manifest = dict[str, Any]
@@ -58,7 +58,7 @@ class Launch:
         return self.command[0] == "train"
 
 
-def render(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchjob") -> list[Manifest]:
+def render_job(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchjob") -> list[Manifest]:
     """The manifests of a job, the job itself last. Raises ConfigError, also for a shape that no job should have."""
     if launch.is_training:
         _check_settings(launch, launch.nodes * _processes(launch, shape))
@@ -84,7 +84,7 @@ def render(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchj
     return documents
 
 
-def shape_of(overlay: Path) -> tuple[Manifest, str]:
+def load_pod_template(overlay: Path) -> tuple[Manifest, str]:
     """The PodTemplate that an overlay installs, and its namespace; needs kubectl, but no cluster."""
     for document in overlay_documents(overlay):
         if document["kind"] == "PodTemplate" and document["metadata"]["name"] == SHAPE:
@@ -105,7 +105,7 @@ def _check_settings(launch: Launch, processes: int) -> None:
     if len(launch.command) < 2:
         raise ConfigError("train must be given a preset or a .yaml file, as in `mplug train`.")
     _, config, *settings = _arguments(launch)
-    micro_batch_of(load_config(config, [setting for setting in settings if not setting.startswith("--")]), processes)
+    micro_batch_size(load_config(config, [setting for setting in settings if not setting.startswith("--")]), processes)
 
 
 def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> list[Manifest]:
@@ -142,7 +142,7 @@ def _put_pod(template: Manifest, pod: Manifest) -> None:
 
 def _pod(launch: Launch, shape: Manifest) -> Manifest:
     pod: Manifest = copy.deepcopy(shape["template"])
-    container = container_of(pod)
+    container = find_container(pod)
     container["command"], container["args"] = ["mplug"], list(_arguments(launch))
     pod["spec"].pop("restartPolicy", None)  # which the API server has filled in; the job's own policy decides
     if launch.image:
@@ -156,7 +156,7 @@ def _pod(launch: Launch, shape: Manifest) -> Manifest:
     return pod
 
 
-def container_of(pod: Manifest) -> Manifest:
+def find_container(pod: Manifest) -> Manifest:
     """A job's own container in the template of a pod."""
     found: list[Manifest] = [container for container in pod["spec"]["containers"] if container["name"] == CONTAINER]
     if not found:
@@ -171,28 +171,28 @@ def _arguments(launch: Launch) -> tuple[str, ...]:
     return *launch.command, *(f"{key}={value}" for key, value in FROM_CLUSTER.items() if key not in given)
 
 
-def gpus_of(shape: Manifest) -> tuple[str, int]:
+def gpu_resource(shape: Manifest) -> tuple[str, int]:
     """Name and number of the GPUs that a pod of this shape takes."""
-    limits = container_of(shape["template"]).get("resources", {}).get("limits", {})
+    limits = find_container(shape["template"]).get("resources", {}).get("limits", {})
     return next(((name, int(count)) for name, count in limits.items() if name.endswith("/gpu")), ("", 0))
 
 
 def _processes(launch: Launch, shape: Manifest) -> int:
     if launch.processes:
         return launch.processes
-    return (gpus_of(shape)[1] or 1) if launch.is_training else 1
+    return (gpu_resource(shape)[1] or 1) if launch.is_training else 1
 
 
 def _share_resources(launch: Launch, pod: Manifest) -> None:
     """A job that takes one of a node's eight GPUs takes an eighth of what the shape asks for."""
     shape = {"template": pod}
-    name, gpus = gpus_of(shape)
+    name, gpus = gpu_resource(shape)
     if not gpus:
         return
     taken = 0 if launch.command[0] == "data" else _processes(launch, shape)
     if taken > gpus:
         raise ConfigError(f"processes must be at most the shape's GPUs, {gpus} per node, got {taken}. Raise the nodes.")
-    resources = container_of(pod)["resources"]
+    resources = find_container(pod)["resources"]
     share = max(taken, 1) / gpus
     for amounts in resources.values():
         for key, amount in amounts.items():

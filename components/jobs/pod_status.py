@@ -17,14 +17,14 @@ RESUMED = re.compile(r"training resumes from step (\d+)")
 
 
 @dataclass
-class Seen:
+class JobHistory:
     """What was reported already, and which pods there were."""
 
     conditions: set[str] = field(default_factory=set)
     warnings: set[str] = field(default_factory=set)
     pods: dict[str, list[str]] = field(default_factory=dict)
     """Uids of the pods of one name, the newest last."""
-    ends: dict[str, str] = field(default_factory=dict)
+    end_reasons: dict[str, str] = field(default_factory=dict)
     """Why a pod ended, by uid."""
     replaced: dict[str, float] = field(default_factory=dict)
     """Pods that were replaced, and when that was noticed; reported once the log names the step to resume from."""
@@ -45,14 +45,14 @@ class Seen:
         uids = self.pods.setdefault(f"{labels['job-name']}-{index}" if "job-name" in labels else name, [])
         if uid not in uids:
             if uids:
-                self.replaced[f"pod {name} was replaced: {self.ends.get(uids[-1], 'it was deleted.')}"] = (
+                self.replaced[f"pod {name} was replaced: {self.end_reasons.get(uids[-1], 'it was deleted.')}"] = (
                     time.monotonic()
                 )
                 if time.monotonic() - self.last_step_at < JUST_S:
                     self.report(f"Training resumes from step {self.last_step}.")
             uids.append(uid)
-        if why := why_it_ends(pod):
-            self.ends[uid] = why
+        if why := termination_reason(pod):
+            self.end_reasons[uid] = why
 
     def resumed(self, line: str) -> None:
         """Reads a line of the job's log, which may name the step that training resumes from."""
@@ -68,7 +68,7 @@ class Seen:
             log.warning("%s %s", " ".join(replaced), more)
 
 
-def waits(pod: Manifest) -> Iterator[str]:
+def waiting_reasons(pod: Manifest) -> Iterator[str]:
     """Why a pod does not run, in the scheduler's or the kubelet's words."""
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
     for item in status.get("conditions") or []:
@@ -81,7 +81,7 @@ def waits(pod: Manifest) -> Iterator[str]:
             yield f"pod {name} does not start: {waiting['reason']}: {waiting.get('message', '')}"
     for container in initial:
         started = ((container.get("state") or {}).get("running") or {}).get("startedAt")
-        if started and time.time() - seconds(started) > INITIAL_S:
+        if started and time.time() - parse_time(started) > INITIAL_S:
             yield (
                 f"pod {name} stays in init container {container['name']}; `kubectl logs {name} --container "
                 f"{container['name']}` says why. The operator's own may wait without end: k8s/operator has one that "
@@ -89,11 +89,11 @@ def waits(pod: Manifest) -> Iterator[str]:
             )
 
 
-def ends(pods: list[Manifest]) -> str:
-    return "; ".join(f"pod {pod['metadata']['name']}: {why}" for pod in pods if (why := why_it_ends(pod)))
+def termination_reasons(pods: list[Manifest]) -> str:
+    return "; ".join(f"pod {pod['metadata']['name']}: {why}" for pod in pods if (why := termination_reason(pod)))
 
 
-def why_it_ends(pod: Manifest) -> str:
+def termination_reason(pod: Manifest) -> str:
     """Exit code and reason of the container that did not end well; empty for a pod that runs or has succeeded."""
     for container in (pod.get("status") or {}).get("containerStatuses") or []:
         states = (container.get("state") or {}, container.get("lastState") or {})
@@ -119,12 +119,12 @@ def _memory_limit(pod: Manifest, container: str) -> str:
     return "its node"
 
 
-def exit_codes_of(pods: list[Manifest]) -> Iterator[int]:
+def pod_exit_codes(pods: list[Manifest]) -> Iterator[int]:
     for pod in pods:
         for container in (pod.get("status") or {}).get("containerStatuses") or []:
             if code := ((container.get("state") or {}).get("terminated") or {}).get("exitCode"):
                 yield int(code)
 
 
-def seconds(moment: str) -> float:
+def parse_time(moment: str) -> float:
     return datetime.fromisoformat(moment).timestamp()

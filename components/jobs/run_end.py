@@ -8,9 +8,9 @@ import logging
 import os
 import time
 
-from components.jobs.client import KINDS, Cluster, condition
+from components.jobs.client import KINDS, Cluster, find_condition
 from components.jobs.manifests import Manifest
-from components.jobs.workflow import failed_steps, outcome
+from components.jobs.workflow import failed_steps, workflow_outcome
 from model.errors import ClusterError, OutageError
 from model.pipeline_run import RUN_ID, Outcome
 
@@ -19,7 +19,7 @@ WORKFLOW, NAMESPACE = "MPLUG_KFP_WORKFLOW", "MPLUG_KFP_NAMESPACE"
 """Variables of a step that Kubernetes fills in: name and namespace of Argo's workflow for its run."""
 RUN_LABEL = "mplug-video/run"
 """Label of a job: id of the pipeline's run that has started it, or taken it over."""
-GIVEN_UP = "mplug-video/given-up"
+ABANDONED = "mplug-video/given-up"
 """Annotation of a job that was stopped: why."""
 SAVED_WITHIN_S = 180.0
 """For the last checkpoint: the pods' grace period of 120 s, and the kubelet."""
@@ -63,9 +63,9 @@ def _stop_jobs(cluster: Cluster, run_id: str) -> None:
 
 
 def _is_running(job: Manifest) -> bool:
-    if GIVEN_UP in (job["metadata"].get("annotations") or {}):
+    if ABANDONED in (job["metadata"].get("annotations") or {}):
         return False
-    return not (condition(job, "Failed") or condition(job, KINDS["PyTorchJob"].succeeded))
+    return not (find_condition(job, "Failed") or find_condition(job, KINDS["PyTorchJob"].succeeded))
 
 
 def _outcome(cluster: Cluster) -> tuple[Outcome | None, list[str]]:
@@ -75,4 +75,4 @@ def _outcome(cluster: Cluster) -> tuple[Outcome | None, list[str]]:
     except (ClusterError, OutageError) as error:
         log.warning("the stages alone say how the run has ended: %s", error)
         return None, []
-    return outcome(workflow), [f"{step.name}: {step.reason}" for step in failed_steps(workflow)]
+    return workflow_outcome(workflow), [f"{step.name}: {step.reason}" for step in failed_steps(workflow)]

@@ -61,7 +61,7 @@ def workflow_of_run(cluster: Cluster, run_id: str) -> Manifest | None:
     return found[0] if found else None
 
 
-def outcome(workflow: Manifest) -> Outcome | None:
+def workflow_outcome(workflow: Manifest) -> Outcome | None:
     """How the stages have ended, as the exit handler sees it; None if the workflow lists no nodes."""
     spec = workflow.get("spec") or {}
     if spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown"):
@@ -72,7 +72,7 @@ def outcome(workflow: Manifest) -> Outcome | None:
     return "succeeded" if all(node.get("phase") == "Succeeded" for node in stages) else "failed"
 
 
-def steps(workflow: Manifest) -> Iterator[Step]:
+def workflow_steps(workflow: Manifest) -> Iterator[Step]:
     """The steps that have a pod; of a repeated step only the last attempt."""
     retried = [node for node in _nodes(workflow) if node.get("type") == "Retry"]
     attempts = {child for node in retried for child in (node.get("children") or [])[:-1]}
@@ -83,7 +83,7 @@ def steps(workflow: Manifest) -> Iterator[Step]:
 
 
 def failed_steps(workflow: Manifest) -> list[Step]:
-    return [step for step in steps(workflow) if step.phase in ENDED_BADLY]
+    return [step for step in workflow_steps(workflow) if step.phase in ENDED_BADLY]
 
 
 def step_name(node: str) -> str:

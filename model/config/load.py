@@ -49,14 +49,14 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
     return _validated(tree, [])
 
 
-def dataset_of(name: str) -> str:
+def preset_dataset(name: str) -> str:
     """The dataset that a preset reads, by its task; the name of a dataset is its own."""
     if name in DATASETS.values():
         return name
     return DATASETS[load_config(name, ["data.shards=set-later", "model.decoder=set-later"]).task]
 
 
-def presets() -> list[str]:
+def list_presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -74,9 +74,11 @@ def _read(source: str | Path) -> dict[str, Any]:
     if path.suffix not in {".yaml", ".yml"}:
         path = PRESETS / f"{source}.yaml"
         if not path.exists():
-            near = difflib.get_close_matches(str(source), presets(), n=1)
+            near = difflib.get_close_matches(str(source), list_presets(), n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"no preset named {source}: {hint}Known: {', '.join(presets())}; or give a .yaml file.")
+            raise ConfigError(
+                f"no preset named {source}: {hint}Known: {', '.join(list_presets())}; or give a .yaml file."
+            )
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except OSError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from model.errors import ConfigError
 
@@ -143,8 +143,8 @@ class TrainingConfig(Section):
     compiler where it runs."""
     log_every: int = Field(10, ge=1)
     """Steps between two points of a metric."""
-    skips_in_a_row: int = Field(3, ge=1)
-    """Steps in a row without finite gradients after which the weights go back to the last checkpoint. Each such step
+    consecutive_skips: int = Field(3, ge=1, validation_alias=AliasChoices("consecutive_skips", "skips_in_a_row"))
+    """Consecutive steps without finite gradients after which the weights go back to the last checkpoint. Each such step
     is skipped and counted; the clips it saw are not seen again."""
     max_skips: int = Field(30, ge=0)
     """Skipped steps that a run may have; more end it."""
@@ -228,7 +228,7 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _refuse_impossible(self) -> "RunConfig":
+    def _validate_combinations(self) -> "RunConfig":
         if problems := list(_impossible(self)):
             raise ValueError("\n".join(problems))
         return self
@@ -272,7 +272,7 @@ def _impossible(config: RunConfig) -> Iterator[str]:
             yield f"model.vision.{whole} must be a multiple of model.vision.{part}, got {size} and {unit}."
 
 
-def in_steps(config: RunConfig, clips: int) -> RunConfig:
+def count_in_steps(config: RunConfig, clips: int) -> RunConfig:
     """The same run with its epochs counted in optimizer steps over a dataset of `clips`."""
     per_epoch = clips // config.data.batch_size
     steps = config.training.steps or int(config.training.epochs * per_epoch)
@@ -290,7 +290,7 @@ def in_steps(config: RunConfig, clips: int) -> RunConfig:
     )
 
 
-def micro_batch_of(config: RunConfig, processes: int) -> tuple[int, int]:
+def micro_batch_size(config: RunConfig, processes: int) -> tuple[int, int]:
     """Clips of one forward pass, and forward passes of all processes per step."""
     share = processes * config.training.gradient_accumulation
     if config.data.batch_size % share:

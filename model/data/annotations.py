@@ -118,7 +118,7 @@ def _annotation(row: dict[str, str | None], dataset: str, split: str) -> Annotat
     if any(value is None for value in values):
         raise DataError(f"must have {len(values)} values, got {sum(value is not None for value in values)}.")
     video, text, *rest = (value or "" for value in values)
-    refuse_escape(video)
+    validate_path(video)
     if dataset != "captioning" or split == "train":
         return Annotation(video=video, text=text, label=rest[0] if rest else "")
     try:
@@ -147,7 +147,7 @@ def duplicates(hashes: "array[int]") -> dict[int, int]:
     return firsts
 
 
-def refuse_escape(path: str) -> None:
+def validate_path(path: str) -> None:
     """Raises DataError where a path from outside would leave the dataset's root or is no file's."""
     parts = path.split("/")
     is_plain = all(parts) and not {".", ".."} & set(parts) and not re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path)

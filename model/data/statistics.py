@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from model import storage
 from model.data.annotations import SPLITS
 from model.data.shards.build import read_quarantine
-from model.data.shards.reader import ShardReader, describe
+from model.data.shards.reader import ShardReader, read_dataset_info
 
 COLUMNS = ["text", "label", "num_frames", "fps", "duration_s", "width", "height", "bytes"]
 OTHER = "其他"
@@ -58,7 +58,7 @@ class Statistics:
 
 def statistics(uri: str) -> Statistics:
     """Reads the indices and quarantine lists of all splits; no clip is read."""
-    facts = describe(uri)
+    facts = read_dataset_info(uri)
     categories: Counter[str] = Counter()
     resolutions: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

@@ -43,7 +43,7 @@ class VideoError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class DecodedClip:
     """Decoded frames and what the container says about the whole."""
 
     frames: list[Image.Image]
@@ -73,11 +73,11 @@ def open_clip(data: bytes, decoder: str = "pyav", deadline_s: float = DEADLINE_S
     return DECODERS[decoder](data, deadline_s)
 
 
-def decode(data: bytes, num_frames: int, decoder: str = "pyav") -> Clip:
+def decode(data: bytes, num_frames: int, decoder: str = "pyav") -> DecodedClip:
     """Decodes `num_frames` uniformly spaced frames (fewer where the clip is shorter) of an encoded clip."""
     reader = open_clip(data, decoder)
     frames = [Image.fromarray(frame) for frame in reader.frames(frame_indices(reader.num_frames, num_frames))]
-    return Clip(
+    return DecodedClip(
         frames=frames,
         num_frames=reader.num_frames,
         fps=reader.fps,
@@ -135,7 +135,7 @@ class PyAVReader(ClipReader):
         self.stream = streams[0]
         if self.stream.codec_context is None:
             raise VideoError("unknown_codec", "its pictures are encoded in a way that FFmpeg does not know")
-        _refuse_bomb(self.stream.width, self.stream.height)
+        _validate_size(self.stream.width, self.stream.height)
         # one thread: parallelism comes from processes, and a decoder's own threads would fight over the cores
         self.stream.codec_context.thread_count = 1
 
@@ -258,13 +258,13 @@ def _shown_at(packets: list[tuple[int | None, bool]]) -> list[int] | None:
 
 
 def _upright(frame: av.VideoFrame) -> Pixels:
-    _refuse_bomb(frame.width, frame.height)
+    _validate_size(frame.width, frame.height)
     pixels = frame.to_ndarray(format="rgb24")
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
-def _refuse_bomb(width: int, height: int) -> None:
+def _validate_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise VideoError("too_large", f"its frames have {width} x {height} pixels, at most {MAX_PIXELS} are read")
 

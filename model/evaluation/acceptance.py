@@ -30,7 +30,7 @@ class Requirement:
         return self.value > self.required if self.strict else self.value >= self.required
 
 
-def requirements(evaluations: Sequence[Evaluation]) -> Iterator[Requirement]:
+def check_requirements(evaluations: Sequence[Evaluation]) -> Iterator[Requirement]:
     """Each requirement with what was reached. Needs every task once with and once without pre-training."""
     by_start = {(evaluation.task, evaluation.pretrained): evaluation for evaluation in evaluations}
     for (task, metric), factor in CHANCE_FACTORS.items():

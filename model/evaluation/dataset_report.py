@@ -12,7 +12,7 @@ from rich.table import Table
 
 from model.data.statistics import Distribution, Statistics
 from model.evaluation.figures import ACCENT, font, save_figure
-from model.evaluation.pages import page, png
+from model.evaluation.pages import figure_uri, render_page
 from model.tracking import Run
 
 BAR = 28
@@ -20,7 +20,7 @@ BAR = 28
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
-def show(found: Statistics, console: Console) -> None:
+def print_statistics(found: Statistics, console: Console) -> None:
     """Tables in the terminal."""
     clips = sum(found.clips.values())
     console.print(
@@ -41,7 +41,7 @@ def show(found: Statistics, console: Console) -> None:
             console.print(_bars(title, counts))
 
 
-def publish(found: Statistics, run: Run) -> None:
+def publish_statistics(found: Statistics, run: Run) -> None:
     """Metrics, tables, figures and the page into a run of MLflow."""
     dataset = found.name.partition("@")[0]
     run.metrics({f"{dataset}/clips_{split}": float(count) for split, count in found.clips.items()})
@@ -56,14 +56,14 @@ def publish(found: Statistics, run: Run) -> None:
             save_figure(figure, path)
             run.artifact(path)
         path = Path(folder) / f"{dataset}.html"
-        path.write_text(html(found), encoding="utf-8")
+        path.write_text(statistics_page(found), encoding="utf-8")
         run.artifact(path)
 
 
-def html(found: Statistics) -> str:
+def statistics_page(found: Statistics) -> str:
     """One page that loads nothing."""
-    drawn = {name: png(figure) for name, figure in figures(found).items()}
-    return page("statistics.html.j2", {"s": found, "supers": "", "categories": "", **drawn})
+    drawn = {name: figure_uri(figure) for name, figure in figures(found).items()}
+    return render_page("statistics.html.j2", {"s": found, "supers": "", "categories": "", **drawn})
 
 
 def figures(found: Statistics) -> dict[str, Figure]:

@@ -38,7 +38,7 @@ class Comparison:
         return self.value >= self.required
 
 
-def compare(
+def compare_with_champions(
     evaluations: Sequence[Evaluation], where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
 ) -> list[Comparison]:
     """Each task's value must reach its `minimum`, where one is given, and its champion's value less `tolerance`."""
@@ -60,7 +60,7 @@ def check_gate(
     uris: Sequence[str], root: str, where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
 ) -> list[Comparison]:
     """Publishes the comparison beside the run's report, and on its page. Raises StageError where a model is worse."""
-    rows = compare([load_evaluation(uri) for uri in uris], where, minimum, tolerance)
+    rows = compare_with_champions([load_evaluation(uri) for uri in uris], where, minimum, tolerance)
     tracking = TrackingConfig(**where)
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "comparison.json"

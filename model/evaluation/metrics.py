@@ -98,7 +98,7 @@ NAMES = {
 """What `score` gives for each task."""
 
 
-def score(task: str, predictions: Sequence[Prediction], class_names: Sequence[str]) -> Scores:
+def score_predictions(task: str, predictions: Sequence[Prediction], class_names: Sequence[str]) -> Scores:
     """The metrics of a task."""
     match task:
         case "classification":
@@ -111,7 +111,7 @@ def score(task: str, predictions: Sequence[Prediction], class_names: Sequence[st
             return captioning(predictions)
 
 
-def chance(task: str, predictions: Sequence[Prediction], class_names: Sequence[str]) -> Scores:
+def chance_scores(task: str, predictions: Sequence[Prediction], class_names: Sequence[str]) -> Scores:
     """What guessing scores: equal odds for every class or clip. Captioning has no chance level."""
     match task:
         case "classification":

@@ -16,7 +16,7 @@ from PIL import Image
 from model.evaluation.figures import font, save_figure
 
 
-def page(template: str, values: Mapping[str, Any]) -> str:
+def render_page(template: str, values: Mapping[str, Any]) -> str:
     """A template of this folder, filled in."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -25,7 +25,7 @@ def page(template: str, values: Mapping[str, Any]) -> str:
     return found.render(font=_font_for(found.render(font="", **values)), **values)
 
 
-def png(figure: Figure) -> str:
+def figure_uri(figure: Figure) -> str:
     """A figure as a data URI."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
@@ -33,7 +33,7 @@ def png(figure: Figure) -> str:
         return _data_uri(path.read_bytes(), "image/png")
 
 
-def jpeg(image: Image.Image) -> str:
+def image_uri(image: Image.Image) -> str:
     """A picture as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

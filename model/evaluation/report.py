@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from model import manifest, storage
 from model.config.schema import TrackingConfig
 from model.data.shards.reader import ShardReader
-from model.evaluation.acceptance import Requirement, requirements
+from model.evaluation.acceptance import Requirement, check_requirements
 from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
-from model.evaluation.pages import jpeg, page, png
+from model.evaluation.pages import figure_uri, image_uri, render_page
 from model.evaluation.results import Evaluation, load_evaluation
 from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts
@@ -40,13 +40,13 @@ class Strip:
 def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, where: Mapping[str, str]) -> str:
     """Writes report.html and results.json to <root>/reports/<pipeline run>, and to the run's page in MLflow."""
     evaluations = [load_evaluation(uri) for uri in uris]
-    results = list(requirements(evaluations))
+    results = list(check_requirements(evaluations))
     tracking = TrackingConfig(**where)
     uri = reports_folder(root, tracking)
     rows = json.dumps([{**asdict(result), "passed": result.passed} for result in results], indent=1)
     with tempfile.TemporaryDirectory() as folder:
         html, table = Path(folder) / "report.html", Path(folder) / "results.json"
-        html.write_text(render(evaluations, results, shards), encoding="utf-8")
+        html.write_text(render_report(evaluations, results, shards), encoding="utf-8")
         table.write_text(rows, encoding="utf-8")
         for path in (html, table):
             storage.upload(path, storage.join(uri, path.name))
@@ -54,7 +54,7 @@ def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, wh
     return storage.join(uri, "report.html")
 
 
-def render(evaluations: Sequence[Evaluation], results: Sequence[Requirement], shards: Mapping[str, str]) -> str:
+def render_report(evaluations: Sequence[Evaluation], results: Sequence[Requirement], shards: Mapping[str, str]) -> str:
     """The page as text; nothing in it is loaded from elsewhere."""
     by_task = {evaluation.task: evaluation for evaluation in evaluations if evaluation.pretrained}
     without = {evaluation.task: evaluation for evaluation in evaluations if not evaluation.pretrained}
@@ -65,16 +65,16 @@ def render(evaluations: Sequence[Evaluation], results: Sequence[Requirement], sh
             {
                 "name": task,
                 "rows": _score_rows(by_task[task], without[task]),
-                "curve": png(curve_figure(_curves(by_task[task], without[task]), "training loss")),
+                "curve": figure_uri(curve_figure(_curves(by_task[task], without[task]), "training loss")),
                 "strips": _strips(by_task[task], readers[task]),
             }
             for task in by_task
         ],
-        "pretraining": png(curve_figure({"pre-training": _pretraining_curve(evaluations)}, "training loss")),
-        "confusion": png(_confusion(by_task["classification"])),
+        "pretraining": figure_uri(curve_figure({"pre-training": _pretraining_curve(evaluations)}, "training loss")),
+        "confusion": figure_uri(_confusion(by_task["classification"])),
         "searches": _searches(by_task["retrieval"], readers["retrieval"]),
     }
-    return page("report.html.j2", values)
+    return render_page("report.html.j2", values)
 
 
 def _score_rows(evaluation: Evaluation, without: Evaluation) -> list[dict[str, float | str | None]]:
@@ -90,7 +90,9 @@ def _curves(*evaluations: Evaluation) -> dict[str, list[tuple[int, float]]]:
 
 
 def _pretraining_curve(evaluations: Sequence[Evaluation]) -> list[tuple[int, float]]:
-    configs = [manifest.read(evaluation.model)["config"] for evaluation in evaluations if evaluation.pretrained]
+    configs = [
+        manifest.read_manifest(evaluation.model)["config"] for evaluation in evaluations if evaluation.pretrained
+    ]
     return _history(configs[0]["model"]["init_from"])
 
 
@@ -103,7 +105,7 @@ def _history(model: str) -> list[tuple[int, float]]:
 
 def _strips(evaluation: Evaluation, reader: ShardReader) -> list[Strip]:
     return [
-        Strip(jpeg(frame_strip(reader, position, 4)), predicted, true)
+        Strip(image_uri(frame_strip(reader, position, 4)), predicted, true)
         for position, (predicted, true) in enumerate(evaluation.captions()[:SHOWN])
     ]
 
@@ -113,7 +115,7 @@ def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, obj
     return [
         {
             "text": evaluation.predictions[query]["text"],
-            "clips": [(jpeg(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found],
+            "clips": [(image_uri(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found],
         }
         for query, found in enumerate(evaluation.nearest_clips(NEAREST)[:SHOWN])
     ]

@@ -54,7 +54,7 @@ def evaluate_model(
 
 def _config(model: str, shards: str, tracking: dict[str, str] | None, preset: str) -> tuple[RunConfig, bool]:
     """The model's own configuration, pointed at its weights and the data to judge; and whether it was pre-trained."""
-    tree = manifest.read(model).get("config")
+    tree = manifest.read_manifest(model).get("config")
     if preset or tree is None:
         if not preset:
             raise ConfigError(f"{model} was converted, not trained here: --preset must name its task's configuration.")
@@ -84,8 +84,8 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
         task=name,
         model=model,
         pretrained=pretrained,
-        scores=metrics.score(name, predictions, task.categories),
-        chance=metrics.chance(name, predictions, task.categories),
+        scores=metrics.score_predictions(name, predictions, task.categories),
+        chance=metrics.chance_scores(name, predictions, task.categories),
         predictions=predictions,
         class_names=task.categories,
     )

@@ -82,13 +82,13 @@ class Attention(nn.Module):
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = linear(x, self.qkv.weight, bias).view(batch, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (3, B, M, S, D / M)
-        x = attend(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        x = attention_output(q, k, v).transpose(1, 2).reshape(batch, length, width)
         if then is None:
             return self.proj(x)
         return linear(x, then.weight @ self.proj.weight, then(self.proj.bias))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without a mask, (B, M, S, D / M) each."""
     if q.is_cpu and q.dtype == torch.bfloat16:  # torch 2.13's fused attention is slower there than plain products
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v

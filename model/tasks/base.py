@@ -12,7 +12,7 @@ from model import manifest
 from model.config.schema import RunConfig, VisionConfig
 from model.data.annotations import Annotation
 from model.data.loading.loader import Batch, Example
-from model.data.shards.reader import describe
+from model.data.shards.reader import read_dataset_info
 from model.errors import ConfigError
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.mplug_video.modeling import decoder_config
@@ -101,10 +101,10 @@ class Task(ABC):
 
     def _fresh(self) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
         settings = self.config.model
-        folder = manifest.fetch(settings.decoder)
+        folder = manifest.fetch_folder(settings.decoder)
         text_config = AutoConfig.from_pretrained(folder)
-        self.refuse_too_long(settings.num_queries, text_config)
-        _refuse_other_decoder(settings.text, text_config)
+        self.validate_length(settings.num_queries, text_config)
+        _validate_decoder(settings.text, text_config)
         vision_encoder = self._vision_encoder()
         tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(folder))
         text_config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
@@ -128,15 +128,15 @@ class Task(ABC):
         settings = self.config.model
         if not settings.vision_weights:
             return TimeSformer(TimeSformerConfig(**settings.vision.model_dump()))
-        encoder = TimeSformer.from_pretrained(manifest.fetch(settings.vision_weights), dtype=torch.float32)
+        encoder = TimeSformer.from_pretrained(manifest.fetch_folder(settings.vision_weights), dtype=torch.float32)
         encoder.resize(settings.vision.image_size, settings.vision.num_frames)
-        _refuse_other_vision(settings.vision, encoder.config, settings.vision_weights)
+        _validate_vision(settings.vision, encoder.config, settings.vision_weights)
         return encoder
 
     def _continued(self, uri: str) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
-        folder, vision = manifest.fetch(uri), self.config.model.vision
+        folder, vision = manifest.fetch_folder(uri), self.config.model.vision
         config = MPlugVideoConfig.from_pretrained(folder)
-        self.refuse_too_long(config.num_queries, config.text_config)
+        self.validate_length(config.num_queries, config.text_config)
         config.update({**self.freezing(), **self.head_settings()})
         model, report = self.model_class.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
@@ -148,7 +148,7 @@ class Task(ABC):
                 f"{uri} must hold every weight but the task's head; missing or of another shape: {names}."
             )
         model.vision_encoder.resize(vision.image_size, vision.num_frames)
-        _refuse_other_vision(vision, model.vision_encoder.config, uri)
+        _validate_vision(vision, model.vision_encoder.config, uri)
         processor = MPlugVideoProcessor.from_pretrained(folder)
         processor.image_size, processor.num_frames = vision.image_size, vision.num_frames
         return model, processor
@@ -158,7 +158,7 @@ class Task(ABC):
         names = ("freeze_decoder", "freeze_vision", "decoder_dropout")
         return {name: getattr(self.config.model, name) for name in names}
 
-    def refuse_too_long(self, prefix: int, text_config: PreTrainedConfig) -> None:
+    def validate_length(self, prefix: int, text_config: PreTrainedConfig) -> None:
         """A prefix and a text must fit into the decoder's positions together."""
         positions, longest = getattr(text_config, "max_position_embeddings", None), self.config.data.max_length
         if positions and prefix + longest > positions:
@@ -173,7 +173,7 @@ class Task(ABC):
 
     def class_names(self) -> list[str]:
         """The dataset's categories."""
-        names: list[str] = describe(self.config.data.shards)["class_names"]
+        names: list[str] = read_dataset_info(self.config.data.shards)["class_names"]
         if not names:
             raise ConfigError(
                 f"data.shards must be a classification dataset, {self.config.data.shards} has no classes."
@@ -190,7 +190,7 @@ class Task(ABC):
         return self.processor.texts(texts, self.config.data.max_length)
 
 
-def _refuse_other_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> None:
+def _validate_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> None:
     """A preset is made for one decoder: its sizes must be those of the folder that was given."""
     for key, value in expected.items():
         if getattr(found, key, None) != value:
@@ -199,7 +199,7 @@ def _refuse_other_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> 
             )
 
 
-def _refuse_other_vision(expected: VisionConfig, found: TimeSformerConfig, uri: str) -> None:
+def _validate_vision(expected: VisionConfig, found: TimeSformerConfig, uri: str) -> None:
     for key, value in expected.model_dump(exclude={"initializer_range"}).items():
         if getattr(found, key) != value:
             raise ConfigError(f"model.vision.{key} must be that of {uri}, {getattr(found, key)}, got {value}.")

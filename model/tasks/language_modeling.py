@@ -27,7 +27,7 @@ class LanguageModeling(Task):
     reads_video = False
 
     def build(self) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
-        tokenizer = AutoTokenizer.from_pretrained(manifest.fetch(self.config.model.decoder))
+        tokenizer = AutoTokenizer.from_pretrained(manifest.fetch_folder(self.config.model.decoder))
         text = dict(self.config.model.text)
         config = AutoConfig.for_model(
             text.pop("model_type"),
@@ -40,7 +40,7 @@ class LanguageModeling(Task):
         known = config.to_dict().keys() | config.attribute_map.keys()
         if unknown := sorted(text.keys() - known):
             raise ConfigError(f"model.text has keys that {config.model_type} does not know: {', '.join(unknown)}.")
-        self.refuse_too_long(self.config.model.num_queries, config)
+        self.validate_length(self.config.model.num_queries, config)
         return AutoModelForCausalLM.from_config(config), MPlugVideoProcessor(tokenizer, image_size=0, num_frames=0)
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -15,4 +15,4 @@ def publish_tokenizer(raw: str, root: str, vocab_size: int) -> str:
     titles = [clean_caption(row.text, MAX_WORDS) for row in read_annotations(raw, "pretrain", "train")]
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(titles, vocab_size).save_pretrained(folder)
-        return manifest.publish(Path(folder), storage.join(root, "models", "tokenizer"), vocab_size=vocab_size)
+        return manifest.publish_folder(Path(folder), storage.join(root, "models", "tokenizer"), vocab_size=vocab_size)

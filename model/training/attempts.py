@@ -12,11 +12,13 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 
 from model import storage
-from model.config.schema import CheckpointConfig, RunConfig, in_steps
-from model.data.shards.reader import describe
+from model.config.schema import CheckpointConfig, RunConfig, count_in_steps
+from model.data.shards.reader import read_dataset_info
 from model.errors import AttemptsError, NotFoundError
 
 FILE = "run.json"
+OLD_NAMES = {"fruitless": "restarts_without_progress", "is_told": "is_synced"}
+"""Of fields, in a run.json that version 0.1.0 has written."""
 STEP = re.compile(r"step-(\d{8})/manifest\.json")
 MACHINE_KEYS = {
     "data": {"workers", "read_ahead", "cache_gb", "decoder", "decode_deadline_s", "max_read_failures"},
@@ -45,7 +47,7 @@ class Attempt:
     """The run's name in MLflow, the same for every attempt."""
     number: int = 0
     """Starts so far."""
-    fruitless: int = 0
+    restarts_without_progress: int = 0
     """Starts since the newest checkpoint."""
     step: int = 0
     """Step of the newest checkpoint when it started."""
@@ -53,61 +55,62 @@ class Attempt:
     """Known cause of an end since the newest checkpoint."""
     model: str = ""
     """URI of the published model; empty while the run is not finished."""
-    is_told: bool = False
+    is_synced: bool = False
     """Whether MLflow has everything of the finished run."""
 
 
 def count_start(config: RunConfig, cause: str = "") -> None:
     """Counts a start of a run. Raises AttemptsError where restarting has not helped."""
-    begin(run_folder(_in_steps(config)), config.checkpoint, cause)
+    start_attempt(run_folder(_in_steps(config)), config.checkpoint, cause)
 
 
-def begin(folder: str, config: CheckpointConfig, cause: str = "") -> Attempt:
+def start_attempt(folder: str, config: CheckpointConfig, cause: str = "") -> Attempt:
     """Counts a start, the one before it having ended for `cause`; a finished run is not counted."""
     where = storage.join(folder, FILE)
     last = _read(where) if storage.exists(where) else Attempt(key=uuid.uuid4().hex)
     if last.model:
         return last
     step = next(iter(saved_steps(folder)), 0)
+    known = (last.restarts_without_progress, last.cause) if step == last.step else (0, "")
     attempt = replace(
-        last, number=last.number + 1, step=step, fruitless=last.fruitless + 1 if step == last.step else 1,
-        cause=cause or (last.cause if step == last.step else ""),
-    )  # fmt: skip
-    if attempt.fruitless > config.max_attempts:
+        last, number=last.number + 1, step=step, restarts_without_progress=known[0] + 1, cause=cause or known[1]
+    )
+    if attempt.restarts_without_progress > config.max_attempts:
         why = attempt.cause or "their logs say why, or `kubectl describe pod` if the container itself was killed."
         raise AttemptsError(
-            f"the run was started {last.fruitless} times without a checkpoint after step {step} (at most "
-            f"checkpoint.max_attempts = {config.max_attempts}): {why} After fixing the cause, remove {where}."
+            f"the run was started {last.restarts_without_progress} times without a checkpoint after step {step} (at "
+            f"most checkpoint.max_attempts = {config.max_attempts}): {why} After fixing the cause, remove {where}."
         )
     _write(where, attempt)
     return attempt
 
 
-def current(folder: str) -> Attempt:
+def read_attempt(folder: str) -> Attempt:
     """The start that was counted last."""
     return _read(storage.join(folder, FILE))
 
 
-def published(config: RunConfig) -> str:
+def published_model(config: RunConfig) -> str:
     """URI of the model that this run has published. Raises NotFoundError where it has not finished."""
     folder = run_folder(_in_steps(config))
-    attempt = current(folder)
+    attempt = read_attempt(folder)
     if not attempt.model:
         raise NotFoundError(f"{folder}: the run has not published a model.")
     return attempt.model
 
 
-def finish(folder: str, attempt: Attempt) -> None:
+def finish_attempt(folder: str, attempt: Attempt) -> None:
     """Notes that the run is finished: started again, it says its model and does not train."""
     _write(storage.join(folder, FILE), attempt)
 
 
 def _in_steps(config: RunConfig) -> RunConfig:
-    return in_steps(config, describe(config.data.shards)["clips"]["train"])
+    return count_in_steps(config, read_dataset_info(config.data.shards)["clips"]["train"])
 
 
 def _read(where: str) -> Attempt:
-    return Attempt(**json.loads(storage.read(where)))
+    saved = json.loads(storage.read(where))
+    return Attempt(**{OLD_NAMES.get(key, key): value for key, value in saved.items()})
 
 
 def _write(where: str, attempt: Attempt) -> None:

@@ -24,7 +24,7 @@ from model import manifest, storage
 from model.config.schema import CheckpointConfig
 from model.errors import ConfigError, DataError, LostProcessError, NotFoundError, StorageError
 from model.training.attempts import saved_steps
-from model.training.distributed import Processes, named
+from model.training.distributed import Processes, as_lost_process
 from model.training.engine import Engine
 from model.training.snapshot import Snapshot
 
@@ -32,7 +32,7 @@ log = logging.getLogger("mplug")
 HISTORY = "history.jsonl"
 
 
-class DamagedError(Exception):
+class DamagedCheckpointError(Exception):
     """A checkpoint that is not what its manifest says."""
 
 
@@ -85,7 +85,7 @@ class Checkpoints:
         """Loads one checkpoint that this run has written."""
         try:
             facts = self._load(self._uri(step))
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             raise DataError(f"the best checkpoint is damaged: {error}. Start again with another `trial`.") from error
         self.engine.restored(facts["updates"])
 
@@ -96,7 +96,7 @@ class Checkpoints:
             uri, facts, problem = self._uri(step), {}, ""
             try:
                 facts = self._load(uri)
-            except (DamagedError, NotFoundError) as error:
+            except (DamagedCheckpointError, NotFoundError) as error:
                 problem = str(error)
             problems = [found for found in self.group.gathered(problem) if found]
             if not problems:
@@ -129,7 +129,7 @@ class Checkpoints:
         try:
             self._write(step, history, facts)
         except Exception as error:  # of a thread, which nobody would hear of
-            found = named(error)
+            found = as_lost_process(error)
             if isinstance(found, StorageError | LostProcessError):  # the main thread learns of the latter by itself
                 log.warning("checkpoint of step %d was not finished: %s", step, str(found).splitlines()[0][:200])
             else:
@@ -146,7 +146,7 @@ class Checkpoints:
         dist.gather_object(written, parts if self.group.is_main else None, group=self.uploaders)
         if self.group.is_main and None not in parts:
             files = {name: entry for part in parts for name, entry in part.items()}
-            manifest.commit(self._uri(step), files, **facts)
+            manifest.commit_folder(self._uri(step), files, **facts)
             self.lost_step = -1
             self._remove_old(step)
 
@@ -158,7 +158,7 @@ class Checkpoints:
             files[HISTORY] = history
         for name, data in files.items():
             storage.write(storage.join(self._uri(step), name), data)
-        return {name: manifest.entry(data) for name, data in files.items()}
+        return {name: manifest.file_entry(data) for name, data in files.items()}
 
     def _remove_old(self, newest: int) -> None:
         """Removes what is older than the checkpoints to keep, half-written ones included."""
@@ -173,11 +173,11 @@ class Checkpoints:
 
     def _load(self, uri: str) -> dict[str, Any]:
         try:
-            facts = manifest.read(uri)
+            facts = manifest.read_manifest(uri)
             files: dict[str, dict[str, Any]] = facts["files"]
             world_size, stage = facts["world_size"], facts["zero_stage"]
         except (ValueError, KeyError) as error:
-            raise DamagedError(f"{uri}: its manifest cannot be read") from error
+            raise DamagedCheckpointError(f"{uri}: its manifest cannot be read") from error
         if facts["base_sha256"] != self.base_sha256:
             raise ConfigError(
                 f"the frozen weights must be those that {uri} was trained on, sha256 {facts['base_sha256'][:12]}…, got "
@@ -192,7 +192,7 @@ class Checkpoints:
         loaded = (safetensors.torch.load(_verified(uri, name, files)) for name in names)
         copied = sum(map(self.engine.state.load, loaded))
         if copied != self.engine.state.numel:
-            raise DamagedError(
+            raise DamagedCheckpointError(
                 f"{uri} holds {copied} of the {self.engine.state.numel} numbers of process {self.group.rank}"
             )
         return facts
@@ -200,10 +200,11 @@ class Checkpoints:
 
 def _verified(uri: str, name: str, files: Mapping[str, Mapping[str, Any]]) -> bytes:
     if name not in files:
-        raise DamagedError(f"{uri} lists no {name}")
+        raise DamagedCheckpointError(f"{uri} lists no {name}")
     data = storage.read(storage.join(uri, name))
-    if manifest.entry(data) != files[name]:
-        raise DamagedError(f"{name} must have sha256 {files[name]['sha256']}, got {manifest.entry(data)['sha256']}")
+    found = manifest.file_entry(data)
+    if found != files[name]:
+        raise DamagedCheckpointError(f"{name} must have sha256 {files[name]['sha256']}, got {found['sha256']}")
     return data
 
 

@@ -81,10 +81,10 @@ def processes(deadlines: WatchdogConfig) -> Iterator[Processes]:
         yield Processes(rank, world_size, device, dist.new_group(backend="gloo"))
         dist.destroy_process_group()  # after an error it would wait for peers that are gone
     except RuntimeError as error:
-        raise named(error) from error.__cause__
+        raise as_lost_process(error) from error.__cause__
 
 
-def named(error: BaseException) -> BaseException:
+def as_lost_process(error: BaseException) -> BaseException:
     """A LostProcessError for what torch raises where a peer or a loader process is gone; any other as it is."""
     if isinstance(error, LostProcessError):
         return error

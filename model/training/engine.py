@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from model.config.schema import RunConfig, micro_batch_of
+from model.config.schema import RunConfig, micro_batch_size
 from model.data.loading.loader import Batch, on_device
 from model.mplug_video.modeling import compile_layers
 from model.tasks.base import Prediction, TaskNetwork
@@ -56,7 +56,7 @@ class Engine:
             optimizer=ClippingAdamW(
                 groups, betas=optim.betas, eps=optim.eps, max_norm=_own_clipping(config), fused=True
             ),
-            config=render(config, processes.world_size),
+            config=deepspeed_config(config, processes.world_size),
             dist_init_required=False,
         )
         self.state = trained_state(network, self.optimizer, self.stage, processes.rank)
@@ -110,11 +110,11 @@ class Engine:
             yield
 
 
-def render(config: RunConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a run."""
     training = config.training
     return {
-        "train_micro_batch_size_per_gpu": micro_batch_of(config, world_size)[0],
+        "train_micro_batch_size_per_gpu": micro_batch_size(config, world_size)[0],
         "gradient_accumulation_steps": training.gradient_accumulation,
         "gradient_clipping": 0.0 if _own_clipping(config) is not None else config.optim.clip_grad_norm,
         "bf16": {"enabled": training.precision == "bf16"},

@@ -102,7 +102,7 @@ def of_decoder(decoder: PreTrainedModel, read: DecoderPass, *, frozen: bool) -> 
     return found + product(read.scored, config.hidden_size, config.vocab_size, **gradient)
 
 
-def of_step(model: PreTrainedModel, clips: int, passes: list[DecoderPass]) -> Flops:
+def step_flops(model: PreTrainedModel, clips: int, passes: list[DecoderPass]) -> Flops:
     """Forward and backward pass of a task's model over a batch. Heads of a few thousand weights are left out."""
     config = model.config
     if not isinstance(config, MPlugVideoConfig):  # the decoder alone

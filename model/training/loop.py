@@ -18,14 +18,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from model import storage
-from model.config.schema import RunConfig, TrackingConfig, in_steps, micro_batch_of
+from model.config.schema import RunConfig, TrackingConfig, count_in_steps, micro_batch_size
 from model.data.loading.loader import Batch, Batches, ClipSource, open_split, start_fork_server, training_batches
 from model.data.loading.sampler import BatchSampler
 from model.data.shards.reader import ShardReader
 from model.errors import TERMINATED, StageError
 from model.progress import progress
 from model.tasks import Task, build_task
-from model.tracking import Run, flat, tracked
+from model.tracking import Run, flatten, tracked
 from model.training import attempts
 from model.training.attempts import Attempt, run_folder
 from model.training.checkpoint import HISTORY, Checkpoints, frozen_sha256
@@ -33,11 +33,11 @@ from model.training.clock import Clock
 from model.training.distributed import Processes, mean_over_processes, processes
 from model.training.engine import Engine, StepResult
 from model.training.exporter import Exporter
-from model.training.flops import of_step
+from model.training.flops import step_flops
 from model.training.meter import Meter
 from model.training.optim import lr_at
 from model.training.profiling import profiled
-from model.training.publishing import publish, tag
+from model.training.publishing import publish_model, tag_model
 from model.training.state import Progress
 from model.training.validation import Validation
 from model.training.watchdog import Watchdog
@@ -52,17 +52,17 @@ def train(config: RunConfig) -> None:
     watchdog, exporter = Watchdog(config.watchdog), Exporter(config.name)
     with processes(config.watchdog) as group, watchdog.together(group):
         reader = open_split(storage.join(config.data.shards, "train"), config.data)
-        config = in_steps(config, len(reader))
-        micro_batch_of(config, group.world_size)  # refuses what cannot be shared
+        config = count_in_steps(config, len(reader))
+        micro_batch_size(config, group.world_size)  # refuses what cannot be shared
         folder = run_folder(config)
-        attempt = group.from_main(lambda: attempts.current(folder))
+        attempt = group.from_main(lambda: attempts.read_attempt(folder))
         if attempt.model:
-            is_told = attempt.is_told or group.from_main(lambda: _tell(config, attempt))
-            attempt = replace(attempt, is_told=is_told)
+            is_synced = attempt.is_synced or group.from_main(lambda: _sync_tracking(config, attempt))
+            attempt = replace(attempt, is_synced=is_synced)
         else:
             attempt = _train(config, reader, folder, attempt, group, watchdog, exporter)
         if group.is_main:
-            attempts.finish(folder, attempt)
+            attempts.finish_attempt(folder, attempt)
             print(attempt.model)
 
 
@@ -78,31 +78,31 @@ def _train(
     engine = Engine(task.network, config, group)
     checkpoints = Checkpoints(folder, config.checkpoint, engine, base_sha256, group)
     restored = checkpoints.restore()
-    state = Progress(**restored["progress"]) if restored else Progress()
+    state = Progress.load(restored["progress"]) if restored else Progress()
     history = checkpoints.history() if restored and group.is_main else []
     if attempt.number > 1 and group.is_main:
         log.info("training resumes from step %d", state.step)
     # one process speaks to MLflow; the others keep a journal of their own
     tracking = config.tracking if group.is_main else TrackingConfig()
     with tracked(tracking, config.name, attempt.key, history) as run, termination() as asked:
-        watchdog.last_words = lambda: run.finish("FAILED")
-        run.params(flat(config.model_dump()))
+        watchdog.on_exit = lambda: run.finish("FAILED")
+        run.params(flatten(config.model_dump()))
         run.tags({"attempt": str(attempt.number), "base_sha256": base_sha256, "data": config.data.shards})
         training = Training(config, task, engine, reader, checkpoints, run, group, watchdog, exporter, asked, state)
         training.run()
         training.take_best()
         with engine.whole_weights():
-            model = publish(task, config, run) if group.is_main else ""
-    return group.from_main(lambda: replace(attempt, model=model, is_told=run.is_told))
+            model = publish_model(task, config, run) if group.is_main else ""
+    return group.from_main(lambda: replace(attempt, model=model, is_synced=run.is_synced))
 
 
-def _tell(config: RunConfig, attempt: Attempt) -> bool:
+def _sync_tracking(config: RunConfig, attempt: Attempt) -> bool:
     """Sends MLflow what it has not got of a finished run, because it was down; whether it has all of it then."""
     history = map(json.loads, storage.read(storage.join(attempt.model, HISTORY)).splitlines())
     with tracked(config.tracking, config.name, attempt.key, history) as run:
-        run.params(flat(config.model_dump()))
-        tag(run, attempt.model)
-    return run.is_told
+        run.params(flatten(config.model_dump()))
+        tag_model(run, attempt.model)
+    return run.is_synced
 
 
 @dataclass
@@ -176,7 +176,7 @@ class Training:
     def _count_skip(self, result: StepResult) -> None:
         """A step without finite gradients changed nothing. Several in a row: the weights themselves are suspect."""
         limits, state = self.config.training, self.progress
-        state.skips_in_a_row = 0 if result.applied else state.skips_in_a_row + 1
+        state.consecutive_skips = 0 if result.applied else state.consecutive_skips + 1
         if result.applied:
             return
         state.skips += 1
@@ -186,7 +186,7 @@ class Training:
                 f"gradients were not finite in {state.skips} steps, at most training.max_skips = {limits.max_skips} "
                 "may be. Lower optim.lr or warm up longer."
             )
-        if state.skips_in_a_row == limits.skips_in_a_row:
+        if state.consecutive_skips == limits.consecutive_skips:
             self._roll_back()
 
     def _roll_back(self) -> None:
@@ -214,8 +214,8 @@ class Training:
         return metrics["perf/clips_per_s"]
 
     def _flops(self, batch: Batch) -> float:
-        clips, _ = micro_batch_of(self.config, self.group.world_size)
-        return of_step(self.task.model, clips, self.task.decoder_passes(batch)).total
+        clips, _ = micro_batch_size(self.config, self.group.world_size)
+        return step_flops(self.task.model, clips, self.task.decoder_passes(batch)).total
 
     def _evaluate(self) -> None:
         assert self.validation

@@ -13,7 +13,7 @@ from model.tracking import Run
 from model.training.checkpoint import HISTORY
 
 
-def publish(task: Task, config: RunConfig, run: Run) -> str:
+def publish_model(task: Task, config: RunConfig, run: Run) -> str:
     """Writes the model as transformers loads it, its configuration and its history; returns its URI."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -24,11 +24,11 @@ def publish(task: Task, config: RunConfig, run: Run) -> str:
         except (OSError, SafetensorError) as error:
             raise StorageError(f"the model cannot be written to {folder.parent}, make room there: {error}") from error
         base = storage.join(config.output, "models", config.name)
-        uri = manifest.publish(folder, base, config=config.model_dump(mode="json"), run_id=run.opened_id())
-    tag(run, uri)
+        uri = manifest.publish_folder(folder, base, config=config.model_dump(mode="json"), run_id=run.opened_id())
+    tag_model(run, uri)
     return uri
 
 
-def tag(run: Run, uri: str) -> None:
+def tag_model(run: Run, uri: str) -> None:
     """The run in MLflow names its model."""
-    run.tags({"model_uri": uri, "manifest_sha256": manifest.sha256_of(uri)})
+    run.tags({"model_uri": uri, "manifest_sha256": manifest.manifest_sha256(uri)})

@@ -25,12 +25,17 @@ class Progress:
     """Optimizer steps done. It is the position in the data, in the schedule and in all randomness too."""
     skips: int = 0
     """Steps whose gradients were not finite."""
-    skips_in_a_row: int = 0
+    consecutive_skips: int = 0
     read_failures: int = 0
     """Clips that could not be read, on all processes."""
     best_step: int = -1
     best_value: float | None = None
     """Of the metric that decides which checkpoint is best."""
+
+    @classmethod
+    def load(cls, saved: dict[str, Any]) -> "Progress":
+        """From a checkpoint. Version 0.1.0 named one field otherwise."""
+        return cls(**{"consecutive_skips" if key == "skips_in_a_row" else key: value for key, value in saved.items()})
 
     def note(self, value: float, *, lower_is_better: bool) -> None:
         """Takes the present step for the best one where its value is better than any before."""

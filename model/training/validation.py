@@ -70,4 +70,4 @@ class Validation:
         own = [engine.predict(batch) for batch in evaluation_batches(self.source, order, self.task.collate_evaluation)]
         parts = [own] if engine.stage == 3 else self.group.gathered(own)
         batches = chain.from_iterable(zip_longest(*parts, fillvalue=[]))  # in the order of the split again
-        return metrics.score(self.config.task, list(chain.from_iterable(batches)), self.task.categories)
+        return metrics.score_predictions(self.config.task, list(chain.from_iterable(batches)), self.task.categories)

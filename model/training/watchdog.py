@@ -26,7 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from model.config.schema import WatchdogConfig
 from model.errors import LOST, LostProcessError, exit_code
 from model.parent import PARENT_PID
-from model.training.distributed import Processes, named
+from model.training.distributed import Processes, as_lost_process
 
 log = logging.getLogger("mplug")
 INTERVAL_S, LAST_WORDS_S, EXIT_WITHIN_S = 1.0, 10.0, 30.0
@@ -55,7 +55,7 @@ class Watchdog:
         self.alive: dict[int, tuple[bytes, float]] = {}
         """By process: its last sign of life, and when it was new."""
         self.stopped = threading.Event()
-        self.last_words: Callable[[], None] = lambda: None
+        self.on_exit: Callable[[], None] = lambda: None
         """What has to be said to others before this process is ended."""
         self.enter("setup")
         self._start(self._watch, "watchdog")
@@ -85,7 +85,7 @@ class Watchdog:
             self.stopped.set()  # before the first process, whose store it is, may leave
             dist.barrier(group=group.control)
         except BaseException as error:
-            found = named(error)
+            found = as_lost_process(error)
             self._conclude(found)
             # CUDA and NCCL may wait for ever for a peer that is gone, until the interpreter ends
             threading.Thread(target=_exit_later, args=(exit_code(found),), daemon=True).start()
@@ -169,7 +169,7 @@ class Watchdog:
         self._tell(verdict)
         print(f"error: {verdict.reason}; process {self.rank} was in {self.section}:", file=sys.stderr, flush=True)
         print(_stacks(), file=sys.stderr, flush=True)
-        speaker = threading.Thread(target=self.last_words, daemon=True)
+        speaker = threading.Thread(target=self.on_exit, daemon=True)
         speaker.start()
         self._linger()
         speaker.join(LAST_WORDS_S)

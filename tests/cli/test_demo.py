@@ -127,9 +127,9 @@ def tracking(folder: Path, repeated: str) -> Iterator[mlflow.MlflowClient]:
     assert child.stdout is not None
     address = child.stdout.readline().split()[1]
     before = dict(os.environ)
-    from cli.services import settings
+    from cli.services import local_services
 
-    os.environ.update(settings(folder).environment())
+    os.environ.update(local_services(folder).environment())
     yield mlflow.MlflowClient(address)
     os.environ.clear()
     os.environ.update(before)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.doctor.examine import Question, examine, show
+from cli.doctor.examine import Question, print_findings, run_checks
 from cli.doctor.finding import Finding
-from components.jobs.client import amount
+from components.jobs.client import parse_amount
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.paths import ROOT
 from tests.helpers.shapes import GPU
@@ -23,8 +23,8 @@ K8S = ROOT / "k8s"
 
 
 def found(question: Question, what: str) -> Finding:
-    findings = [finding for finding in examine(question) if finding.what == what]
-    assert findings, [finding.what for finding in examine(question)]
+    findings = [finding for finding in run_checks(question) if finding.what == what]
+    assert findings, [finding.what for finding in run_checks(question)]
     return findings[0]
 
 
@@ -33,8 +33,8 @@ def found(question: Question, what: str) -> Finding:
 
 def test_a_laptop_is_well(tmp_path: Path) -> None:
     question = Question(root=str(tmp_path / "work"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    assert {finding.kind for finding in examine(question)} <= {"ok", "warning"}
-    assert show(question)
+    assert {finding.kind for finding in run_checks(question)} <= {"ok", "warning"}
+    assert print_findings(question)
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -127,7 +127,7 @@ CLUSTER = Question(cluster=True, namespace="mplug", nodes=2)
 
 
 def test_a_cluster_is_well(kube: FakeKube) -> None:
-    kinds = {finding.what: finding.kind for finding in examine(CLUSTER)}
+    kinds = {finding.what: finding.kind for finding in run_checks(CLUSTER)}
     assert set(kinds.values()) <= {"ok", "warning"}, kinds
     assert {"API server", "rights", "training-operator", "shape", "init container", "quota"} <= set(kinds)
 
@@ -241,7 +241,7 @@ def test_what_argo_repeats_is_said(kube: FakeKube, data: dict[str, str], kind: s
 def test_the_findings_fit_80_columns(kube: FakeKube, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     operator_pod(kube)["volumes"] = []
-    assert not show(CLUSTER)
+    assert not print_findings(CLUSTER)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("✗  init container      ") for line in lines), lines
@@ -263,7 +263,7 @@ def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:
 
 
 def test_too_few_nodes_with_gpus_are_a_failure(kube: FakeKube) -> None:
-    finding = [item for item in examine(Question(cluster=True, nodes=3)) if item.what == "GPUs"][-1]
+    finding = [item for item in run_checks(Question(cluster=True, nodes=3)) if item.what == "GPUs"][-1]
     assert (finding.kind, finding.said) == (
         "failure",
         "there is room for 2 pods with 8 of nvidia.com/gpu each, the job has 3",
@@ -274,4 +274,4 @@ def test_too_few_nodes_with_gpus_are_a_failure(kube: FakeKube) -> None:
     ("text", "number"), [("500m", 0.5), ("64Gi", 64 * 2**30), ("2", 2), ("6Ti", 6 * 2**40), (3, 3)]
 )
 def test_quantities_are_numbers(text: str, number: float) -> None:
-    assert amount(text) == number
+    assert parse_amount(text) == number

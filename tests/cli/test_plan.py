@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cli.main import main
 from model.config.load import PRESETS, load_config
 from model.training.attempts import saved_steps
-from model.training.planning.estimate import plan
+from model.training.planning.estimate import plan_run
 from tests.helpers.killing import MPLUG
 
 WIDE = [
@@ -32,7 +32,7 @@ def test_memory_and_bytes_are_those_of_a_real_run(shards: dict[str, str], decode
     assert ended.returncode == 0, ended.stderr
     history = (Path(ended.stdout.strip()) / "history.jsonl").read_text().splitlines()
     used = json.loads(history[-1])["system/node-0/process_memory_peak_gigabytes"] * 1e9
-    found = plan(load_config("tiny_pretraining", settings), 1, on_cpu=True)
+    found = plan_run(load_config("tiny_pretraining", settings), 1, on_cpu=True)
     assert found.memory.device + found.memory.host == pytest.approx(used, rel=0.1)
     assert found.memory.activations > 0.15 * used
     folder = next(tmp_path.glob("checkpoints/*"))

@@ -4,8 +4,8 @@ import threading
 from pathlib import Path
 
 from model.config.load import load_config
-from model.config.schema import in_steps
-from model.data.shards.reader import describe
+from model.config.schema import count_in_steps
+from model.data.shards.reader import read_dataset_info
 from model.training import attempts
 from tests.helpers.fake_kube import FakeKube
 from tests.helpers.shapes import CPU
@@ -23,8 +23,8 @@ def test_the_step_of_a_pipeline_trains_on_the_cluster_and_returns_what_came_of_i
         (made,) = kube.wait_for("pytorchjobs")
         container = made["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
         config = load_config(container["args"][1], container["args"][2:])
-        config = in_steps(config, describe(config.data.shards)["clips"]["train"])
-        attempts.finish(attempts.run_folder(config), attempts.Attempt(key="k", model="the/model"))
+        config = count_in_steps(config, read_dataset_info(config.data.shards)["clips"]["train"])
+        attempts.finish_attempt(attempts.run_folder(config), attempts.Attempt(key="k", model="the/model"))
         kube.conclude("pytorchjobs", made["metadata"]["name"], "Succeeded")
 
     threading.Thread(target=act, daemon=True).start()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from components.jobs.manifests import Launch, render, shape_of
-from pipelines.catalog import documents
+from components.jobs.manifests import Launch, load_pod_template, render_job
+from pipelines.catalog import compiled_documents
 from tests.helpers.operator_double import pod_of, replicas
 from tests.helpers.paths import ROOT
 
@@ -70,7 +70,7 @@ def test_the_training_image_runs_the_commands_of_mplug() -> None:
 
 def test_the_training_image_runs_a_step_as_kubeflow_pipelines_starts_it(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    container = documents("pretrain")[0]["deploymentSpec"]["executors"]["exec-start-run"]["container"]
+    container = compiled_documents("pretrain")[0]["deploymentSpec"]["executors"]["exec-start-run"]["container"]
     given = {"tracking_uri": "", "experiment": "e", "run_name": "r", "source": "s", "root": "/tmp/root"}
     outputs = {"parameters": {"Output": {"outputFile": "/out/Output"}}, "outputFile": "/out/executor_output.json"}
     asked = json.dumps({"inputs": {"parameterValues": given}, "outputs": outputs})
@@ -89,7 +89,7 @@ def network() -> Iterator[str]:
 
 def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: Path, network: str) -> None:
     """As `podman kube play` runs the pods that the operator makes of our job: read-only, without rights, as nobody."""
-    shape, _ = shape_of(ROOT / "k8s" / "overlays" / "local")
+    shape, _ = load_pod_template(ROOT / "k8s" / "overlays" / "local")
     container = shape["template"]["spec"]["containers"][0]
     folders = {"work": tmp_path / "work", "out": tmp_path / "out"}
     for name, uri in (("shards", shards["pretrain"]), ("decoder", decoder)):
@@ -102,7 +102,7 @@ def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: P
         "train", "tiny_pretraining", "data.shards=/work/shards", "model.decoder=/work/decoder", "output=/out",
         "tracking.uri=", "training.steps=4", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8",
     )  # fmt: skip
-    (job,) = render(Launch(command=command, name="tiny", nodes=2), shape, "mplug")
+    (job,) = render_job(Launch(command=command, name="tiny", nodes=2), shape, "mplug")
     played: list[dict[str, Any]] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mplug-config"}, "data": {"MPLUG_ROOT": "/out"}}
     ]

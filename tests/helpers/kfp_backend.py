@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.jobs.client import amount
+from components.jobs.client import parse_amount
 from tests.helpers.fake_kube import FakeKube
 
 Tree = dict[str, Any]
@@ -221,7 +221,7 @@ class Backend:
             return self.cache[key]
         pod, node = f"{run.workflow}-{len(self.kube.logs)}-{os.urandom(2).hex()}", f"{path}(0).executor(0)"
         resources = inserted(container.get("resources", {}), given)
-        cores = amount(resources.get("resourceCpuRequest", "100m"))
+        cores = parse_amount(resources.get("resourceCpuRequest", "100m"))
         if cores > self.cores:
             said = "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."
             self._node(run, node, "executor(0)", "Pod", "Pending", said)

@@ -20,4 +20,4 @@ def train(preset: str, root: Path, settings: list[str], *, processes: int = 1, s
     """Trains in processes of its own, as `mplug train` does; returns the model's URI."""
     overrides = [*TINY, f"training.steps={steps}", f"output={root}", *settings]
     assert launch(preset, overrides, processes) == 0
-    return manifest.latest(f"{root}/models/{load_config(preset, overrides).name}")
+    return manifest.latest_version(f"{root}/models/{load_config(preset, overrides).name}")

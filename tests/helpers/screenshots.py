@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlflow
 
-from cli.services import settings
+from cli.services import local_services
 from tests.helpers import browser
 
 
@@ -32,7 +32,7 @@ def main(demo: Path, out: Path) -> None:
 
 def _statistics(page: browser.Page, demo: Path, shards: str, made: Path, out: Path) -> None:
     """The page of `mplug data stats`; the demo's S3 runs with its MLflow."""
-    environment = {**os.environ, **settings(demo).environment()}
+    environment = {**os.environ, **local_services(demo).environment()}
     command = [Path(sys.executable).with_name("mplug"), "data", "stats", shards, "--out", made]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     page.open(f"file://{made}")

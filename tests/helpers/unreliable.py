@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-from cli.services import free_ports, process
+from cli.services import free_ports, run_process
 
 Mode = Literal["up", "down", "500", "slow", "lost answers", "a page"]
 
@@ -78,7 +78,7 @@ def mlflow_server(folder: Path) -> Iterator[Unreliable]:
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with process(command, folder / "mlflow.log", quiet):
+    with run_process(command, folder / "mlflow.log", quiet):
         target = f"http://127.0.0.1:{port}"
         while True:
             try:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model.mplug_video.conversion.convert import convert
+from model.mplug_video.conversion.convert import convert_weights
 from tests.helpers.paths import FIXTURES
 
 FOLDER = FIXTURES / "upstream"
@@ -38,7 +38,7 @@ class Recording:
         }
         torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
         heads = self.facts["visual_cfg"]["num_heads"]
-        convert(
+        convert_weights(
             folder / "mp_rank_00_model_states.pt", folder / "converted", decoder=decoder, vision_heads=heads, **options
         )
         return folder / "converted"

@@ -39,7 +39,7 @@ def act(case: str, group: Processes, watchdog: Watchdog) -> None:
 def main() -> None:
     with exit_codes():
         watchdog = Watchdog(LIMITS)
-        watchdog.last_words = lambda: print("last words", file=sys.stderr, flush=True)
+        watchdog.on_exit = lambda: print("last words", file=sys.stderr, flush=True)
         with processes(LIMITS) as group, watchdog.together(group):
             watchdog.enter("checkpoint" if sys.argv[1].endswith(("stops", "hangs")) else "step")
             act(sys.argv[1], group, watchdog)

@@ -14,7 +14,7 @@ import promql_parser
 import pytest
 import yaml
 
-from components.jobs.manifests import Launch, render
+from components.jobs.manifests import Launch, render_job
 from tests.helpers.paths import ROOT
 from tests.helpers.shapes import GPU
 
@@ -58,7 +58,7 @@ def test_a_wrong_manifest_is_named_with_its_place(builds: dict[str, list[Documen
 def test_a_trainjob_is_what_trainer_2_takes(nodes: int) -> None:
     command = ("train", "pretrain_1.3b", "data.shards=s", "model.decoder=d")
     launch = Launch(command=command, nodes=nodes, processes=8, deadline_s=3600)
-    runtime, job = render(launch, GPU, "mplug", "trainjob")
+    runtime, job = render_job(launch, GPU, "mplug", "trainjob")
     assert validate.check(runtime) + validate.check(job) == []
     job["spec"]["trainer"]["numProcPerNode"] = "8"
     runtime["spec"]["mlPolicy"]["torch"] = {"numProcPerNode": 8}  # as Trainer 2.1 took it

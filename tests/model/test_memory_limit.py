@@ -48,7 +48,7 @@ def test_a_run_that_is_killed_for_memory_says_so_and_ends_for_good(
     assert last.startswith("error: the run was started 2 times without a checkpoint after step 0")
     assert killed in last
     (folder,) = tmp_path.glob("checkpoints/*")
-    assert attempts.current(str(folder)).fruitless == 2
+    assert attempts.read_attempt(str(folder)).restarts_without_progress == 2
     again = subprocess.run(run.command("--processes", "1"), capture_output=True, text=True, timeout=200)
     assert (again.returncode, again.stderr.strip()) == (4, last)  # a pod that is made anew does not begin to count anew
 

@@ -134,38 +134,38 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_published_folder_is_fetched_with_its_facts(base: str, folder: Path) -> None:
-    uri = manifest.publish(folder, base, step=3)
-    assert manifest.latest(base) == uri
-    assert (manifest.fetch(uri) / "sub" / "config").read_bytes() == b"config"
-    assert manifest.read(uri)["step"] == 3
-    assert manifest.sha256_of(uri).startswith(uri.rpartition("/")[2])
+    uri = manifest.publish_folder(folder, base, step=3)
+    assert manifest.latest_version(base) == uri
+    assert (manifest.fetch_folder(uri) / "sub" / "config").read_bytes() == b"config"
+    assert manifest.read_manifest(uri)["step"] == 3
+    assert manifest.manifest_sha256(uri).startswith(uri.rpartition("/")[2])
 
 
 def test_publishing_again_leaves_the_first_version_as_it_was(base: str, folder: Path) -> None:
-    first = manifest.publish(folder, base)
+    first = manifest.publish_folder(folder, base)
     (folder / "weights").write_bytes(b"other")
-    second = manifest.publish(folder, base)
-    assert (manifest.fetch(first) / "weights").read_bytes() == b"weights"
-    assert (manifest.fetch(second) / "weights").read_bytes() == b"other"
-    assert manifest.latest(base) == second
+    second = manifest.publish_folder(folder, base)
+    assert (manifest.fetch_folder(first) / "weights").read_bytes() == b"weights"
+    assert (manifest.fetch_folder(second) / "weights").read_bytes() == b"other"
+    assert manifest.latest_version(base) == second
 
 
 def test_a_folder_without_its_manifest_does_not_count(base: str) -> None:
     storage.write(storage.join(base, "weights"), b"weights")
     with pytest.raises(StorageError, match="never published, or its upload did not finish"):
-        manifest.fetch(base)
+        manifest.fetch_folder(base)
 
 
 def test_a_changed_file_is_refused(base: str, folder: Path) -> None:
-    uri = manifest.publish(folder, base, fetched="never before")
+    uri = manifest.publish_folder(folder, base, fetched="never before")
     storage.write(storage.join(uri, "weights"), b"WEIGHTS")
     with pytest.raises(StorageError, match="weights must have sha256"):
-        manifest.fetch(uri)
+        manifest.fetch_folder(uri)
 
 
 def test_a_manifest_cannot_write_outside_the_cache(s3: str, folder: Path, tmp_path: Path) -> None:
-    uri = manifest.publish(folder, storage.join(s3, tmp_path.name))
+    uri = manifest.publish_folder(folder, storage.join(s3, tmp_path.name))
     evil = storage.read(storage.join(uri, manifest.FILE)).replace(b'"weights"', b'"../../evil"')
     storage.write(storage.join(uri, manifest.FILE), evil)
     with pytest.raises(StorageError, match="leaves the folder"):
-        manifest.fetch(uri)
+        manifest.fetch_folder(uri)

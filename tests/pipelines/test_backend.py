@@ -16,8 +16,8 @@ import yaml
 
 from components.jobs.run_end import RUN_LABEL
 from model.config.load import load_config
-from model.config.schema import in_steps
-from model.data.shards.reader import describe
+from model.config.schema import count_in_steps
+from model.data.shards.reader import read_dataset_info
 from model.tracking import tracked
 from model.training import attempts
 from tests.helpers.fake_kfp import FakeKfp, fake_kfp
@@ -90,10 +90,10 @@ def publish(cluster: Cluster) -> None:
     job = cluster.job()
     arguments = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["args"]
     config = load_config(arguments[1], arguments[2:])
-    config = in_steps(config, describe(config.data.shards)["clips"]["train"])
+    config = count_in_steps(config, read_dataset_info(config.data.shards)["clips"]["train"])
     with tracked(config.tracking, config.name) as run:
         run.params({"seed": config.seed})
-    attempts.finish(attempts.run_folder(config), attempts.Attempt(key="k", model="s3://the/model"))
+    attempts.finish_attempt(attempts.run_folder(config), attempts.Attempt(key="k", model="s3://the/model"))
     cluster.kube.conclude("pytorchjobs", job["metadata"]["name"], "Succeeded")
 
 
@@ -175,9 +175,9 @@ def test_a_permanent_failure_is_one_line_and_never_repeated(cluster: Cluster) ->
 
 def test_an_unknown_input_ends_the_run(cluster: Cluster) -> None:
     """As the driver of Kubeflow Pipelines does, which is why the compiled files are checked."""
-    from pipelines.catalog import documents, with_defaults
+    from pipelines.catalog import compiled_documents, with_defaults
 
-    spec, platform = documents("pretrain")
+    spec, platform = compiled_documents("pretrain")
     loop = spec["components"]["comp-for-loop-1"]
     del loop["inputDefinitions"]["parameters"]["pipelinechannel--download_cpu"]
     given = {"source": "s", "decoder": "d", "image": "i", "cpu_image": "i", "code_version": "1", "run_name": "none"}

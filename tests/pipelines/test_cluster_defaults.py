@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from model.errors import ConfigError
-from pipelines.catalog import PIPELINES, arguments, parameters, with_defaults
+from pipelines.catalog import PIPELINES, parse_arguments, pipeline_parameters, with_defaults
 from pipelines.cluster_defaults import arguments_on_cluster
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.paths import ROOT
@@ -29,12 +29,12 @@ def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
 
 
 def test_the_base_says_what_the_compiled_pipelines_say() -> None:
-    known = {key: item for name in PIPELINES for key, item in parameters(name).items()}
+    known = {key: item for name in PIPELINES for key, item in pipeline_parameters(name).items()}
     assert set(BASE) <= set(known)
     for name in PIPELINES:
-        own = {key: value for key, value in BASE.items() if key in parameters(name)}
-        assert arguments(name, [f"{key}={value}" for key, value in own.items()]) == {
-            key: parameters(name)[key]["defaultValue"] for key in own
+        own = {key: value for key, value in BASE.items() if key in pipeline_parameters(name)}
+        assert parse_arguments(name, [f"{key}={value}" for key, value in own.items()]) == {
+            key: pipeline_parameters(name)[key]["defaultValue"] for key in own
         }
 
 
@@ -94,10 +94,10 @@ def test_an_overlay_fills_in_all_that_a_cluster_knows(name: str, overlay: str, m
 
 @needs_kubectl
 def test_no_step_of_the_local_overlay_asks_for_more_than_a_small_node_has() -> None:
-    from components.jobs.client import amount
+    from components.jobs.client import parse_amount
 
     found: dict[str, Any] = with_defaults("benchmark", arguments_on_cluster("benchmark", GIVEN, OVERLAYS / "local"))
-    cores = [amount(value) for key, value in found.items() if key.endswith("_cpu")]
+    cores = [parse_amount(value) for key, value in found.items() if key.endswith("_cpu")]
     assert len(cores) >= 3
     assert sum(cores) <= 0.5  # of two cores, most of which Kubeflow Pipelines takes
     assert found["gpus"] == 0

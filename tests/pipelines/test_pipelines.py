@@ -18,8 +18,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from components.jobs.run_end import NAMESPACE, WORKFLOW
 from model.errors import DATA, FAILED, OUTAGE, ConfigError, exit_code
 from model.pipeline_run import RUN_ID
-from pipelines.catalog import COMPILED, PIPELINES, arguments, documents, with_defaults
-from pipelines.local import failure
+from pipelines.catalog import COMPILED, PIPELINES, compiled_documents, parse_arguments, with_defaults
+from pipelines.local import pipeline_failure
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 SHORT = ["training.steps=2", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
@@ -42,7 +42,7 @@ def test_what_is_committed_is_what_compiles(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_is_a_valid_specification_that_installs_nothing(name: str) -> None:
-    spec, platform = documents(name)
+    spec, platform = compiled_documents(name)
     assert json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec()).pipeline_info.name.startswith("mplug-video")
     json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
     for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
@@ -52,7 +52,7 @@ def test_a_pipeline_is_a_valid_specification_that_installs_nothing(name: str) ->
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_step_is_placed(name: str) -> None:
-    spec, platform = documents(name)
+    spec, platform = compiled_documents(name)
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     steps = spec["deploymentSpec"]["executors"]
     assert set(steps) == set(executors)
@@ -68,7 +68,7 @@ def test_every_step_is_placed(name: str) -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_must_not_come_from_the_cache_does_not(name: str) -> None:
-    cached = {step: task["cachingOptions"] != {} for step, task in tasks_of(documents(name)[0])}
+    cached = {step: task["cachingOptions"] != {} for step, task in tasks_of(compiled_documents(name)[0])}
     for step in ("start-run", "finish-run", "gate"):
         assert not cached.get(step, False), step
     assert cached["shard"]
@@ -78,14 +78,14 @@ def test_what_must_not_come_from_the_cache_does_not(name: str) -> None:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_cached_step_knows_its_code_and_image(name: str) -> None:
     """What a step is known by are its inputs; shards carry a digest of their content."""
-    for step, task in tasks_of(documents(name)[0]):
+    for step, task in tasks_of(compiled_documents(name)[0]):
         if task["cachingOptions"] != {}:
             assert {"code_version", "base_image"} <= set(task["inputs"]["parameters"]), step
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_parameter_is_explained(name: str) -> None:
-    parameters = documents(name)[0]["root"]["inputDefinitions"]["parameters"]
+    parameters = compiled_documents(name)[0]["root"]["inputDefinitions"]["parameters"]
     assert {"root", "tracking_uri", "processes", "overrides", "image", "code_version"} <= set(parameters)
     assert all(parameter.get("description") for parameter in parameters.values())
 
@@ -124,13 +124,13 @@ def unknown_inputs(spec: dict[str, Any], platform: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_input_of_a_step_is_one_of_the_component_around_it(name: str) -> None:
     """Kubeflow Pipelines ends others with "parent DAG does not have input parameter"."""
-    spec, platform = documents(name)
+    spec, platform = compiled_documents(name)
     assert unknown_inputs(spec, platform) == []
 
 
 def test_an_input_that_only_the_resources_of_a_step_in_a_loop_use_is_found() -> None:
     """As it was compiled without `register_pipeline_channels`."""
-    spec, platform = copy.deepcopy(documents("benchmark"))
+    spec, platform = copy.deepcopy(compiled_documents("benchmark"))
     loop = next(part for name, part in spec["components"].items() if name.startswith("comp-for-loop"))
     del loop["inputDefinitions"]["parameters"]["pipelinechannel--gpus"]
     del loop["inputDefinitions"]["parameters"]["pipelinechannel--node_selector"]
@@ -141,11 +141,11 @@ def test_an_input_that_only_the_resources_of_a_step_in_a_loop_use_is_found() -> 
 
 def test_what_steps_take_are_parameters() -> None:
     for name in PIPELINES:
-        spec, platform = documents(name)
+        spec, platform = compiled_documents(name)
         for label, executor in spec["deploymentSpec"]["executors"].items():
             for key, value in executor["container"].get("resources", {}).items():
                 assert "{{" in json.dumps(value) or key == "accelerator", (name, label, key)
-    spec, platform = documents("benchmark")
+    spec, platform = compiled_documents("benchmark")
     accelerator = spec["deploymentSpec"]["executors"]["exec-evaluate"]["container"]["resources"]["accelerator"]
     assert accelerator["resourceType"] == "nvidia.com/gpu"
     assert placeholders(accelerator) == {"pipelinechannel--gpus"}
@@ -168,7 +168,7 @@ def test_what_steps_take_are_parameters() -> None:
 )
 def test_wrong_arguments_are_all_told_at_once(items: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        arguments("pretrain", [*items, "nonsense=1"])
+        parse_arguments("pretrain", [*items, "nonsense=1"])
     assert said in str(caught.value)
     assert "nonsense=1 must be parameter=value of pipeline pretrain" in str(caught.value)
 
@@ -180,10 +180,10 @@ def test_what_is_missing_is_told_with_its_meaning() -> None:
 
 def test_values_are_read_by_the_type_of_their_parameter() -> None:
     items = ["source=1", "nodes=010", "partitions=[1/2, 2/2]", "deadline_hours=1e-1"]
-    assert arguments("pretrain", items) == {
+    assert parse_arguments("pretrain", items) == {
         "source": "1", "nodes": 10, "partitions": ["1/2", "2/2"], "deadline_hours": 0.1,
     }  # fmt: skip
-    assert arguments("finetune", ["minimum={classification: 5e-1}"]) == {"minimum": {"classification": 0.5}}
+    assert parse_arguments("finetune", ["minimum={classification: 5e-1}"]) == {"minimum": {"classification": 0.5}}
 
 
 def run(name: str, folder: Path, *items: str) -> "subprocess.CompletedProcess[str]":
@@ -209,6 +209,8 @@ def test_a_pipeline_ends_with_the_message_and_the_code_of_its_step(tmp_path: Pat
 
 
 def test_what_is_permanent_decides_among_steps_that_failed_beside_each_other() -> None:
-    found = failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer"), (DATA, "bad data"), (FAILED, "a bug")])
+    found = pipeline_failure(
+        RuntimeError("kfp says so"), [(OUTAGE, "no answer"), (DATA, "bad data"), (FAILED, "a bug")]
+    )
     assert (exit_code(found), str(found)) == (DATA, "bad data\nkfp says so")
-    assert exit_code(failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer")])) == OUTAGE
+    assert exit_code(pipeline_failure(RuntimeError("kfp says so"), [(OUTAGE, "no answer")])) == OUTAGE

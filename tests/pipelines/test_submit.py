@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from cli.pipeline import pipeline
 from model.errors import OutageError, StageError
-from pipelines.follow_run import follow, retry, step_names
+from pipelines.follow_run import follow_run, retry_run, step_names
 from pipelines.kfp_host import Host
-from pipelines.submit import submit
+from pipelines.submit import submit_run
 from tests.helpers.fake_kfp import FakeKfp, fake_kfp
 
 GIVEN = {
@@ -31,7 +31,7 @@ def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKfp]:
 
 
 def start(host: Host, **options: object) -> str:
-    return submit(host, "pretrain", GIVEN, run_name="pretrain", experiment="mplug-video", **options)  # type: ignore[arg-type]
+    return submit_run(host, "pretrain", GIVEN, run_name="pretrain", experiment="mplug-video", **options)  # type: ignore[arg-type]
 
 
 def test_a_run_carries_pipeline_platform_and_arguments(kfp: FakeKfp) -> None:
@@ -77,7 +77,7 @@ def test_without_the_cache_no_step_at_any_depth_is_taken_from_it(kfp: FakeKfp) -
 def test_waiting_goes_through_outages_and_ends_with_the_run(kfp: FakeKfp) -> None:
     run_id = start(Host(url=kfp.url))
     kfp.faults = [503, 0, 500, 429, 0, 0]
-    follow(Host(url=kfp.url), run_id)
+    follow_run(Host(url=kfp.url), run_id)
     assert kfp.states == ["SUCCEEDED"]
 
 
@@ -86,13 +86,13 @@ def test_a_failed_run_names_its_steps_and_no_nodes_of_argo(kfp: FakeKfp) -> None
     kfp.states = ["RUNNING", "FAILED"]
     kfp.failed_steps = ["train", "gate", "executor(0)", "iteration-iterations(1:1)(0)", "train-driver(0)", "root(0)"]
     with pytest.raises(StageError, match=r"ended as FAILED\. Failed: gate, train\. http://.*/#/runs/details/r0"):
-        follow(Host(url=kfp.url), run_id)
+        follow_run(Host(url=kfp.url), run_id)
 
 
 def test_a_run_that_did_not_fail_cannot_be_retried(kfp: FakeKfp) -> None:
     run_id = start(Host(url=kfp.url))
     with pytest.raises(StageError, match=r"400 .*cannot be retried"):
-        retry(Host(url=kfp.url), run_id)
+        retry_run(Host(url=kfp.url), run_id)
 
 
 @pytest.mark.parametrize("version", ["2.4.1", "v2.15.2", "1.8.5"])

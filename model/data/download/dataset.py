@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from model import storage
 from model.data.annotations import LEDGER
-from model.data.download.fetch import Policy, Throttle, fetch
+from model.data.download.fetch import RetryPolicy, Throttle, fetch_file
 from model.data.download.http import FetchError
 from model.data.download.ledger import DONE, FAILED, Done, Ledger, Outcome, outcomes
 from model.data.download.modelscope import SCHEME, ModelScopeSource
@@ -50,7 +50,7 @@ class Options:
     """Bytes per second; 0: as fast as it goes."""
     max_failed: float = 0.0
     """Share of files that may fail without an error."""
-    policy: Policy = field(default_factory=Policy)
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 def in_share(path: str, index: int, count: int) -> bool:
@@ -68,7 +68,7 @@ def open_source(source: str) -> Source:
     return StorageSource(source)
 
 
-def download(
+def download_dataset(
     source: str | Source, root: str, dataset: str = "youku-mplug", options: Options | None = None
 ) -> tuple[str, dict[str, float]]:
     """Copies a source to <root>/raw/<dataset>; returns that URI and what was done.
@@ -146,7 +146,7 @@ class _Job:
     def _one(self, remote: Remote) -> Outcome:
         uri, path, identity = storage.join(self.raw, remote.path), remote.path, remote.identity
         try:
-            size, digest = fetch(self.source, remote, uri, self.spool, self.options.policy, self.throttle)
+            size, digest = fetch_file(self.source, remote, uri, self.spool, self.options.policy, self.throttle)
             outcome = Outcome(path=path, identity=identity, status=DONE, size=size, sha256=digest)
         except FetchError as error:
             self.is_outage &= error.is_outage
@@ -155,7 +155,7 @@ class _Job:
         return outcome
 
 
-def verify(raw: str, *, index: int = 0, count: int = 1, threads: int = 16) -> tuple[int, list[str]]:
+def verify_download(raw: str, *, index: int = 0, count: int = 1, threads: int = 16) -> tuple[int, list[str]]:
     """Reads every file that the ledger calls done; returns how many are right, and a line for each that is not.
 
     Those are marked as failed, so that the next download fetches them again.

@@ -19,7 +19,7 @@ MAX_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
-class Policy:
+class RetryPolicy:
     """How hard to try."""
 
     attempts: int = 6
@@ -45,7 +45,7 @@ class Throttle:
             time.sleep(max(0.0, wait_s))
 
 
-class Arrived:
+class PartialDownload:
     """The bytes of one file so far: in memory while they are few, else in `path`, where a later process finds them."""
 
     def __init__(self, path: Path, identity: str) -> None:
@@ -111,9 +111,11 @@ class Arrived:
             self.file.close()
 
 
-def fetch(source: Source, remote: Remote, uri: str, spool: Path, policy: Policy, throttle: Throttle) -> tuple[int, str]:
+def fetch_file(
+    source: Source, remote: Remote, uri: str, spool: Path, policy: RetryPolicy, throttle: Throttle
+) -> tuple[int, str]:
     """Copies one file to `uri`; returns its size and sha256. Raises FetchError, and then `uri` is as it was."""
-    arrived = Arrived(spool / hashlib.sha256(remote.path.encode()).hexdigest()[:32], remote.identity)
+    arrived = PartialDownload(spool / hashlib.sha256(remote.path.encode()).hexdigest()[:32], remote.identity)
     attempts, most = 0, arrived.size
     while True:
         try:
@@ -141,7 +143,7 @@ def fetch(source: Source, remote: Remote, uri: str, spool: Path, policy: Policy,
     return arrived.size, arrived.hash.hexdigest()
 
 
-def _transfer(source: Source, remote: Remote, arrived: Arrived, throttle: Throttle) -> None:
+def _transfer(source: Source, remote: Remote, arrived: PartialDownload, throttle: Throttle) -> None:
     # without a validator nobody can say whether the rest belongs to what has arrived
     start = arrived.size if arrived.validator else 0
     try:
@@ -162,7 +164,7 @@ def _transfer(source: Source, remote: Remote, arrived: Arrived, throttle: Thrott
         raise FetchError("truncated", detail, transient=True)
 
 
-def _check(remote: Remote, arrived: Arrived) -> None:
+def _check(remote: Remote, arrived: PartialDownload) -> None:
     found = arrived.hash.hexdigest()
     if remote.size is not None and arrived.size != remote.size:
         detail = f"the list says {remote.size} bytes, {arrived.size} came"

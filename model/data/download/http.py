@@ -51,7 +51,7 @@ class Body:
     chunks: Iterator[bytes]
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """An address without what may be secret in it: a signature behind `?`, a user and password."""
     return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import storage
-from model.data.annotations import COLUMNS, MAX_PROBLEMS, SPLITS, read_csv, refuse_escape
+from model.data.annotations import COLUMNS, MAX_PROBLEMS, SPLITS, read_csv, validate_path
 from model.data.download.http import Body
 from model.data.download.sources import Remote, open_stored
 from model.errors import DataError
@@ -31,7 +31,7 @@ class Row:
     split: str
 
 
-class OwnSource:
+class ImportedVideos:
     """Videos of a folder (or bucket) with annotation files made of the user's own."""
 
     def __init__(self, videos: str, rows: list[Row], dataset: str, made: Path) -> None:
@@ -40,7 +40,7 @@ class OwnSource:
         self.rows = rows
         self._annotate(dataset)
 
-    def refuse_other(self, raw: str) -> None:
+    def validate_same(self, raw: str) -> None:
         """Raises DataError where `raw` holds annotations that are not these: rows of two datasets would mix."""
         for dataset, split in itertools.product(COLUMNS, SPLITS):
             name = f"{dataset}/{split}.csv"
@@ -119,7 +119,7 @@ def read_rows(table: str, videos: str, dataset: str) -> list[Row]:
 
 def _problem(row: Row, videos: str, dataset: str) -> str:
     try:
-        refuse_escape(row.video)
+        validate_path(row.video)
     except DataError as error:
         return str(error)
     if row.split not in SPLITS:

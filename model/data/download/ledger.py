@@ -130,7 +130,7 @@ class Status:
     """Some of them."""
 
 
-def status(raw: str, examples: int = 10) -> Status:
+def download_status(raw: str, examples: int = 10) -> Status:
     found = Status(files=0, bytes=0, failed=Counter(), examples=[])
     for outcome in outcomes(raw):
         if outcome.status == DONE:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.data.annotations import MAX_PROBLEMS, duplicates, hashed, read_csv, refuse_escape
+from model.data.annotations import MAX_PROBLEMS, duplicates, hashed, read_csv, validate_path
 from model.data.download import http
 from model.data.download.http import Body, FetchError
 from model.data.download.sources import Remote, fetch_small
@@ -87,7 +87,7 @@ class ModelScopeSource:
             files = self._call(f"{number}/repo/tree?{urllib.parse.urlencode(query)}")["Files"] or []
             for item in files:
                 if item["Type"] != "tree":
-                    refuse_escape(item["Path"])
+                    validate_path(item["Path"])
                     yield Remote(
                         path=item["Path"], location=self._address(item["Path"]), size=item["Size"] or None,
                         sha256=item.get("Sha256") or "",
@@ -128,7 +128,7 @@ def _named(tables: list[tuple[str, Path]]) -> Iterator[str]:
             for row in reader:
                 for path in (row[column] or "" for column in columns):
                     try:
-                        refuse_escape(path)
+                        validate_path(path)
                         yield path
                     except DataError as error:
                         problems.append(f"{name} line {reader.line_num}: {error}")

@@ -19,7 +19,7 @@ from model.data.annotations import (
     annotation_file,
     duplicates,
     hashed,
-    refuse_escape,
+    validate_path,
 )
 from model.data.download import http
 from model.data.download.http import Body, FetchError
@@ -45,7 +45,7 @@ class Remote:
     def identity(self) -> str:
         if self.version or self.sha256 or self.size is not None:
             return self.version or self.sha256 or str(self.size)
-        return http.shown(self.location)  # a signature in it is another one every time, and secret
+        return http.redact_url(self.location)  # a signature in it is another one every time, and secret
 
 
 class Source(Protocol):
@@ -68,7 +68,7 @@ class StorageSource:
     def files(self) -> Iterator[Remote]:
         for entry in storage.walk(self.uri):
             if not entry.path.startswith(f"{LEDGER}/"):
-                refuse_escape(entry.path)
+                validate_path(entry.path)
                 where = storage.join(self.uri, entry.path)
                 yield Remote(path=entry.path, location=where, size=entry.size, version=entry.version)
 
@@ -102,7 +102,7 @@ class ManifestSource:
     """A list of URLs: CSV, TSV or JSON lines with `url` and, as known, `path`, `size`, `sha256`; or one URL a line."""
 
     def __init__(self, location: str) -> None:
-        self.location, self.name = location, http.shown(location)
+        self.location, self.name = location, http.redact_url(location)
 
     def files(self) -> Iterator[Remote]:
         with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ class ManifestSource:
         if not is_http(url):
             raise DataError(f"url must begin with http:// or https://, got {url!r}.")
         path = row.get("path") or _relative(url, base)
-        refuse_escape(path)
+        validate_path(path)
         size = row.get("size")
         return Remote(
             path=path,
@@ -194,4 +194,4 @@ def fetch_small(url: str, path: Path, headers: dict[str, str] | None = None) -> 
     try:
         http.save(url, path, headers)
     except FetchError as error:
-        raise DataError(f"{http.shown(url)} cannot be read: {error}") from error
+        raise DataError(f"{http.redact_url(url)} cannot be read: {error}") from error

@@ -41,7 +41,7 @@ from model.data.annotations import (
     read_class_names,
 )
 from model.data.prefetch import in_order
-from model.data.shards.examine import examine, limit_memory
+from model.data.shards.examine import examine_clip, limit_memory
 from model.data.shards.format import INDEX, QUARANTINE, SCHEMA, Form, StoredClip, TarWriter, shard_name
 from model.data.video import DEADLINE_S, DECODERS
 from model.errors import DataError, NotFoundError
@@ -49,13 +49,13 @@ from model.progress import progress
 
 PART_CLIPS = {"frames": 1024, "original": 256}
 SHARD_BYTES = 256 * 2**20
-BEGUN = "commit.json"
+COMMIT_MARKER = "commit.json"
 """Beside the parts: they were whole, and some of their shards have been moved already. They stay as they are."""
 READERS = 8
 """Threads that fetch clips."""
 GRACE_S = 5.0
 """Between the deadline that a decoder keeps itself and the moment when it is killed."""
-EARLY = 1024
+EARLY_CHECK_CLIPS = 1024
 """Clips after which a broken download is noticed before everything has been read."""
 VERSION = 1
 """Of the stored form: another one is another plan."""
@@ -65,7 +65,7 @@ Row = tuple[int, Annotation]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ShardSettings:
     """What a sharded dataset is made of."""
 
     raw: str
@@ -96,10 +96,10 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ShardPlan:
     """All parts of a dataset and where they are built."""
 
-    settings: Settings
+    settings: ShardSettings
     splits: list[Split]
     staging: str
 
@@ -108,7 +108,7 @@ class Plan:
         return -(-split.rows // PART_CLIPS[self.settings.form.kind])
 
 
-def plan(settings: Settings) -> Plan:
+def plan_shards(settings: ShardSettings) -> ShardPlan:
     """Reads the annotation files. Raises DataError for every bad row of them."""
     names = [name for name in SPLITS if annotation_file(settings.raw, settings.dataset, name)]
     if not names:
@@ -127,10 +127,10 @@ def plan(settings: Settings) -> Plan:
         state.update(name.encode() + hashes.tobytes())
         splits.append(Split(name=name, rows=len(hashes), duplicates=duplicates(hashes)))
     staging = storage.join(settings.root, "shards", ".building", f"{settings.dataset}-{state.hexdigest()[:12]}")
-    return Plan(settings=settings, splits=splits, staging=staging)
+    return ShardPlan(settings=settings, splits=splits, staging=staging)
 
 
-def class_names(settings: Settings) -> list[str]:
+def class_names(settings: ShardSettings) -> list[str]:
     """The categories of a classification dataset."""
     if settings.dataset != "classification":
         return []
@@ -140,9 +140,9 @@ def class_names(settings: Settings) -> list[str]:
         raise DataError(f"a classification dataset must have its categories: {error}") from error
 
 
-def build_parts(plan: Plan, *, index: int = 0, count: int = 1, workers: int | None = None) -> None:
+def build_parts(plan: ShardPlan, *, index: int = 0, count: int = 1, workers: int | None = None) -> None:
     """Builds every `count`-th part, beginning with number `index`; those that are there already stay."""
-    if storage.exists(storage.join(plan.staging, BEGUN)):
+    if storage.exists(storage.join(plan.staging, COMMIT_MARKER)):
         return
     workers, settings = workers or os.cpu_count() or 1, plan.settings
     size = PART_CLIPS[settings.form.kind]
@@ -166,7 +166,13 @@ class PartBuilder:
     """Turns consecutive rows into tar shards, a quarantine list and an index."""
 
     def __init__(
-        self, plan: Plan, pool: ProcessPool, readers: ThreadPoolExecutor, *, ahead: int, done: Callable[[int], object]
+        self,
+        plan: ShardPlan,
+        pool: ProcessPool,
+        readers: ThreadPoolExecutor,
+        *,
+        ahead: int,
+        done: Callable[[int], object],
     ) -> None:
         self.plan, self.settings = plan, plan.settings
         self.pool, self.readers, self.ahead, self.done = pool, readers, ahead, done
@@ -175,7 +181,7 @@ class PartBuilder:
         """The parts of one split whose turn it is."""
         size, seen = PART_CLIPS[self.settings.form.kind], 0
         finished = finished_parts(self.plan, split)
-        broken = Broken(self.settings, split.name)
+        broken = FailureBudget(self.settings, split.name)
         rows = enumerate(iter_annotations(self.settings.raw, self.settings.dataset, split.name))
         for number, first in enumerate(rows):
             part = [first, *islice(rows, size - 1)]
@@ -183,7 +189,7 @@ class PartBuilder:
                 uri = part_uri(self.plan, split, number)
                 broken.add(self._part(split, uri, part, is_finished=uri in finished))
                 seen += len(part)
-                if seen >= EARLY:
+                if seen >= EARLY_CHECK_CLIPS:
                     broken.refuse(seen)
 
     def _part(self, split: Split, uri: str, rows: list[Row], *, is_finished: bool) -> list[dict[str, Any]]:
@@ -245,7 +251,7 @@ class PartBuilder:
         if isinstance(fetched, bytes):
             job = [fetched, settings.form, settings.decoder, settings.deadline_s]
             future: Future[StoredClip | tuple[str, str]] = self.pool.schedule(
-                examine, args=job, timeout=settings.deadline_s + GRACE_S
+                examine_clip, args=job, timeout=settings.deadline_s + GRACE_S
             )
         else:
             future = Future()
@@ -253,11 +259,11 @@ class PartBuilder:
         return future
 
 
-def part_uri(plan: Plan, split: Split, number: int) -> str:
+def part_uri(plan: ShardPlan, split: Split, number: int) -> str:
     return storage.join(plan.staging, split.name, f"part-{number:06d}")
 
 
-def finished_parts(plan: Plan, split: Split) -> set[str]:
+def finished_parts(plan: ShardPlan, split: Split) -> set[str]:
     """URIs of the parts of a split that are whole: listed at once, for there may be ten thousand."""
     base = storage.join(plan.staging, split.name)
     found = (entry.path.rpartition("/") for entry in storage.walk(base))
@@ -280,10 +286,10 @@ def read_quarantine(uri: str) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-class Broken:
+class FailureBudget:
     """Counts the broken clips of a split. So many mean a broken download, not broken clips."""
 
-    def __init__(self, settings: Settings, split: str) -> None:
+    def __init__(self, settings: ShardSettings, split: str) -> None:
         self.settings, self.split = settings, split
         self.reasons: Counter[str] = Counter()
         self.first = ""

@@ -14,17 +14,17 @@ import pyarrow.parquet as pq
 
 from model import storage
 from model.data.shards.build import (
-    BEGUN,
-    Broken,
-    Plan,
-    Settings,
+    COMMIT_MARKER,
+    FailureBudget,
+    ShardPlan,
+    ShardSettings,
     Split,
     build_parts,
     class_names,
     finished_parts,
     part_index,
     part_uri,
-    plan,
+    plan_shards,
     quarantine_lines,
     read_quarantine,
 )
@@ -36,11 +36,11 @@ GROUP_ROWS = 2**16
 MOVERS = 16
 
 
-def build_shards(settings: Settings, *, workers: int | None = None) -> str:
+def build_shards(settings: ShardSettings, *, workers: int | None = None) -> str:
     """Builds what parts are missing and returns the dataset's URI, <root>/shards/<dataset>@<digest>."""
-    planned = plan(settings)
+    planned = plan_shards(settings)
     build_parts(planned, workers=workers)
-    return commit(planned)
+    return commit_shards(planned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Joined:
     """Where each shard is, and its name in the dataset."""
 
 
-def commit(planned: Plan) -> str:
+def commit_shards(planned: ShardPlan) -> str:
     """Moves all parts to where their content says; may be killed and repeated."""
     settings = planned.settings
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def commit(planned: Plan) -> str:
         described = json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True).encode() + b"\n"
         name = f"{settings.dataset}@{hashlib.sha256(described).hexdigest()[:12]}"
         uri = storage.join(settings.root, "shards", name)
-        storage.write(storage.join(planned.staging, BEGUN), described)
+        storage.write(storage.join(planned.staging, COMMIT_MARKER), described)
         moves = [(source, storage.join(uri, split.name, dest)) for split in splits for source, dest in split.moves]
         with ThreadPoolExecutor(MOVERS) as pool:
             moved = pool.map(lambda move: storage.move(*move), moves)
@@ -87,10 +87,10 @@ def commit(planned: Plan) -> str:
     return uri
 
 
-def join_parts(planned: Plan, split: Split, folder: Path) -> Joined:
+def join_parts(planned: ShardPlan, split: Split, folder: Path) -> Joined:
     """Joins the indices of all parts of a split, in memory that does not grow with them."""
     folder.mkdir()
-    state, broken, clips, quarantined = hashlib.sha256(), Broken(planned.settings, split.name), 0, 0
+    state, broken, clips, quarantined = hashlib.sha256(), FailureBudget(planned.settings, split.name), 0, 0
     moves: list[tuple[str, str]] = []
     group: list[pa.Table] = []
     with (
@@ -122,7 +122,7 @@ def join_parts(planned: Plan, split: Split, folder: Path) -> Joined:
     )
 
 
-def _parts(planned: Plan, split: Split) -> Iterator[tuple[str, pa.Table]]:
+def _parts(planned: ShardPlan, split: Split) -> Iterator[tuple[str, pa.Table]]:
     count, finished = planned.count(split), finished_parts(planned, split)
     uris = [part_uri(planned, split, number) for number in range(count)]
     missing = [str(number) for number, uri in enumerate(uris, start=1) if uri not in finished]

@@ -24,7 +24,7 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
 
 
-def examine(data: bytes, form: Form, decoder: str, deadline_s: float) -> StoredClip | tuple[str, str]:
+def examine_clip(data: bytes, form: Form, decoder: str, deadline_s: float) -> StoredClip | tuple[str, str]:
     """What is to be stored, or (reason, detail) where first, middle and last frames cannot all be decoded."""
     try:
         reader = open_clip(data, decoder, deadline_s)

@@ -81,7 +81,7 @@ class StoredClip:
         return {name: getattr(self, name) for name in ("num_frames", "fps", "duration_s", "width", "height", "bytes")}
 
 
-def encode(key: str, annotation: Annotation, clip: StoredClip) -> bytes:
+def encode_record(key: str, annotation: Annotation, clip: StoredClip) -> bytes:
     """The clip as a piece of a tar file."""
     if clip.frames:
         names = [f"{key}.{number:02d}.jpg" for number in range(len(clip.files))]
@@ -140,7 +140,7 @@ class TarWriter:
             self.close()
             self.number += 1
             self.file = self.path(self.number).open("wb")
-        data = encode(key, annotation, clip)
+        data = encode_record(key, annotation, clip)
         where = {"shard": self.number, "offset": self.file.tell(), "length": len(data)}
         row = {"key": key, **asdict(annotation), **where, "sha256": hashlib.sha256(data).digest(), **clip.facts()}
         self.rows.append(row)

@@ -145,10 +145,10 @@ def _pixels(jpeg: memoryview) -> Pixels:
         raise VideoError("damaged", f"a stored frame is no whole JPEG: {error}") from error
 
 
-def verify(uri: str, *, index: int = 0, count: int = 1) -> tuple[int, list[str]]:
+def verify_shards(uri: str, *, index: int = 0, count: int = 1) -> tuple[int, list[str]]:
     """Reads every `count`-th clip of a sharded dataset; returns how many are as written, and a line for each other."""
     right, wrong = 0, []
-    for split, clips in describe(uri)["clips"].items():
+    for split, clips in read_dataset_info(uri)["clips"].items():
         reader = ShardReader(storage.join(uri, split))
         rows = reader.rows(["key", "video", "sha256"])
         for position, row in enumerate(progress(rows, total=clips, desc=f"verifying {split}", unit="clip")):
@@ -164,7 +164,7 @@ def verify(uri: str, *, index: int = 0, count: int = 1) -> tuple[int, list[str]]
     return right, wrong
 
 
-def describe(uri: str) -> dict[str, Any]:
+def read_dataset_info(uri: str) -> dict[str, Any]:
     """dataset.json of a sharded dataset (the parent of its splits)."""
     facts: dict[str, Any] = json.loads(storage.read(storage.join(uri, DATASET)))
     return facts

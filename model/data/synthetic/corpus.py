@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from model.data.annotations import COLUMNS
-from model.data.synthetic.rendering import BACKGROUNDS, COLOURS, MOTIONS, SUBJECTS, Encoding, Scene, render
+from model.data.synthetic.rendering import BACKGROUNDS, COLOURS, MOTIONS, SUBJECTS, Encoding, Scene, render_clip
 from model.errors import DataError, LostProcessError
 from model.progress import progress
 
@@ -82,7 +82,7 @@ how they move."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class SyntheticClip:
     """One clip of the corpus: where it goes, what it shows, and its row of the annotation file."""
 
     video: str
@@ -101,10 +101,10 @@ def synthesize(out: Path, *, seed: int = 0, scale: float = 1.0, workers: int | N
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} must be empty or new, it holds files. Name another folder or remove it first.")
     out.mkdir(parents=True, exist_ok=True)
-    clips: list[Clip] = []
+    clips: list[SyntheticClip] = []
     for dataset, splits in SPLIT_SIZES.items():
         for split, size in splits.items():
-            planned = list(plan(dataset, split, max(len(CATEGORIES), round(size * scale)), seed))
+            planned = list(plan_corpus(dataset, split, max(len(CATEGORIES), round(size * scale)), seed))
             _write_csv(out / dataset / f"{split}.csv", dataset, [clip.row for clip in planned])
             clips += planned
     _write_manifests(out, clips)
@@ -120,7 +120,7 @@ def synthesize(out: Path, *, seed: int = 0, scale: float = 1.0, workers: int | N
     return out
 
 
-def plan(dataset: str, split: str, count: int, seed: int) -> Iterator[Clip]:
+def plan_corpus(dataset: str, split: str, count: int, seed: int) -> Iterator[SyntheticClip]:
     """Yields the clips of one split. Within an evaluation split no two clips show the same scene."""
     rng = random.Random(f"{seed}/{dataset}/{split}")
     seen: set[Scene] = set()
@@ -131,7 +131,7 @@ def plan(dataset: str, split: str, count: int, seed: int) -> Iterator[Clip]:
             scene = _scene(rng, category)
         seen.add(scene)
         video = f"videos/{dataset}_{split}_{index:05d}.mp4"
-        yield Clip(
+        yield SyntheticClip(
             video=video,
             scene=scene,
             encoding=_encoding(rng),
@@ -196,7 +196,7 @@ def _write_csv(path: Path, dataset: str, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def _write_manifests(out: Path, clips: list[Clip]) -> None:
+def _write_manifests(out: Path, clips: list[SyntheticClip]) -> None:
     names = {name: index for index, name in enumerate(CATEGORIES)}
     (out / "classname.json").write_text(json.dumps(names, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = (
@@ -206,6 +206,6 @@ def _write_manifests(out: Path, clips: list[Clip]) -> None:
     (out / "scenes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _render_job(job: tuple[Clip, str, str]) -> None:
+def _render_job(job: tuple[SyntheticClip, str, str]) -> None:
     clip, seed, out = job
-    render(clip.scene, clip.encoding, seed, Path(out) / clip.video)
+    render_clip(clip.scene, clip.encoding, seed, Path(out) / clip.video)

@@ -61,7 +61,7 @@ class Pose:
     angle: float = 0.0
 
 
-def render(scene: Scene, encoding: Encoding, seed: str, path: Path) -> None:
+def render_clip(scene: Scene, encoding: Encoding, seed: str, path: Path) -> None:
     """Draws `scene` and writes it to `path`. The same arguments give the same bytes (one encoder thread)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:

@@ -36,12 +36,12 @@ from model.mplug_video.conversion.names import (
     translate,
 )
 from model.mplug_video.conversion.shapes import (
-    class_names_of,
     gpt2_config,
-    refuse_missing,
-    refuse_split_patches,
-    tokenizer_of,
-    vision_config_of,
+    infer_vision_config,
+    load_source_tokenizer,
+    validate_class_names,
+    validate_patches,
+    validate_present,
 )
 from model.mplug_video.modeling import (
     MPlugVideoForClassification,
@@ -114,17 +114,17 @@ class Conversion:
 def convert_to(source: Path, dest: str, **options: Any) -> Conversion:
     """Like `convert`, to a folder or an s3:// URI."""
     if not storage.is_s3(dest):
-        return convert(source, Path(dest), **options)
+        return convert_weights(source, Path(dest), **options)
     if storage.exists(storage.join(dest, manifest.FILE)):
         raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Choose another.")
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "converted"
-        conversion = convert(source, local, **options)
-        manifest.put(local, dest, (local / manifest.FILE).read_bytes())
+        conversion = convert_weights(source, local, **options)
+        manifest.upload_folder(local, dest, (local / manifest.FILE).read_bytes())
     return conversion
 
 
-def convert(
+def convert_weights(
     source: Path,
     dest: Path,
     *,
@@ -164,7 +164,7 @@ def _decoder(folder: Path, states: list[dict[str, Tensor]]) -> Conversion:
             f"{folder} is a GPT-3 without its folder: give the one that holds config.json and {folder.name}."
         )
     recipes, forms = _whole(states)
-    tokenizer = tokenizer_of(folder)
+    tokenizer = load_source_tokenizer(folder)
     config = gpt2_config(folder, tokenizer, forms, GPT3_PREFIX)
     conversion = Conversion(config, GPT2LMHeadModel, processor=tokenizer)
     for name, recipe in recipes.items():
@@ -204,7 +204,7 @@ def _vision(state: dict[str, Tensor], heads: int, image_size: int | None, num_fr
         if "head" in timm_name:
             conversion.dropped[name] = "a classifier of images"
             del names[name]
-    refuse_missing(["cls_token", "pos_embed", "patch_embed.proj.weight"], names.values(), "an image encoder")
+    validate_present(["cls_token", "pos_embed", "patch_embed.proj.weight"], names.values(), "an image encoder")
     tensors = timm_to_timesformer({timm_name: state[name] for name, timm_name in names.items()})
     conversion.mapped = {name: timesformer_names(timm_name) for name, timm_name in names.items()}
     for name, timm_name in names.items():
@@ -212,8 +212,8 @@ def _vision(state: dict[str, Tensor], heads: int, image_size: int | None, num_fr
             del conversion.mapped[name]
         if timm_name.endswith(("attn.k.bias", "attn.qkv.bias")):
             conversion.dropped[name if ".k." in timm_name else f"{name} (keys)"] = KEY_BIAS
-    config = conversion.config = vision_config_of(tensors, heads, num_frames)
-    config.image_size = refuse_split_patches(image_size or config.image_size, config.patch_size)
+    config = conversion.config = infer_vision_config(tensors, heads, num_frames)
+    config.image_size = validate_patches(image_size or config.image_size, config.patch_size)
     tensors["pos_embed"] = resize_positions(tensors["pos_embed"], config.image_size // config.patch_size)
     torch.manual_seed(0)  # the same source gives the same bytes
     fresh = TimeSformer(config).state_dict()
@@ -232,13 +232,13 @@ def _model(
 ) -> Conversion:
     if decoder is None:
         raise ConversionError("a trained model needs the folder of its GPT-3 too, for the tokenizer: --decoder FOLDER.")
-    tokenizer = tokenizer_of(decoder)
+    tokenizer = load_source_tokenizer(decoder)
     recipes, state = _whole(states)
-    refuse_missing(["learnable_queries", f"{VISION_PREFIX}temporal_embed"], state, "a trained model")
+    validate_present(["learnable_queries", f"{VISION_PREFIX}temporal_embed"], state, "a trained model")
     num_frames = state[f"{VISION_PREFIX}temporal_embed"].shape[1]
     vision = {_vision_name(name): tensor for name, tensor in state.items() if name.startswith(VISION_PREFIX)}
-    vision_config = vision_config_of(vision, heads, num_frames)
-    vision_config.image_size = refuse_split_patches(size[0] or vision_config.image_size, vision_config.patch_size)
+    vision_config = infer_vision_config(vision, heads, num_frames)
+    vision_config.image_size = validate_patches(size[0] or vision_config.image_size, vision_config.patch_size)
     vision_config.num_frames = size[1] or vision_config.num_frames
     config = MPlugVideoConfig(
         vision_config=vision_config,
@@ -247,7 +247,7 @@ def _model(
         query_norm="visual_norm.weight" in state,
         use_contrastive="vision_proj.weight" in state,
         contrastive_size=state["vision_proj.weight"].shape[0] if "vision_proj.weight" in state else 256,
-        class_names=class_names_of(state, class_names),
+        class_names=validate_class_names(state, class_names),
         released_beam_search=True,
     )
     processor = MPlugVideoProcessor(
@@ -308,7 +308,7 @@ def _write(conversion: Conversion, source: Path, dest: Path) -> None:
     facts: dict[str, Any] = {"source": source.name, "mapped": conversion.mapped, "dropped": conversion.dropped}
     facts["initialised"] = conversion.initialised
     (unfinished / REPORT).write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    (unfinished / manifest.FILE).write_bytes(manifest.describe(unfinished, source=source.name))
+    (unfinished / manifest.FILE).write_bytes(manifest.describe_folder(unfinished, source=source.name))
     unfinished.rename(dest)
 
 

@@ -16,7 +16,7 @@ MATCHING_CLASSES = ["否", "是"]
 """The two classes of the matching head: whether a title belongs to a clip."""
 
 
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
+def load_source_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConversionError(f"{folder} must hold tokenizer.json, as ModelScope's GPT-3 folders do.")
@@ -30,7 +30,7 @@ def gpt2_config(folder: Path, tokenizer: PreTrainedTokenizerFast, state: dict[st
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     first_mlp = f"{prefix}encoder.layers.0.mlp.dense_h_to_4h.weight"
     words, positions = f"{prefix}embedding.word_embeddings.weight", f"{prefix}embedding.position_embeddings.weight"
-    refuse_missing([words, positions, first_mlp], state, "a GPT-3")
+    validate_present([words, positions, first_mlp], state, "a GPT-3")
     layers = {name.removeprefix(f"{prefix}encoder.layers.").split(".")[0] for name in state if "encoder.layers" in name}
     heads, width = settings.get("num_attention_heads", settings.get("n_head", 0)), state[words].shape[1]
     if not heads or width % heads:
@@ -54,7 +54,7 @@ def gpt2_config(folder: Path, tokenizer: PreTrainedTokenizerFast, state: dict[st
     )
 
 
-def vision_config_of(tensors: dict[str, Tensor], heads: int, num_frames: int) -> TimeSformerConfig:
+def infer_vision_config(tensors: dict[str, Tensor], heads: int, num_frames: int) -> TimeSformerConfig:
     """Sizes from the tensors, under TimeSformer's names; the number of heads is not in them."""
     width, _, patch, _ = tensors["patch_embed.weight"].shape
     patches = tensors["pos_embed"].shape[1] - 1
@@ -77,7 +77,7 @@ def vision_config_of(tensors: dict[str, Tensor], heads: int, num_frames: int) ->
     )
 
 
-def read_class_names(path: Path) -> list[str]:
+def read_class_list(path: Path) -> list[str]:
     """The categories of a classname.json, in the order of their numbers."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def read_class_names(path: Path) -> list[str]:
     return sorted(names, key=names.__getitem__) if isinstance(names, dict) else list(names)
 
 
-def class_names_of(state: dict[str, Tensor], names: list[str] | None) -> list[str] | None:
+def validate_class_names(state: dict[str, Tensor], names: list[str] | None) -> list[str] | None:
     if "cls_head.2.weight" not in state:
         return None
     count = state["cls_head.2.weight"].shape[0]
@@ -98,14 +98,14 @@ def class_names_of(state: dict[str, Tensor], names: list[str] | None) -> list[st
     return names
 
 
-def refuse_missing(names: list[str], state: Collection[str], what: str) -> None:
+def validate_present(names: list[str], state: Collection[str], what: str) -> None:
     missing = [name for name in names if name not in state]
     if missing:
         found = ", ".join(list(state)[:3])
         raise ConversionError(f"{what} must hold {missing[0]}; there is none. Its first tensors are {found}.")
 
 
-def refuse_split_patches(image_size: int, patch_size: int) -> int:
+def validate_patches(image_size: int, patch_size: int) -> int:
     if image_size % patch_size:
         raise ConversionError(f"the image size must be a multiple of the patch size {patch_size}, it is {image_size}.")
     return image_size

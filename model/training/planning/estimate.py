@@ -10,9 +10,9 @@ from functools import lru_cache
 
 import torch
 
-from model.config.schema import RunConfig, micro_batch_of
-from model.training.flops import of_step
-from model.training.planning.meta_model import example_batch, outline, task_of, text_config
+from model.config.schema import RunConfig, micro_batch_size
+from model.training.flops import step_flops
+from model.training.planning.meta_model import build_meta_model, example_batch, task_of, text_config
 from model.training.planning.peak_memory import PeakMemory
 
 CPU_RUNTIME, GPU_RUNTIME = 0.65e9, 1.5e9
@@ -47,7 +47,7 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A run on `processes` processes, one per GPU."""
 
     processes: int
@@ -65,7 +65,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measurement:
     memory: float
     """Bytes that the process takes at most; on a GPU, of the GPU's memory."""
     step_s: float
@@ -73,10 +73,10 @@ class Measured:
     """One core's time to read and decode a clip; None where there are no shards."""
 
 
-def plan(config: RunConfig, processes: int, *, on_cpu: bool = False) -> Plan:
+def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunPlan:
     """Raises ConfigError where the batch cannot be shared by so many processes."""
-    micro_batch, share = micro_batch_of(config, processes)
-    model = outline(config)
+    micro_batch, share = micro_batch_size(config, processes)
+    model = build_meta_model(config)
     trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
     frozen = sum(weights.numel() for weights in model.parameters() if not weights.requires_grad)
     passes = task_of(config, model).decoder_passes(example_batch(config, micro_batch))
@@ -94,10 +94,10 @@ def plan(config: RunConfig, processes: int, *, on_cpu: bool = False) -> Plan:
         logits=LOGIT_ROWS * vocabulary * (4 + 2 * width) if passes[0].scored else 0.0,
         host=12 * trained * (part if stage else 1.0),
     )
-    return Plan(
+    return RunPlan(
         processes=processes, micro_batch=micro_batch, trained=trained, frozen=frozen, memory=memory,
         checkpoint_bytes=12 * trained, model_bytes=width * (trained + frozen),
-        step_flops=of_step(model, micro_batch, passes).total * share,
+        step_flops=step_flops(model, micro_batch, passes).total * share,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _growth(config_json: str, on_cpu: bool) -> tuple[float, float]:
 
 def _peak(config: RunConfig, dtype: torch.dtype, layers: tuple[int, int], clips: int) -> int:
     torch.manual_seed(0)
-    model = outline(config, "cpu", layers, vocabulary=VOCABULARY).to(dtype)
+    model = build_meta_model(config, "cpu", layers, vocabulary=VOCABULARY).to(dtype)
     model.train()
     for weights in model.parameters():
         if weights.requires_grad:  # gradients are counted by themselves

@@ -23,17 +23,17 @@ from model.training.clock import Clock
 from model.training.distributed import ALONE, processes
 from model.training.engine import Engine
 from model.training.optim import lr_at
-from model.training.planning.estimate import Measured
-from model.training.planning.meta_model import example_batch, outline, task_of
+from model.training.planning.estimate import Measurement
+from model.training.planning.meta_model import build_meta_model, example_batch, task_of
 
 STEPS, CLIPS = 4, 24
 
 
-def measure(config: RunConfig) -> Measured:
+def measure_steps(config: RunConfig) -> Measurement:
     """Steps over `data.batch_size` clips at a time, on one process."""
     os.environ |= ALONE
     with processes(config.watchdog) as group:
-        model = outline(config, "cpu")
+        model = build_meta_model(config, "cpu")
         model.train()
         engine = Engine(TaskNetwork(task_of(config, model)), config, group)
         clock, seconds = Clock(group.device), []
@@ -46,7 +46,7 @@ def measure(config: RunConfig) -> Measured:
         memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         if group.device.type == "cuda":
             memory = float(torch.cuda.max_memory_reserved())
-    return Measured(memory=memory, step_s=min(seconds[1:]), clip_s=_clip_s(config))
+    return Measurement(memory=memory, step_s=min(seconds[1:]), clip_s=_clip_s(config))
 
 
 def _clip_s(config: RunConfig) -> float | None:
@@ -65,4 +65,4 @@ def _clip_s(config: RunConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(load_config(sys.argv[1], sys.argv[2:])))))
+    print(json.dumps(asdict(measure_steps(load_config(sys.argv[1], sys.argv[2:])))))

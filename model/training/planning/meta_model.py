@@ -19,7 +19,7 @@ ROWS_PER_CLIP = {"matching": 3}
 """Texts that are read after one clip: the right title and two others."""
 
 
-def outline(
+def build_meta_model(
     config: RunConfig, device: str = "meta", layers: tuple[int, int] | None = None, vocabulary: int = 0
 ) -> PreTrainedModel:
     """The task's model with weights of no meaning; on "meta" without any memory.

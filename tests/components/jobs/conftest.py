@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from components.jobs.client import Cluster
-from components.jobs.manifests import render
+from components.jobs.manifests import render_job
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.jobs import LAUNCH
 from tests.helpers.shapes import CPU
@@ -27,4 +27,4 @@ def cluster(kube: FakeKube) -> Cluster:
 
 @pytest.fixture
 def job() -> list[dict[str, Any]]:
-    return render(LAUNCH, CPU, "mplug")
+    return render_job(LAUNCH, CPU, "mplug")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from components.jobs.client import Cluster
-from components.jobs.launcher import DIGEST, Limits, attend, ensure, run
-from components.jobs.manifests import Launch, render
-from components.jobs.run_end import GIVEN_UP
+from components.jobs.launcher import DIGEST, Limits, ensure_job, follow_job, run_job
+from components.jobs.manifests import Launch, render_job
+from components.jobs.run_end import ABANDONED
 from model.errors import AttemptsError, ClusterError, ConfigError, JobFailedError, OutageError, exit_code
 from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LAUNCH, LIMITS, MASTER, started, succeed
@@ -24,7 +24,7 @@ from tests.helpers.shapes import CPU
 
 def test_the_name_is_the_same_for_the_same_job_only() -> None:
     def name(**changes: Any) -> str:
-        return render(Launch(**{"command": LAUNCH.command, **changes}), CPU, "mplug")[-1]["metadata"]["name"]
+        return render_job(Launch(**{"command": LAUNCH.command, **changes}), CPU, "mplug")[-1]["metadata"]["name"]
 
     assert name() == name()
     assert len({name(), name(nodes=2), name(image="registry.example/training:2"), name(processes=4)}) == 4
@@ -34,32 +34,32 @@ def test_the_name_is_the_same_for_the_same_job_only() -> None:
 def test_a_step_that_is_started_again_adopts_the_running_job(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
-    uid = ensure(cluster, job)["metadata"]["uid"]
+    uid = ensure_job(cluster, job)["metadata"]["uid"]
     kube.conclude("pytorchjobs", "job", "Running")
     started(lambda: succeed(kube))
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     assert kube.objects["mplug", "pytorchjobs", "job"]["metadata"]["uid"] == uid
-    run(cluster, job, LIMITS)  # and one that has succeeded is a success at once
+    run_job(cluster, job, LIMITS)  # and one that has succeeded is a success at once
 
 
 def test_a_step_that_is_started_again_replaces_a_failed_job(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
-    uid = ensure(cluster, job)["metadata"]["uid"]
+    uid = ensure_job(cluster, job)["metadata"]["uid"]
     kube.conclude("pytorchjobs", "job", "Failed", "a pod failed")
     kube.slow_delete_s = 1.0
-    assert ensure(cluster, job)["metadata"]["uid"] != uid
+    assert ensure_job(cluster, job)["metadata"]["uid"] != uid
 
 
 def test_a_job_that_is_being_removed_is_waited_for(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
-    uid = ensure(cluster, job)["metadata"]["uid"]
+    uid = ensure_job(cluster, job)["metadata"]["uid"]
     kube.slow_delete_s = 1.0
     cluster.delete("PyTorchJob", "job")
-    assert ensure(cluster, job)["metadata"]["uid"] != uid
+    assert ensure_job(cluster, job)["metadata"]["uid"] != uid
 
 
 def test_only_the_very_job_is_removed(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
-    uid = ensure(cluster, job)["metadata"]["uid"]
+    uid = ensure_job(cluster, job)["metadata"]["uid"]
     assert not cluster.delete("PyTorchJob", "job", "of-another")
     assert cluster.delete("PyTorchJob", "job", uid)
     assert not cluster.delete("PyTorchJob", "job", uid)
@@ -68,11 +68,11 @@ def test_only_the_very_job_is_removed(kube: FakeKube, cluster: Cluster, job: lis
 def test_a_job_of_the_same_name_with_other_settings_is_left_alone(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
-    ensure(cluster, job)
+    ensure_job(cluster, job)
     other = copy.deepcopy(job)
     other[-1]["spec"]["nprocPerNode"] = "4"
     with pytest.raises(ConfigError, match="with other settings"):
-        ensure(cluster, other)
+        ensure_job(cluster, other)
 
 
 def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
@@ -84,7 +84,7 @@ def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster,
 
     started(act)
     with pytest.raises(JobFailedError, match=r"1 Master replica.*job-master-0: it ended with exit code 2") as caught:
-        run(cluster, job, LIMITS)
+        run_job(cluster, job, LIMITS)
     assert exit_code(caught.value) == 2
 
 
@@ -95,7 +95,7 @@ def test_it_follows_through_an_api_server_that_fails(
     answers = iter([code, code, None] * 4)
     kube.faults.append(lambda _method, _path: next(answers, None))
     started(lambda: succeed(kube))
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     assert len([path for _, path in kube.requests if path.endswith("pytorchjobs")]) > 3
 
 
@@ -111,7 +111,7 @@ def test_it_follows_through_lost_watches_and_forgotten_versions(
         succeed(kube)
 
     started(act)
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     assert kube.break_watches == 0
 
 
@@ -129,17 +129,17 @@ def test_a_slow_answer_to_a_create_is_no_second_job(
             return 504
         return None
 
-    expected = ensure(cluster, job)["metadata"]["annotations"][DIGEST]
+    expected = ensure_job(cluster, job)["metadata"]["annotations"][DIGEST]
     kube.remove("pytorchjobs", "job")
     kube.faults.append(lose_answer)
-    assert ensure(cluster, job)["metadata"]["name"] == "job"
+    assert ensure_job(cluster, job)["metadata"]["name"] == "job"
 
 
 def test_an_outage_that_lasts_is_worth_a_restart(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     cluster.patience_s = 0.2
     kube.faults.append(lambda _method, _path: 503)
     with pytest.raises(OutageError) as caught:
-        run(cluster, job, LIMITS)
+        run_job(cluster, job, LIMITS)
     assert exit_code(caught.value) >= 128
 
 
@@ -148,7 +148,7 @@ def test_what_is_forbidden_is_said_at_once_in_a_line(
 ) -> None:
     kube.faults.append(lambda method, _path: 403 if method == "POST" else None)
     with pytest.raises(ClusterError, match="Kubernetes: 403 Forbidden") as caught:
-        run(cluster, job, LIMITS)
+        run_job(cluster, job, LIMITS)
     assert "\n" not in str(caught.value)
     assert len(kube.requests) == 1
 
@@ -157,11 +157,11 @@ def test_a_job_that_stands_still_is_stopped_at_its_deadline_for_good(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(AttemptsError, match="has not finished within 1 s") as caught:
-        run(cluster, job, Limits(deadline_s=1))
+        run_job(cluster, job, Limits(deadline_s=1))
     assert exit_code(caught.value) == 4
     assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
     with pytest.raises(AttemptsError, match=r"has not finished within 1 s.* `mplug job cancel job` lets it begin anew"):
-        run(cluster, job, LIMITS)  # as the step is started again
+        run_job(cluster, job, LIMITS)  # as the step is started again
 
 
 def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
@@ -173,7 +173,7 @@ def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, 
         kube.conclude("pytorchjobs", "job", "Succeeded")
 
     started(act)
-    run(cluster, job, Limits(deadline_s=1))
+    run_job(cluster, job, Limits(deadline_s=1))
 
 
 def test_a_job_whose_pods_are_restarted_too_often_is_stopped(
@@ -188,14 +188,14 @@ def test_a_job_whose_pods_are_restarted_too_often_is_stopped(
 
     started(act)
     with pytest.raises(AttemptsError, match="started again 3 times, at most 2"):
-        run(cluster, job, LIMITS)
+        run_job(cluster, job, LIMITS)
     assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
 
 
 def test_a_job_that_somebody_removes_is_no_success(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     started(lambda: (kube.wait_for("pytorchjobs"), time.sleep(0.3), kube.remove("pytorchjobs", "job")))
     with pytest.raises(JobFailedError, match="is gone"):
-        run(cluster, job, LIMITS)
+        run_job(cluster, job, LIMITS)
 
 
 def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
@@ -216,13 +216,13 @@ def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
 
     watcher = started(kueue)
     with pytest.raises(AttemptsError, match="has not finished within 1 s"):
-        run(cluster, job, Limits(deadline_s=1))
+        run_job(cluster, job, Limits(deadline_s=1))
     time.sleep(0.5)
     stopped.set()
     watcher.join()
     stopped_job = kube.objects["mplug", "pytorchjobs", "job"]
     assert stopped_job["spec"]["runPolicy"]["suspend"]
-    assert "has not finished" in stopped_job["metadata"]["annotations"][GIVEN_UP]
+    assert "has not finished" in stopped_job["metadata"]["annotations"][ABANDONED]
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -233,14 +233,14 @@ def test_a_job_with_a_queue_that_kueue_does_not_hold_is_suspended(
     job[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
     kube.faults.append(lambda _method, path: 404 if "workloads" in path and not is_there else None)
     with pytest.raises(AttemptsError, match="has not finished within 1 s"):
-        run(cluster, job, Limits(deadline_s=1))
+        run_job(cluster, job, Limits(deadline_s=1))
     assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
 
 
 def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
-    ensure(cluster, job)
+    ensure_job(cluster, job)
     with pytest.raises(AttemptsError):
-        attend(cluster, "PyTorchJob", "job", Limits(deadline_s=1))
+        follow_job(cluster, "PyTorchJob", "job", Limits(deadline_s=1))
     assert kube.objects
 
 
@@ -279,11 +279,11 @@ def test_the_workflow_of_a_step_owns_its_job(
     (tmp_path / "namespace").write_text("mplug")
     monkeypatch.setattr("components.jobs.client.OWN_NAMESPACE", tmp_path / "namespace")
     monkeypatch.setenv("KFP_POD_NAME", "step")
-    (owner,) = ensure(cluster, job)["metadata"]["ownerReferences"]
+    (owner,) = ensure_job(cluster, job)["metadata"]["ownerReferences"]
     assert owner == {
         **reference, "uid": workflow["metadata"]["uid"], "controller": False, "blockOwnerDeletion": False
     }  # fmt: skip
     step["metadata"]["ownerReferences"][0]["uid"] = "of-the-next-run"
-    ensure(cluster, job)  # which takes the job over
+    ensure_job(cluster, job)  # which takes the job over
     adopted = kube.objects["mplug", "pytorchjobs", "job"]
     assert adopted["metadata"]["ownerReferences"][0]["uid"] == "of-the-next-run"

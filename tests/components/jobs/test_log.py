@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from components.jobs.client import Cluster
-from components.jobs.launcher import ensure, follow_log, run
+from components.jobs.launcher import ensure_job, follow_log, run_job
 from components.jobs.log import print_log
 from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LIMITS, MASTER, started, succeed
@@ -26,7 +26,7 @@ def test_a_job_is_created_followed_and_its_log_shown(
         kube.pod("job-master-0", MASTER, phase="Succeeded")
 
     started(act)
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 2", "step 3"]
     made = kube.objects["mplug", "pytorchjobs", "job"]
     assert made["spec"] == job[-1]["spec"]
@@ -51,14 +51,14 @@ def test_a_log_goes_on_after_a_broken_connection_and_a_new_pod(
         succeed(kube)
 
     started(act)
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 1 again"]
 
 
 def test_what_the_kubelet_says_in_place_of_a_log_is_not_shown(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ensure(cluster, job)
+    ensure_job(cluster, job)
     kube.pod("job-master-0", MASTER, phase="Succeeded")
     kube.log("job-master-0", "step 1")
     kube.kubelet_says = "unable to retrieve container logs for containerd://6a5f"
@@ -69,7 +69,7 @@ def test_what_the_kubelet_says_in_place_of_a_log_is_not_shown(
 def test_the_logs_of_several_pods_are_shown_once(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ensure(cluster, job)
+    ensure_job(cluster, job)
     for number in range(2):
         kube.pod(f"job-{number}", MASTER, phase="Failed")
         kube.log(f"job-{number}", f"of pod {number}")

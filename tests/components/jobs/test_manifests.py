@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.jobs.manifests import LONGEST_NAME, Launch, render
+from components.jobs.manifests import LONGEST_NAME, Launch, render_job
 from components.jobs.rules import problems
 from model.errors import ConfigError
 from tests.helpers.paths import ROOT
@@ -20,24 +20,27 @@ def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_training_job_has_a_master_and_its_workers() -> None:
-    (job,) = render(Launch(command=TRAIN, nodes=8), GPU, "mplug")
+    (job,) = render_job(Launch(command=TRAIN, nodes=8), GPU, "mplug")
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert (replicas["Master"]["replicas"], replicas["Worker"]["replicas"]) == (1, 7)
     assert job["spec"]["nprocPerNode"] == "8"
     assert replicas["Master"]["template"] == replicas["Worker"]["template"]
-    assert set(render(Launch(command=TRAIN), GPU, "mplug")[0]["spec"]["pytorchReplicaSpecs"]) == {"Master"}
+    assert set(render_job(Launch(command=TRAIN), GPU, "mplug")[0]["spec"]["pytorchReplicaSpecs"]) == {"Master"}
 
 
 def test_what_the_api_server_fills_into_the_shape_is_no_restart_policy_of_the_job() -> None:
     """training-operator warns about each job whose pods name one."""
     shape = copy.deepcopy(CPU)
     shape["template"]["spec"]["restartPolicy"] = "Always"
-    assert "restartPolicy" not in pod_of(render(Launch(command=TRAIN), shape, "mplug")[0])["spec"]
-    assert pod_of(render(Launch(command=("evaluate", "m", "s")), shape, "mplug")[0])["spec"]["restartPolicy"] == "Never"
+    assert "restartPolicy" not in pod_of(render_job(Launch(command=TRAIN), shape, "mplug")[0])["spec"]
+    assert (
+        pod_of(render_job(Launch(command=("evaluate", "m", "s")), shape, "mplug")[0])["spec"]["restartPolicy"]
+        == "Never"
+    )
 
 
 def test_a_training_pod_runs_the_laptops_command_with_the_clusters_addresses() -> None:
-    (job,) = render(Launch(command=(*TRAIN, "output=s3://mine/work")), CPU, "mplug")
+    (job,) = render_job(Launch(command=(*TRAIN, "output=s3://mine/work")), CPU, "mplug")
     container = pod_of(job)["spec"]["containers"][0]
     assert container["command"] == ["mplug"]
     assert container["args"] == [*TRAIN, "output=s3://mine/work", "tracking.uri=$(MLFLOW_TRACKING_URI)"]
@@ -56,20 +59,20 @@ def test_a_training_pod_runs_the_laptops_command_with_the_clusters_addresses() -
 def test_a_job_takes_the_share_of_a_node_that_its_gpus_are(
     launch: Launch, cpu: str, memory: str, gpus: str | None
 ) -> None:
-    resources = pod_of(render(launch, GPU, "mplug")[0])["spec"]["containers"][0]["resources"]
+    resources = pod_of(render_job(launch, GPU, "mplug")[0])["spec"]["containers"][0]["resources"]
     assert resources["requests"] == {"cpu": cpu, "memory": memory}
     assert resources["limits"].get("nvidia.com/gpu") == gpus
 
 
 def test_more_gpus_than_a_node_has_are_refused() -> None:
     with pytest.raises(ConfigError, match="at most the shape's GPUs, 8 per node, got 16"):
-        render(Launch(command=TRAIN, processes=16), GPU, "mplug")
+        render_job(Launch(command=TRAIN, processes=16), GPU, "mplug")
 
 
 def test_a_job_of_one_pod_has_no_probe_on_metrics_that_it_does_not_serve() -> None:
-    container = pod_of(render(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[0])["spec"]["containers"][0]
+    container = pod_of(render_job(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[0])["spec"]["containers"][0]
     assert "livenessProbe" not in container
-    assert pod_of(render(Launch(command=TRAIN), CPU, "mplug")[0])["spec"]["containers"][0]["livenessProbe"]
+    assert pod_of(render_job(Launch(command=TRAIN), CPU, "mplug")[0])["spec"]["containers"][0]["livenessProbe"]
 
 
 def test_only_a_download_is_let_into_the_web() -> None:
@@ -80,7 +83,7 @@ def test_only_a_download_is_let_into_the_web() -> None:
         (("data", "shard", "x", "y"), None),
         (TRAIN, None),
     ):
-        pod = pod_of(render(Launch(command=command), CPU, "mplug")[0])
+        pod = pod_of(render_job(Launch(command=command), CPU, "mplug")[0])
         assert pod["metadata"]["labels"].get(label) == expected
 
 
@@ -95,20 +98,20 @@ def test_only_a_download_is_let_into_the_web() -> None:
 )
 def test_what_the_pod_would_refuse_is_refused_before(command: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        render(Launch(command=command, nodes=2), CPU, "mplug")
+        render_job(Launch(command=command, nodes=2), CPU, "mplug")
 
 
 @pytest.mark.parametrize("name", ["Job", "1job", "job_1", "job-", "j" * (LONGEST_NAME + 1)])
 def test_a_name_that_kubernetes_would_refuse_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="the name of a job must be"):
-        render(Launch(command=TRAIN, name=name), CPU, "mplug")
+        render_job(Launch(command=TRAIN, name=name), CPU, "mplug")
 
 
 def test_queues_come_from_the_shape() -> None:
     shape = copy.deepcopy(CPU)
     shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
     shape["metadata"]["annotations"] = {"scheduling.volcano.sh/queue-name": "mplug"}
-    (job,) = render(Launch(command=TRAIN), shape, "mplug")
+    (job,) = render_job(Launch(command=TRAIN), shape, "mplug")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
     assert job["spec"]["runPolicy"]["schedulingPolicy"] == {"queue": "mplug"}
 
@@ -116,16 +119,16 @@ def test_queues_come_from_the_shape() -> None:
 @pytest.mark.parametrize(("nodes", "longest"), [(1, 48), (10, 48), (11, 47), (1000, 46)])
 def test_the_name_of_a_trainjob_leaves_room_for_the_names_of_its_pods(nodes: int, longest: int) -> None:
     launch = {"command": (*TRAIN, f"data.batch_size={nodes}"), "nodes": nodes}
-    assert render(Launch(name="j" * longest, **launch), CPU, "mplug", "trainjob")
+    assert render_job(Launch(name="j" * longest, **launch), CPU, "mplug", "trainjob")
     with pytest.raises(ConfigError, match=f"at most {longest} of them"):
-        render(Launch(name="j" * (longest + 1), **launch), CPU, "mplug", "trainjob")
-    job = render(Launch(name="j", **launch), CPU, "mplug", "trainjob")[-1]
+        render_job(Launch(name="j" * (longest + 1), **launch), CPU, "mplug", "trainjob")
+    job = render_job(Launch(name="j", **launch), CPU, "mplug", "trainjob")[-1]
     job["metadata"]["name"] = "j" * (longest + 1)
     assert f"at most {longest} characters for JobSet" in problems(job)[0]
 
 
 def test_trainer_2_gets_a_runtime_and_a_job_that_uses_it() -> None:
-    runtime, job = render(Launch(command=TRAIN, nodes=4, deadline_s=3600), GPU, "mplug", "trainjob")
+    runtime, job = render_job(Launch(command=TRAIN, nodes=4, deadline_s=3600), GPU, "mplug", "trainjob")
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
     assert job["spec"]["trainer"] == {"numNodes": 4, "numProcPerNode": 8}
     assert job["spec"]["activeDeadlineSeconds"] == 3600

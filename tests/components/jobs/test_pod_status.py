@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from components.jobs.client import Cluster
-from components.jobs.launcher import run
+from components.jobs.launcher import run_job
 from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LIMITS, MASTER, started, succeed
 
@@ -26,7 +26,7 @@ def test_why_pods_wait_is_said(
         succeed(kube)
 
     started(act)
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     assert "Insufficient nvidia.com/gpu" in caplog.text
     assert "FailedCreatePod: violates PodSecurity" in caplog.text
 
@@ -51,7 +51,7 @@ def test_a_replaced_pod_is_one_line_which_why_and_from_where(
         succeed(kube)
 
     started(act)
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     (line,) = [record.message for record in caplog.records if "worker-0" in record.message]
     assert line == (
         "pod job-worker-0 was replaced: it was killed for memory at the pod's limit of its node: raise it in the shape "
@@ -72,7 +72,7 @@ def test_a_pod_that_stays_in_an_init_container_is_named(
         succeed(kube)
 
     started(act)
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)
     assert "pod job-worker-0 stays in init container init-pytorch" in caplog.text
     assert "job-worker-1" not in caplog.text
 
@@ -90,4 +90,4 @@ def test_pods_of_which_little_is_known_end_nothing(
         succeed(kube)
 
     started(act)
-    run(cluster, job, LIMITS)
+    run_job(cluster, job, LIMITS)

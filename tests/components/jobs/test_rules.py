@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.jobs.manifests import Launch, Manifest, render
+from components.jobs.manifests import Launch, Manifest, render_job
 from components.jobs.pod_security import STANDARD
 from components.jobs.rules import ADMISSION, SAVING_S, problems
 from model.errors import ConfigError
@@ -19,7 +19,7 @@ TRAIN = Launch(command=("train", "tiny_pretraining", "data.shards=s", "model.dec
 
 
 def job() -> Manifest:
-    return render(TRAIN, CPU, "mplug")[-1]
+    return render_job(TRAIN, CPU, "mplug")[-1]
 
 
 def put(*path: str | int, value: Any) -> Callable[[Manifest], None]:
@@ -165,7 +165,7 @@ def test_an_init_container_is_held_to_the_standard_too() -> None:
 
 
 def test_a_job_of_one_pod_must_know_what_is_permanent() -> None:
-    evaluation = render(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[-1]
+    evaluation = render_job(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[-1]
     assert problems(evaluation) == []
     del evaluation["spec"]["podFailurePolicy"]
     assert any("podFailurePolicy must end the job" in problem for problem in problems(evaluation))
@@ -175,7 +175,7 @@ def test_a_wrong_shape_is_refused_where_the_job_is_rendered() -> None:
     shape = copy.deepcopy(CPU)
     shape["template"]["spec"]["securityContext"]["runAsUser"] = 0
     with pytest.raises(ConfigError, match="runAsUser must not be 0"):
-        render(TRAIN, shape, "mplug")
+        render_job(TRAIN, shape, "mplug")
 
 
 def test_the_rule_on_saving_speaks_of_what_the_launcher_grants() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from components.jobs.client import Cluster
-from components.jobs.launcher import ensure
-from components.jobs.manifests import Launch, render
-from components.jobs.run_end import GIVEN_UP, NAMESPACE, RUN_LABEL, WORKFLOW, end_run
-from components.jobs.workflow import Step, step_name, steps
+from components.jobs.launcher import ensure_job
+from components.jobs.manifests import Launch, render_job
+from components.jobs.run_end import ABANDONED, NAMESPACE, RUN_LABEL, WORKFLOW, end_run
+from components.jobs.workflow import Step, step_name, workflow_steps
 from model.pipeline_run import RUN_ID
 from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LAUNCH
@@ -40,7 +40,7 @@ def workflow(kube: FakeKube, phase: str = "Failed", **spec: Any) -> None:
 
 def start(cluster: Cluster, name: str) -> str:
     launch = Launch(command=LAUNCH.command, name=name)
-    return str(ensure(cluster, render(launch, CPU, "mplug"))["metadata"]["name"])
+    return str(ensure_job(cluster, render_job(launch, CPU, "mplug"))["metadata"]["name"])
 
 
 def test_jobs_of_the_run_that_still_run_are_stopped_and_have_time_to_save(
@@ -52,7 +52,7 @@ def test_jobs_of_the_run_that_still_run_are_stopped_and_have_time_to_save(
     start(cluster, "of-another-run")
     monkeypatch.setenv(RUN_ID, "run-1")
     kube.conclude("pytorchjobs", "finished", "Succeeded")
-    cluster.patch("PyTorchJob", "given-up", {"metadata": {"annotations": {GIVEN_UP: "too slow"}}})
+    cluster.patch("PyTorchJob", "given-up", {"metadata": {"annotations": {ABANDONED: "too slow"}}})
     workflow(kube)
     kube.pod("running-master-0", {"training.kubeflow.org/job-name": "running"})
     threading.Timer(1.5, kube.remove, ("pods", "running-master-0")).start()  # it saves a checkpoint
@@ -67,9 +67,9 @@ def test_jobs_of_the_run_that_still_run_are_stopped_and_have_time_to_save(
 def test_a_job_that_another_run_takes_over_is_that_runs(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ensure(cluster, job)
+    ensure_job(cluster, job)
     monkeypatch.setenv(RUN_ID, "run-2")
-    ensure(cluster, job)
+    ensure_job(cluster, job)
     assert kube.objects["mplug", "pytorchjobs", "job"]["metadata"]["labels"][RUN_LABEL] == "run-2"
     monkeypatch.setenv(RUN_ID, "run-1")
     end_run("mplug")
@@ -111,7 +111,7 @@ def test_a_cluster_that_knows_no_training_jobs_still_ends_the_run(kube: FakeKube
 def test_a_large_workflow_keeps_its_nodes_compressed() -> None:
     nodes = {"a": {"name": "wf.root(0).train(0).executor(0)", "type": "Pod", "phase": "Failed", "message": "gone"}}
     packed = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()
-    (step,) = steps({"metadata": {"name": "wf"}, "status": {"compressedNodes": packed}})
+    (step,) = workflow_steps({"metadata": {"name": "wf"}, "status": {"compressedNodes": packed}})
     assert (step.name, step.code, step.reason) == ("train", 144, "gone")
 
 

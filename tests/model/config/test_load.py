@@ -1,6 +1,6 @@
 import pytest
 
-from model.config.load import load_config, parse_config, presets
+from model.config.load import list_presets, load_config, parse_config
 from model.config.schema import VisionConfig
 from model.errors import ConfigError
 from model.mplug_video.configuration import TimeSformerConfig
@@ -14,7 +14,7 @@ def problems(*overrides: str, preset: str = "tiny_pretraining") -> list[str]:
     return str(caught.value).splitlines()
 
 
-@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("preset", list_presets())
 def test_every_preset_is_complete_but_for_its_data(preset: str) -> None:
     assert load_config(preset, COMPLETE).data.shards == "s"
 

@@ -1,6 +1,6 @@
 import pytest
 
-from model.evaluation.acceptance import requirements
+from model.evaluation.acceptance import check_requirements
 from model.evaluation.results import Evaluation
 
 CHANCE = {
@@ -33,7 +33,7 @@ def evaluations(*, top1: float = 0.6, recall: float = 0.2, cider: float = 1.0, c
 
 
 def missed(**values: float) -> list[str]:
-    return [row.metric for row in requirements(evaluations(**values)) if not row.passed]
+    return [row.metric for row in check_requirements(evaluations(**values)) if not row.passed]
 
 
 def test_a_run_that_reaches_everything_passes() -> None:

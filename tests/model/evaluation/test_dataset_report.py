@@ -8,7 +8,7 @@ import pytest
 
 from model import storage
 from model.data.annotations import read_annotations
-from model.data.shards.build import Settings
+from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from tests.helpers import browser
@@ -28,7 +28,7 @@ def shards_with_losses(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
         storage.write(str(raw / row.video), b"")
     form = Form(num_frames=2, short_side=32)
     return build_shards(
-        Settings(raw=str(raw), root=str(folder), dataset="classification", form=form, max_quarantined=0.5)
+        ShardSettings(raw=str(raw), root=str(folder), dataset="classification", form=form, max_quarantined=0.5)
     )
 
 

@@ -68,9 +68,9 @@ def test_accuracy_counts_both_heads() -> None:
 
 def test_chance_is_one_in_the_number_of_classes_or_clips() -> None:
     rows = [{"video": str(number)} for number in range(20)]
-    assert metrics.chance("classification", rows, list("abcdefgh"))["top1"] == 1 / 8
-    assert metrics.chance("retrieval", rows, [])["video_to_text_r5"] == 1 / 4
-    assert metrics.chance("captioning", rows, []) == {}
+    assert metrics.chance_scores("classification", rows, list("abcdefgh"))["top1"] == 1 / 8
+    assert metrics.chance_scores("retrieval", rows, [])["video_to_text_r5"] == 1 / 4
+    assert metrics.chance_scores("captioning", rows, []) == {}
 
 
 def test_matching_ranks_texts_per_clip_and_clips_per_text() -> None:
@@ -80,9 +80,9 @@ def test_matching_ranks_texts_per_clip_and_clips_per_text() -> None:
         {"video": f"{row}.mp4", "text": str(row), "head_scores": head[row], "generation_scores": answers[row]}
         for row in range(3)
     ]
-    scores = metrics.score("matching", predictions, [])
+    scores = metrics.score_predictions("matching", predictions, [])
     assert scores["video_to_text_r1"] == pytest.approx(2 / 3)
     assert scores["text_to_video_r1"] == 1
     assert scores["generation_video_to_text_r1"] == pytest.approx(1 / 3)
     assert scores["generation_text_to_video_r1"] == 0  # every clip ties
-    assert metrics.chance("matching", predictions, [])["text_to_video_r1"] == pytest.approx(1 / 3)
+    assert metrics.chance_scores("matching", predictions, [])["text_to_video_r1"] == pytest.approx(1 / 3)

@@ -32,7 +32,7 @@ def decoder_folder(family: str, folder: Path) -> str:
         tokenizer_object=Tokenizer.from_file(str(GPT3 / "tokenizer.json")), eos_token="<|endoftext|>"
     )
     tokenizer.save_pretrained(folder)
-    (folder / manifest.FILE).write_bytes(manifest.describe(folder))
+    (folder / manifest.FILE).write_bytes(manifest.describe_folder(folder))
     return str(folder)
 
 
@@ -67,7 +67,7 @@ def test_a_training_step_and_captions(family: str, shards: dict[str, str], tmp_p
     assert all(isinstance(row["prediction"], str) for row in predictions)
     task.model.save_pretrained(tmp_path / "model")
     task.processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / manifest.FILE).write_bytes(manifest.describe(tmp_path / "model"))
+    (tmp_path / "model" / manifest.FILE).write_bytes(manifest.describe_folder(tmp_path / "model"))
     settings = [f"model.init_from={tmp_path / 'model'}", "data.shards=s", "data.max_length=24"]
     again = build_task(load_config("tiny_captioning", settings))
     again.model.eval()

@@ -9,7 +9,7 @@ from model.config.load import load_config
 from model.data.loading.loader import ClipSource
 from model.data.shards.reader import ShardReader
 from model.tasks import build_task
-from model.training.flops import of_step, peak_flops
+from model.training.flops import peak_flops, step_flops
 
 CLIPS = 6
 
@@ -28,7 +28,7 @@ def test_the_count_is_that_of_torch(shards: dict[str, str], decoder: str, task: 
     # on a CPU the counter does not see fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         made.network(batch)[0].backward()
-    ours = of_step(made.model, CLIPS, made.decoder_passes(batch)).total
+    ours = step_flops(made.model, CLIPS, made.decoder_passes(batch)).total
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

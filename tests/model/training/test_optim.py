@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from model.config.load import load_config
-from model.config.schema import OptimConfig, in_steps
+from model.config.schema import OptimConfig, count_in_steps
 from model.mplug_video import (
     MPlugVideoForClassification,
     MPlugVideoForConditionalGeneration,
@@ -45,7 +45,7 @@ def test_the_schedule_is_upstreams(name: str) -> None:
         "data.batch_size": 4,
     }
     config = load_config("tiny_pretraining", [f"{key}={value}" for key, value in settings.items()])
-    config = in_steps(config, clips=4 * case["niter_per_ep"] + 3)  # an incomplete last batch is left out
+    config = count_in_steps(config, clips=4 * case["niter_per_ep"] + 3)  # an incomplete last batch is left out
     expected = SCHEDULES[name].tolist()
     assert config.training.steps == len(expected)
     found = [lr_at(step, len(expected), config.optim) for step in range(len(expected))]

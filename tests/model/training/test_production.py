@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from model import manifest, storage
-from model.config.load import load_config, presets
+from model.config.load import list_presets, load_config
 from model.config.schema import DATASETS
-from model.data.shards.build import Settings
+from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from model.data.shards.reader import ShardReader
@@ -33,7 +33,7 @@ SIZES = [
 ]  # fmt: skip
 LENGTH = ["training.steps=3", "optim.warmup_steps=1", "training.log_every=1", "checkpoint.every=1"]
 GPUS = 8
-RELEASED = [name for name in presets() if not name.startswith("tiny_")]
+RELEASED = [name for name in list_presets() if not name.startswith("tiny_")]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def stored(corpus: Path, shards: dict[str, str], s3: str) -> Callable[[str, str]
         root = storage.join(s3, "production", form)
         if form == "frames":
             return copied(shards[dataset], storage.join(root, dataset))
-        return build_shards(Settings(raw=str(corpus), root=root, dataset=dataset, form=Form(kind=form)))
+        return build_shards(ShardSettings(raw=str(corpus), root=root, dataset=dataset, form=Form(kind=form)))
 
     return store
 
@@ -75,7 +75,7 @@ def test_a_released_preset_trains_from_s3_is_killed_and_goes_on(
     assert "it is started again" in outcome.said
     assert [point["step"] for point in outcome.history] == [1, 2, 3]
     assert {point["data/read_failures"] for point in outcome.history} == {0.0}
-    fetched = MPlugVideoConfig.from_pretrained(manifest.fetch(outcome.model))
+    fetched = MPlugVideoConfig.from_pretrained(manifest.fetch_folder(outcome.model))
     assert fetched.vision_config.num_frames == config.model.vision.num_frames  # also from a model with another number
     if task in NAMES:
         found = (

@@ -87,7 +87,7 @@ def test_a_terminated_run_goes_on_as_if_nothing_had_happened(terminated: Trainin
 
 
 def test_a_run_that_diverges_goes_back_and_ends_at_its_budget(settings: list[str], tmp_path: Path) -> None:
-    diverging = ["optim.lr=1e30", "checkpoint.every=1", "training.max_skips=5", "training.skips_in_a_row=2"]
+    diverging = ["optim.lr=1e30", "checkpoint.every=1", "training.max_skips=5", "training.consecutive_skips=2"]
     outcome = Training(tmp_path, settings).run(*diverging, processes=1)
     assert outcome.code == 1
     assert "is skipped: its gradients are not finite (1 so far)" in outcome.said
@@ -98,18 +98,18 @@ def test_a_run_that_diverges_goes_back_and_ends_at_its_budget(settings: list[str
 
 def test_a_run_that_gets_nowhere_ends_for_good(tmp_path: Path) -> None:
     limits, folder = CheckpointConfig(max_attempts=3), str(tmp_path)
-    started = [attempts.begin(folder, limits) for _ in range(3)]
+    started = [attempts.start_attempt(folder, limits) for _ in range(3)]
     assert [attempt.number for attempt in started] == [1, 2, 3]
     assert len({attempt.key for attempt in started}) == 1
     with pytest.raises(AttemptsError, match="started 3 times without a checkpoint after step 0"):
-        attempts.begin(folder, limits)
+        attempts.start_attempt(folder, limits)
 
 
 def test_a_checkpoint_gives_a_run_all_its_attempts_again(tmp_path: Path) -> None:
     limits, folder = CheckpointConfig(max_attempts=2), str(tmp_path)
     for step in range(1, 6):
         for _ in range(2):
-            attempts.begin(folder, limits)
+            attempts.start_attempt(folder, limits)
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "manifest.json").write_text("{}")
-    assert attempts.begin(folder, limits).number == 11
+    assert attempts.start_attempt(folder, limits).number == 11

@@ -68,14 +68,14 @@ def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decod
 
 
 def test_a_frozen_decoder_leaves_training_as_it_came(pretrained: str, decoder: str) -> None:
-    model = MPlugVideoForPreTraining.from_pretrained(manifest.fetch(pretrained))
+    model = MPlugVideoForPreTraining.from_pretrained(manifest.fetch_folder(pretrained))
     before = build_task(load_config("tiny_pretraining", [f"model.decoder={decoder}", "data.shards=unused"])).model
     for name, value in before.decoder.state_dict().items():
         torch.testing.assert_close(model.decoder.state_dict()[name].float(), value.to(torch.bfloat16).float())
 
 
 def test_a_model_travels_with_its_configuration_and_history(pretrained: str) -> None:
-    facts = manifest.read(pretrained)
+    facts = manifest.read_manifest(pretrained)
     assert facts["config"]["task"] == "pretraining"
     last = history(pretrained)[-1]
     sections = {f"perf/{name}_s" for name in ("data", "forward", "backward", "optimizer", "checkpoint")}

@@ -11,13 +11,13 @@ import pytest
 
 from model import storage
 from model.data.download import fetch, modelscope
-from model.data.download.dataset import Options, download, verify
-from model.data.download.fetch import Policy
-from model.data.download.ledger import DONE, Ledger, Outcome, outcomes, status
+from model.data.download.dataset import Options, download_dataset, verify_download
+from model.data.download.fetch import RetryPolicy
+from model.data.download.ledger import DONE, Ledger, Outcome, download_status, outcomes
 from model.errors import DataError, OutageError
 from tests.helpers.faulty_server import ModelScopeHandler, content, serve
 
-QUICK = Policy(attempts=4, first_wait_s=0.02)
+QUICK = RetryPolicy(attempts=4, first_wait_s=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_what_a_faulty_server_sends_ends_as_the_source_has_it(
 ) -> None:
     monkeypatch.setattr(fetch, "IN_MEMORY", in_memory)
     with serve() as fresh:  # the faults happen once per server
-        raw, facts = download(manifest(tmp_path, fresh, list(HEALED)), root, "d", options())
+        raw, facts = download_dataset(manifest(tmp_path, fresh, list(HEALED)), root, "d", options())
     for name, version in HEALED.items():
         assert storage.read(storage.join(raw, name)) == content(name.partition("/")[2], version), name
     assert facts["files_copied"] == len(HEALED)
@@ -86,9 +86,9 @@ def test_what_cannot_be_had_is_in_the_ledger_with_its_reason(server: str, root: 
     rows.append({"url": f"{server}/ok/b-100", "path": "size", "size": 99})
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match="4 of 5 files could not be fetched") as caught:
-        download(str(tmp_path / "list.jsonl"), root, "d", options())
+        download_dataset(str(tmp_path / "list.jsonl"), root, "d", options())
     raw = storage.join(root, "raw", "d")
-    found = status(raw)
+    found = download_status(raw)
     assert found.files == 1
     assert dict(found.failed) == {"http_404": 1, "connection": 1, "sha256": 1, "size": 1}
     assert all(name in str(caught.value) for name in bad)
@@ -99,10 +99,10 @@ def test_a_second_run_fetches_only_what_failed_or_changed(server: str, tmp_path:
     with serve() as fresh:
         names = ["ok/a-1000", "busy/b-1000"]
         source = manifest(tmp_path, fresh, names)
-        hasty = options(policy=Policy(attempts=2, first_wait_s=0.01))
+        hasty = options(policy=RetryPolicy(attempts=2, first_wait_s=0.01))
         with pytest.raises(OutageError, match="busy/b-1000: http_503"):  # a server that is busy is no bad data
-            download(source, str(tmp_path), "d", hasty)
-        _, facts = download(source, str(tmp_path), "d", hasty)
+            download_dataset(source, str(tmp_path), "d", hasty)
+        _, facts = download_dataset(source, str(tmp_path), "d", hasty)
     assert facts == {"files": 2, "files_copied": 1, "bytes_copied": 1000, "files_failed": 0}
     assert storage.read(str(tmp_path / "raw" / "d" / "busy" / "b-1000")) == content("b-1000")
 
@@ -111,11 +111,11 @@ def test_a_killed_transfer_goes_on_in_the_middle_of_a_file(tmp_path: Path, monke
     monkeypatch.setattr(fetch, "IN_MEMORY", 1000)
     with serve() as fresh:
         source = manifest(tmp_path, fresh, ["drop/a-200000"])
-        one_try = options(policy=Policy(attempts=1))
+        one_try = options(policy=RetryPolicy(attempts=1))
         for _ in range(2):  # 70,000 bytes a try
             with pytest.raises(OutageError):
-                download(source, str(tmp_path), "d", one_try)
-        _, facts = download(source, str(tmp_path), "d", one_try)
+                download_dataset(source, str(tmp_path), "d", one_try)
+        _, facts = download_dataset(source, str(tmp_path), "d", one_try)
     assert facts["files_copied"] == 1
     assert storage.read(str(tmp_path / "raw" / "d" / "drop" / "a-200000")) == content("a-200000")
 
@@ -123,31 +123,31 @@ def test_a_killed_transfer_goes_on_in_the_middle_of_a_file(tmp_path: Path, monke
 def test_partitions_share_the_work_without_overlap(server: str, tmp_path: Path) -> None:
     names = [f"ok/{number}-100" for number in range(40)]
     source = manifest(tmp_path, server, names)
-    counts = [download(source, str(tmp_path), "d", options(index=i, count=3))[1]["files"] for i in range(3)]
+    counts = [download_dataset(source, str(tmp_path), "d", options(index=i, count=3))[1]["files"] for i in range(3)]
     assert sum(counts) == 40
     assert min(counts) > 5
-    assert status(str(tmp_path / "raw" / "d")).files == 40
+    assert download_status(str(tmp_path / "raw" / "d")).files == 40
 
 
 def test_only_what_was_asked_for_is_fetched(corpus: Path, tmp_path: Path) -> None:
-    raw, _ = download(str(corpus), str(tmp_path), "d", options(only=["retrieval/*", "videos/retrieval_*"]))
+    raw, _ = download_dataset(str(corpus), str(tmp_path), "d", options(only=["retrieval/*", "videos/retrieval_*"]))
     found = {entry.path.partition("/")[0] for entry in storage.walk(raw)} - {".ledger"}
     assert found == {"retrieval", "videos"}
 
 
 def test_a_bucket_is_copied_and_only_changes_again(corpus: Path, s3: str, tmp_path: Path) -> None:
-    raw, first = download(str(corpus), storage.join(s3, tmp_path.name), "d")
-    copy, second = download(raw, str(tmp_path), "d")
+    raw, first = download_dataset(str(corpus), storage.join(s3, tmp_path.name), "d")
+    copy, second = download_dataset(raw, str(tmp_path), "d")
     assert first["files_copied"] == second["files_copied"] > 100
     storage.write(storage.join(raw, "classname.json"), b"{}")
-    assert download(raw, str(tmp_path), "d")[1]["files_copied"] == 1
+    assert download_dataset(raw, str(tmp_path), "d")[1]["files_copied"] == 1
     assert storage.read(storage.join(copy, "classname.json")) == b"{}"
 
 
 def test_the_rate_is_limited_over_all_threads(server: str, tmp_path: Path) -> None:
     source = manifest(tmp_path, server, [f"ok/{number}-100000" for number in range(8)])
     start = time.monotonic()
-    download(source, str(tmp_path), "d", options(rate=800_000))
+    download_dataset(source, str(tmp_path), "d", options(rate=800_000))
     assert 0.8 <= time.monotonic() - start < 4
 
 
@@ -156,15 +156,15 @@ def test_verification_finds_what_has_changed_and_the_next_download_mends_it(
 ) -> None:
     names = [f"ok/{number}-1000" for number in range(5)]
     source = manifest(tmp_path, server, names)
-    raw, _ = download(source, root, "d", options())
-    assert verify(raw) == (5, [])
+    raw, _ = download_dataset(source, root, "d", options())
+    assert verify_download(raw) == (5, [])
     storage.write(storage.join(raw, names[2]), bytes(1000))
     storage.remove(storage.join(raw, "ok", "3-1000"))
-    right, wrong = verify(raw)
+    right, wrong = verify_download(raw)
     assert right >= 3
     assert any(line.startswith("ok/2-1000: sha256") for line in wrong)
-    download(source, root, "d", options())
-    assert verify(raw) == (5, [])
+    download_dataset(source, root, "d", options())
+    assert verify_download(raw) == (5, [])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_list_that_cannot_be_used_is_refused_before_anything_is_fetched(
 ) -> None:
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=complaint):
-        download(str(tmp_path / name), str(tmp_path / "out"), "d", options())
+        download_dataset(str(tmp_path / name), str(tmp_path / "out"), "d", options())
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["lock"]
 
 
@@ -204,7 +204,7 @@ def test_status_may_be_asked_while_files_arrive(tmp_path: Path) -> None:
     ledger.add(Outcome(path="0", identity="", status="failed"))
     ledger.close()
     assert [first.path, *(row.path for row in found)] == ["0", "1", "2", "3", "4"]
-    assert status(str(tmp_path)).files == 4
+    assert download_status(str(tmp_path)).files == 4
 
 
 def test_a_share_is_downloaded_by_one_process(server: str, tmp_path: Path) -> None:
@@ -214,24 +214,24 @@ def test_a_share_is_downloaded_by_one_process(server: str, tmp_path: Path) -> No
     with (spool / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process on this machine"):
-            download(source, str(tmp_path), "d", options())
+            download_dataset(source, str(tmp_path), "d", options())
 
 
 def test_a_name_that_cannot_be_a_file_is_in_the_ledger(server: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="name: "):
-        download(manifest(tmp_path, server, ["ok/" + "长" * 90 + "-10"]), str(tmp_path), "d", options())
-    assert dict(status(str(tmp_path / "raw" / "d")).failed) == {"name": 1}
+        download_dataset(manifest(tmp_path, server, ["ok/" + "长" * 90 + "-10"]), str(tmp_path), "d", options())
+    assert dict(download_status(str(tmp_path / "raw" / "d")).failed) == {"name": 1}
 
 
 def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold annotation files"):
-        download(str(tmp_path), str(tmp_path / "out"))
+        download_dataset(str(tmp_path), str(tmp_path / "out"))
 
 
 def test_a_signature_in_an_address_reaches_neither_ledger_nor_message(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("http://127.0.0.1:9/a.mp4?Signature=SECRET&security-token=SECRET\n")
     with pytest.raises(OutageError, match=r"a\.mp4: connection") as caught:
-        download(str(tmp_path / "list.txt"), str(tmp_path), "d", options())
+        download_dataset(str(tmp_path / "list.txt"), str(tmp_path), "d", options())
     (row,) = outcomes(str(tmp_path / "raw" / "d"))
     assert "SECRET" not in f"{caught.value}{row}"
     assert row.identity == "http://127.0.0.1:9/a.mp4"
@@ -239,7 +239,7 @@ def test_a_signature_in_an_address_reaches_neither_ledger_nor_message(tmp_path: 
 
 def test_a_folder_that_was_never_downloaded_to_has_no_status(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no \.ledger/"):
-        status(str(tmp_path))
+        download_status(str(tmp_path))
 
 
 REPOSITORY = {
@@ -259,15 +259,15 @@ def test_modelscope_gives_the_repository_and_the_videos_that_its_annotations_nam
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
         monkeypatch.setattr(modelscope, "OSS_HOST", address + "/bucket")
         with pytest.raises(DataError, match=r"videos/lost\.mp4: http_404"):
-            download("modelscope://owner/name", str(tmp_path), options=options())
+            download_dataset("modelscope://owner/name", str(tmp_path), options=options())
         raw = str(tmp_path / "raw" / "youku-mplug")
         for name, data in REPOSITORY.items():
             assert storage.read(storage.join(raw, name)) == data
         for name, data in OBJECTS.items():
             assert storage.read(storage.join(raw, name.partition("data/")[2])) == data
-        assert status(raw).files == len(REPOSITORY) + len(OBJECTS)
+        assert download_status(raw).files == len(REPOSITORY) + len(OBJECTS)
         with pytest.raises(DataError, match=r"ModelScope refused owner/other: no such dataset\."):
-            download("modelscope://owner/other", str(tmp_path), options=options())
+            download_dataset("modelscope://owner/other", str(tmp_path), options=options())
 
 
 def test_object_storage_addresses_are_signed_as_alibabas_own_client_signs_them() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from model.data.annotations import read_annotations
 from model.data.download.import_videos import read_rows
-from model.data.shards.reader import ShardReader, describe
+from model.data.shards.reader import ShardReader, read_dataset_info
 from model.errors import DataError
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
@@ -67,7 +67,7 @@ def test_labels_become_numbered_categories(videos: Path, tmp_path: Path) -> None
     table = write(tmp_path / "own.csv", [["file", "text", "label", "split"], *rows])
     done = run(str(videos), table, str(tmp_path), "--dataset", "classification", "--num-frames", "2")
     assert done.returncode == 0, done.stderr
-    facts = describe(done.stdout.strip())
+    facts = read_dataset_info(done.stdout.strip())
     assert facts["class_names"] == ["乙", "甲"]
     assert facts["clips"] == {"train": 3, "test": 3}
 

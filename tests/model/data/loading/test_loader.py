@@ -20,7 +20,7 @@ from model.data.shards.reader import ShardReader
 from model.errors import DATA, FAILED, LOST, OUTAGE, DataError, StorageError, exit_code
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.mplug_video.tokenization import load_tokenizer
-from model.training.distributed import named
+from model.training.distributed import as_lost_process
 from tests.helpers.collating import ERRORS, Chosen, FailingReader, Unloadable, collate, killed, with_a_lambda
 from tests.helpers.copying import copied
 from tests.helpers.paths import FIXTURES
@@ -206,7 +206,7 @@ def test_an_error_of_a_read_ahead_thread_in_a_loader_process_keeps_kind_message_
 ) -> None:
     reader = FailingReader(split)
     reader.failure = failure
-    error = named(ended(dataclasses.replace(source(split), reader=reader), collate))
+    error = as_lost_process(ended(dataclasses.replace(source(split), reader=reader), collate))
     assert exit_code(error) == code
     assert str(ERRORS[failure]) in str(error)
     assert "in record" in "".join(traceback.format_exception(error))
@@ -217,17 +217,17 @@ def test_an_error_of_a_read_ahead_thread_in_a_loader_process_keeps_kind_message_
 def test_a_batch_that_cannot_be_sent_is_a_bug_and_not_waited_for(split: str) -> None:
     error = ended(source(split), with_a_lambda)
     assert "pickle" in str(error)
-    assert exit_code(named(error)) == FAILED
+    assert exit_code(as_lost_process(error)) == FAILED
 
 
 def test_a_loader_process_that_cannot_start_is_no_lost_one(split: str) -> None:
     error = ended(source(split), Unloadable())
     assert str(error) == "a loader process has ended with exit code 1; what it printed says why."
-    assert exit_code(named(error)) == FAILED
+    assert exit_code(as_lost_process(error)) == FAILED
 
 
 def test_a_killed_loader_process_is_worth_a_restart(split: str) -> None:
-    assert exit_code(named(ended(source(split), killed))) == LOST
+    assert exit_code(as_lost_process(ended(source(split), killed))) == LOST
 
 
 def test_a_loader_process_that_finds_nothing_readable_ends_the_run_with_what_it_found(damaged: str) -> None:
@@ -236,5 +236,5 @@ def test_a_loader_process_that_finds_nothing_readable_ends_the_run_with_what_it_
     first = Chosen(size=len(clips.reader), seed=1, batch_size=2, steps=1)
     with pytest.raises(DataError, match="no clip of the first batch can be read") as caught:
         list(training_batches(clips, first, collate, AUGMENT.model_copy(update={"workers": 1})))
-    assert exit_code(named(caught.value)) == DATA
+    assert exit_code(as_lost_process(caught.value)) == DATA
     assert str(caught.value).count("a stored frame is no whole JPEG") == 2

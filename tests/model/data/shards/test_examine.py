@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from model.data.shards.build import Settings, read_quarantine
+from model.data.shards.build import ShardSettings, read_quarantine
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from model.data.shards.reader import ShardReader
@@ -29,7 +29,7 @@ def raw_folder(folder: Path, clips: dict[str, bytes]) -> Path:
 
 def shard(raw: Path, root: Path, **changes: object) -> str:
     settings = {"raw": str(raw), "root": str(root), "dataset": "pretrain", "form": FORM, "max_quarantined": 1.0}
-    return build_shards(Settings(**{**settings, **changes})) + "/train"
+    return build_shards(ShardSettings(**{**settings, **changes})) + "/train"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_decoder_that_crashes_costs_one_clip(tmp_path: Path, heavy: bytes, kil
     raw = raw_folder(tmp_path / "raw", {"heavy": heavy, "quick": clip(), "other": clip(frames=5)})
     start = time.monotonic()
     split = build_shards(
-        Settings(raw=str(raw), root=str(tmp_path), dataset="pretrain", form=FORM, max_quarantined=1.0), workers=1
+        ShardSettings(raw=str(raw), root=str(tmp_path), dataset="pretrain", form=FORM, max_quarantined=1.0), workers=1
     )
     assert time.monotonic() - start < 60
     assert [(item["video"], item["reason"]) for item in read_quarantine(f"{split}/train")] == [("heavy.mp4", "crashed")]

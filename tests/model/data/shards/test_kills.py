@@ -15,7 +15,7 @@ import psutil
 
 from cli.services import BUCKET, object_storage
 from model import storage
-from model.data.download.ledger import status
+from model.data.download.ledger import download_status
 from tests.helpers.clients import fresh_clients
 from tests.helpers.faulty_server import content, serve
 
@@ -66,7 +66,7 @@ def test_a_killed_download_ends_with_identical_bytes(tmp_path: Path) -> None:
     assert killed >= 5
     raw = str(tmp_path / "raw" / "youku-mplug")
     assert contents(raw) == {name: content(name.partition("/")[2]) for name in names}
-    assert status(raw).files == len(names)
+    assert download_status(raw).files == len(names)
 
 
 def test_a_killed_sharding_ends_with_identical_bytes(corpus: Path, tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_nothing_acknowledged_is_lost_when_the_storage_is_killed(corpus: Path, t
             run_until_done([MPLUG, "data", "download", str(tmp_path / "list.txt"), root, "--rate-limit", "1"])
             run_until_done(remote)
         assert contents(f"{root}/raw/youku-mplug") == {name: content(name[3:]) for name in names}
-        assert status(f"{root}/raw/youku-mplug").files == len(names)
+        assert download_status(f"{root}/raw/youku-mplug").files == len(names)
         assert contents(f"{root}/shards") == contents(str(tmp_path / "local" / "shards"))
         server_process(folder).kill()

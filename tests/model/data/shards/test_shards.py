@@ -12,18 +12,18 @@ from PIL import Image
 from model import storage
 from model.data.annotations import read_annotations
 from model.data.shards import build
-from model.data.shards.build import Settings, build_parts, plan, read_quarantine
-from model.data.shards.commit import build_shards, commit
+from model.data.shards.build import ShardSettings, build_parts, plan_shards, read_quarantine
+from model.data.shards.commit import build_shards, commit_shards
 from model.data.shards.format import INDEX, SCHEMA, Form
-from model.data.shards.reader import ShardReader, describe, verify
+from model.data.shards.reader import ShardReader, read_dataset_info, verify_shards
 from model.data.video import decode, open_clip
 from model.errors import DataError, StorageError
 
 SMALL = Form(num_frames=4, short_side=64)
 
 
-def settings(raw: Path, root: Path, **changes: object) -> Settings:
-    return Settings(**{"raw": str(raw), "root": str(root), "dataset": "captioning", "form": SMALL, **changes})
+def settings(raw: Path, root: Path, **changes: object) -> ShardSettings:
+    return ShardSettings(**{"raw": str(raw), "root": str(root), "dataset": "captioning", "form": SMALL, **changes})
 
 
 def files(folder: str | Path) -> dict[str, bytes]:
@@ -116,13 +116,13 @@ def test_partitions_in_any_order_give_the_same_bytes(
     monkeypatch.setitem(build.PART_CLIPS, "frames", 3)
     monkeypatch.setattr(build, "SHARD_BYTES", 20_000)
     whole = build_shards(settings(corpus, tmp_path / "whole"))
-    planned = plan(settings(corpus, tmp_path / "parts"))
+    planned = plan_shards(settings(corpus, tmp_path / "parts"))
     build_parts(planned, index=2, count=3, workers=1)
     with pytest.raises(DataError, match="all 3 parts of train must be there, 2 are not: 1, 2"):
-        commit(planned)
+        commit_shards(planned)
     for index in (1, 0, 1):
-        build_parts(plan(settings(corpus, tmp_path / "parts")), index=index, count=3, workers=1)
-    parts = commit(planned)
+        build_parts(plan_shards(settings(corpus, tmp_path / "parts")), index=index, count=3, workers=1)
+    parts = commit_shards(planned)
     assert files(parts) == files(whole)
     assert not (tmp_path / "parts" / "shards" / ".building" / "x").exists()
     reader = ShardReader(f"{parts}/train")
@@ -159,7 +159,7 @@ def test_a_large_index_is_read_across_groups_and_shards(tmp_path: Path) -> None:
 
 
 def test_a_dataset_describes_itself(shards: dict[str, str]) -> None:
-    facts = describe(shards["classification"])
+    facts = read_dataset_info(shards["classification"])
     assert facts["class_names"][0] == "篮球"
     assert facts["clips"]["test"] == len(ShardReader(shards["classification"] + "/test"))
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_read_is_quarantined_with_its_reason_not_replaced(raw: Pa
     assert [item["row"] for item in found] == [0, 1, 2, 3, 6]
     assert found[-1]["detail"] == "row 5 has the same clip and text"
     assert [row.video for row in ShardReader(uri + "/train").annotations()] == videos[4:]
-    assert describe(uri)["quarantined"] == {"train": 5, "val": 0, "test": 0}
+    assert read_dataset_info(uri)["quarantined"] == {"train": 5, "val": 0, "test": 0}
 
 
 def test_many_broken_clips_stop_the_sharding(raw: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_split_of_which_nothing_has_arrived_is_empty_not_broken(raw: Path, tmp
     uri = build_shards(settings(raw, tmp_path / "out", available_only=True))
     assert len(ShardReader(uri + "/val")) == 0
     assert len(ShardReader(uri + "/train")) == 8
-    assert verify(uri) == (16, [])
+    assert verify_shards(uri) == (16, [])
 
 
 def test_a_commit_that_was_killed_is_finished_as_it_began(
@@ -245,7 +245,7 @@ def test_a_commit_that_was_killed_is_finished_as_it_began(
     uri = build_shards(wanted)
     assert [item["video"] for item in read_quarantine(uri + "/train")] == [lost]
     assert all(dest.startswith(uri) for dest in moved)
-    assert verify(uri)[1] == []
+    assert verify_shards(uri)[1] == []
 
 
 def test_verification_names_a_clip_whose_bytes_have_changed(raw: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_verification_names_a_clip_whose_bytes_have_changed(raw: Path, tmp_path:
         file.seek(start + length - 600)
         file.write(b"\x01" * 8)
     (Path(uri) / "val" / "shard-00000.tar").unlink()
-    right, wrong = verify(uri)
+    right, wrong = verify_shards(uri)
     assert len([line for line in wrong if line.startswith("train 00000002")]) == 1
     assert len(wrong) == 1 + 8
     assert right == 8 - 1 + 8

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from model.data.annotations import COLUMNS, read_annotations
-from model.data.synthetic.corpus import CATEGORIES, HORIZONTAL, SPLIT_SIZES, plan, synthesize
+from model.data.synthetic.corpus import CATEGORIES, HORIZONTAL, SPLIT_SIZES, plan_corpus, synthesize
 from model.data.synthetic.rendering import SUBJECTS
 from model.errors import LOST, DataError
 from tests.helpers.killing import MPLUG
@@ -55,25 +55,25 @@ def test_clips_are_h264_and_vary_in_everything_a_decoder_meets(corpus: Path) -> 
 
 
 def test_a_category_cannot_be_read_from_its_title() -> None:
-    for clip in plan("classification", "train", 200, seed=0):
+    for clip in plan_corpus("classification", "train", 200, seed=0):
         title = clip.row["title"]
         assert clip.row["label"] not in title
         assert not any(subject[-1] in title for subject in SUBJECTS)
 
 
 def test_balls_differ_only_by_how_they_move() -> None:
-    clips = [clip for clip in plan("classification", "train", 200, seed=0) if clip.scene.subject == "皮球"]
+    clips = [clip for clip in plan_corpus("classification", "train", 200, seed=0) if clip.scene.subject == "皮球"]
     assert {clip.row["label"] for clip in clips} == {"篮球", "足球"}
     assert all((clip.row["label"] == "足球") == (clip.scene.motions[0] in HORIZONTAL) for clip in clips)
 
 
 def test_no_two_test_clips_show_the_same_scene() -> None:
-    scenes = [clip.scene for clip in plan("retrieval", "test", 100, seed=0)]
+    scenes = [clip.scene for clip in plan_corpus("retrieval", "test", 100, seed=0)]
     assert len(set(scenes)) == len(scenes)
 
 
 def test_some_captions_tell_an_order() -> None:
-    clips = list(plan("pretrain", "train", 200, seed=0))
+    clips = list(plan_corpus("pretrain", "train", 200, seed=0))
     ordered = [clip for clip in clips if len(clip.scene.motions) == 2]
     assert 20 < len(ordered) < 80
     assert all("先" in clip.row["title"] and "再" in clip.row["title"] for clip in ordered)

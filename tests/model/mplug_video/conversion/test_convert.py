@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, 
 from model import manifest
 from model.errors import ConversionError
 from model.mplug_video import MPlugVideoForClassification, MPlugVideoForConditionalGeneration, MPlugVideoProcessor
-from model.mplug_video.conversion.convert import KEY_BIAS, convert, convert_to
+from model.mplug_video.conversion.convert import KEY_BIAS, convert_to, convert_weights
 from model.mplug_video.conversion.names import OPENAI_CLIP, megatron_to_gpt2, piece_dimension
 from model.mplug_video.tokenization import encode_sentence, load_tokenizer
 from model.mplug_video.vision import TimeSformer
@@ -36,7 +36,7 @@ def report(folder: Path) -> dict:
 
 
 def test_a_modelscope_folder_becomes_a_decoder_with_its_tokenizer(tmp_path: Path) -> None:
-    convert(GPT3, tmp_path / "decoder")
+    convert_weights(GPT3, tmp_path / "decoder")
     decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
     recording = Recording("modelscope_tp_split")
     words = recording["full/language_model.embedding.word_embeddings.weight"]
@@ -50,7 +50,7 @@ def test_a_modelscope_folder_becomes_a_decoder_with_its_tokenizer(tmp_path: Path
     assert (decoder.config.bos_token_id, decoder.config.eos_token_id) == (5, 7)
     state = torch.load(GPT3 / "model" / "mp_rank_00_model_states.pt")["module"]
     assert report(tmp_path / "decoder")["mapped"].keys() == state.keys()
-    assert manifest.fetch(str(tmp_path / "decoder")) == tmp_path / "decoder"
+    assert manifest.fetch_folder(str(tmp_path / "decoder")) == tmp_path / "decoder"
 
 
 def test_tensor_parallel_pieces_are_joined(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_tensor_parallel_pieces_are_joined(tmp_path: Path) -> None:
             n.removeprefix(f"rank{rank}/"): t for n, t in recording.tensors.items() if n.startswith(f"rank{rank}/")
         }
         torch.save({"module": state}, source / "model" / f"mp_rank_0{rank}_model_states.pt")
-    convert(source, tmp_path / "joined")
-    convert(GPT3, tmp_path / "whole")
+    convert_weights(source, tmp_path / "joined")
+    convert_weights(GPT3, tmp_path / "whole")
     joined, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("joined", "whole"))
     assert joined.keys() == whole.keys()
     assert all(torch.equal(joined[name], whole[name]) for name in whole)
@@ -71,12 +71,12 @@ def test_tensor_parallel_pieces_are_joined(tmp_path: Path) -> None:
     state["language_model.encoder.final_layernorm.bias"] += 1
     torch.save({"module": state}, source / "model" / "mp_rank_01_model_states.pt")
     with pytest.raises(ConversionError, match=r"final_layernorm\.bias must be the same in all 2 pieces"):
-        convert(source, tmp_path / "odd")
+        convert_weights(source, tmp_path / "odd")
 
 
 def test_a_timm_vit_becomes_a_vision_encoder_that_computes_what_upstream_made_of_it(tmp_path: Path) -> None:
     config = CLIP.facts["visual_cfg"]
-    conversion = convert(
+    conversion = convert_weights(
         clip_file(tmp_path), tmp_path / "clip", vision_heads=config["num_heads"], num_frames=config["num_frames"]
     )
     assert "vision encoder of 2 layers, 2 heads, for 2 frames of 24 pixels" in conversion.summary()
@@ -108,7 +108,7 @@ def test_clip_of_transformers_is_the_same_encoder_on_one_frame(tmp_path: Path) -
     clip.save_pretrained(tmp_path / "hf")
     state = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in clip.state_dict().items()}
     save_file({**state, "logit_scale": torch.ones(())}, tmp_path / "hf" / "model.safetensors")
-    conversion = convert(tmp_path / "hf", tmp_path / "converted", vision_heads=4, num_frames=1)
+    conversion = convert_weights(tmp_path / "hf", tmp_path / "converted", vision_heads=4, num_frames=1)
     assert "logit_scale" in conversion.dropped
     encoder = TimeSformer.from_pretrained(tmp_path / "converted").eval()
     pixels = torch.randn(2, 3, 32, 32)
@@ -131,8 +131,8 @@ def test_openais_names_mean_the_same_tensors(tmp_path: Path) -> None:
     openai["visual.class_embedding"] = openai["visual.class_embedding"].flatten()
     openai["visual.positional_embedding"] = openai["visual.positional_embedding"][0]
     openai["token_embedding.weight"] = torch.zeros(3, 3)
-    convert(clip_file(tmp_path, openai), tmp_path / "openai", vision_heads=2)
-    convert(clip_file(tmp_path), tmp_path / "timm", vision_heads=2)
+    convert_weights(clip_file(tmp_path, openai), tmp_path / "openai", vision_heads=2)
+    convert_weights(clip_file(tmp_path), tmp_path / "timm", vision_heads=2)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("openai", "timm"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -149,7 +149,7 @@ def test_a_real_deepspeed_checkpoint_is_converted_to_another_size(dtype: torch.d
         torch.save({"module": {name: tensor.float() for name, tensor in state.items()}}, source)
     size = {"image_size": recording.facts["new_img_size"], "num_frames": recording.facts["new_num_frames"]}
     heads = recording.facts["visual_cfg"]["num_heads"]
-    convert(source, tmp_path / "converted", decoder=decoder, vision_heads=heads, **size)
+    convert_weights(source, tmp_path / "converted", decoder=decoder, vision_heads=heads, **size)
     model = MPlugVideoForConditionalGeneration.from_pretrained(tmp_path / "converted")
     assert model.dtype == dtype
     found, names = model.state_dict(), report(tmp_path / "converted")["mapped"]
@@ -181,7 +181,7 @@ def test_a_trained_model_in_tensor_parallel_pieces_is_the_one_in_one_piece(tmp_p
         }
         torch.save({"module": cut}, pieces / f"mp_rank_0{rank}_model_states.pt")
     heads = recording.facts["visual_cfg"]["num_heads"]
-    convert(pieces, tmp_path / "joined", decoder=tmp_path / "whole" / "gpt3", vision_heads=heads)
+    convert_weights(pieces, tmp_path / "joined", decoder=tmp_path / "whole" / "gpt3", vision_heads=heads)
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "joined"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -199,7 +199,7 @@ def test_a_large_model_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.
 def test_a_model_goes_to_object_storage_whole(s3: str, tmp_path: Path) -> None:
     dest = f"{s3}/converted/clip"
     convert_to(clip_file(tmp_path), dest, vision_heads=2)
-    assert TimeSformer.from_pretrained(manifest.fetch(dest)).config.num_hidden_layers == 2
+    assert TimeSformer.from_pretrained(manifest.fetch_folder(dest)).config.num_hidden_layers == 2
     with pytest.raises(ConversionError, match="must not exist"):
         convert_to(clip_file(tmp_path), dest, vision_heads=2)
 
@@ -217,7 +217,7 @@ def test_every_problem_of_a_source_is_named_and_nothing_is_written(tmp_path: Pat
     state["blocks.1.ls1.gamma"] = torch.ones(16)
     state["norm_pre.bias"] = torch.zeros(3)
     with pytest.raises(ConversionError) as caught:
-        convert(clip_file(tmp_path, state), tmp_path / "out", vision_heads=2)
+        convert_weights(clip_file(tmp_path, state), tmp_path / "out", vision_heads=2)
     assert str(caught.value).splitlines() == [
         "norm.weight is missing in the source.",
         "norm_pre.bias must be (16,) as norm_pre.bias, it is (3,).",
@@ -225,22 +225,22 @@ def test_every_problem_of_a_source_is_named_and_nothing_is_written(tmp_path: Pat
     ]
     assert not (tmp_path / "out").exists()
     state = {**CLIP_STATE, "blocks.1.ls1.gamma": torch.ones(16)}
-    conversion = convert(clip_file(tmp_path, state), tmp_path / "out", vision_heads=2, drop=["*.ls1.*"])
+    conversion = convert_weights(clip_file(tmp_path, state), tmp_path / "out", vision_heads=2, drop=["*.ls1.*"])
     assert conversion.dropped["blocks.1.ls1.gamma"] == "asked for (--drop)"
     with pytest.raises(ConversionError, match="must not exist"):
-        convert(clip_file(tmp_path), tmp_path / "out", vision_heads=2)
+        convert_weights(clip_file(tmp_path), tmp_path / "out", vision_heads=2)
 
 
 def test_a_pickle_that_holds_more_than_tensors_is_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.save({"model": CLIP_STATE, "args": argparse.Namespace(lr=1)}, tmp_path / "checkpoint-9.pth")
     with pytest.raises(ConversionError, match=r"would run code from it: refused.*torch\.save\({\"module\""):
-        convert(tmp_path / "checkpoint-9.pth", tmp_path / "out")
+        convert_weights(tmp_path / "checkpoint-9.pth", tmp_path / "out")
     (tmp_path / "cut.pt").write_bytes(clip_file(tmp_path).read_bytes()[:5000])
     with pytest.raises(ConversionError, match="is not a whole checkpoint"):
-        convert(tmp_path / "cut.pt", tmp_path / "out")
+        convert_weights(tmp_path / "cut.pt", tmp_path / "out")
     with pytest.raises(ConversionError, match=r"needs the folder of its GPT-3 too.*--decoder"):
-        convert(FOLDER / "deepspeed_mp_rank_00_model_states.pt", tmp_path / "out")
+        convert_weights(FOLDER / "deepspeed_mp_rank_00_model_states.pt", tmp_path / "out")
     with pytest.raises(ConversionError, match="a multiple of the patch size 8, it is 30"):
-        convert(clip_file(tmp_path), tmp_path / "out", vision_heads=2, image_size=30)
+        convert_weights(clip_file(tmp_path), tmp_path / "out", vision_heads=2, image_size=30)
     with pytest.raises(ConversionError, match="there is nothing"):
-        convert(tmp_path / "absent.pt", tmp_path / "out")
+        convert_weights(tmp_path / "absent.pt", tmp_path / "out")
