@@ -194,7 +194,7 @@ def difference(raw: Path, split: str) -> dict[str, float]:
 
 
 def collate(examples: list[Example]) -> dict[str, Any]:
-    return {"pixel_values": PROCESSOR.normalize([example.clip for example in examples if example.clip is not None])}
+    return {"frames": torch.stack([example.clip for example in examples if example.clip is not None])}
 
 
 def storage_rates(folder: Path) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def by_webdataset(split: str, *, decode: bool) -> None:
             frames = [np.asarray(Image.open(io.BytesIO(sample[name])).convert("RGB")) for name in wanted]
             batch.append(resized(torch.from_numpy(np.stack(frames)), SIZE))
             if len(batch) == 24:
-                PROCESSOR.normalize(batch)
+                torch.stack(batch)
                 batch = []
     assert count == 600
 

@@ -31,11 +31,11 @@ JOIN = (
     + """
 import json, sys, time
 from pathlib import Path
-from model.data.shards.build import Plan, Settings, Split
+from model.data.shards.build import ShardPlan, ShardSettings, Split
 from model.data.shards.commit import join_parts
 staging, rows, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 split = Split(name="train", rows=rows, duplicates={})
-plan = Plan(settings=Settings(raw="", root="", dataset="pretrain"), splits=[split], staging=staging)
+plan = ShardPlan(settings=ShardSettings(raw="", root="", dataset="pretrain"), splits=[split], staging=staging)
 before, start = mib()["VmRSS"], time.perf_counter()
 joined = join_parts(plan, split, out)
 print(json.dumps({"rows": joined.clips, "seconds": time.perf_counter() - start, "peak_mib": mib()["VmHWM"],

@@ -21,10 +21,10 @@ from model.config.load import load_config
 from model.config.schema import RunConfig
 from model.data.loading.loader import on_device
 from model.mplug_video import vision
+from model.tasks.build import build_meta_task
 from model.training.flops import peak_flops
 from model.training.planning.estimate import Measurement, plan_run
 from model.training.planning.measure import STEPS, measure_steps
-from model.training.planning.meta_model import build_meta_model, example_batch, task_of
 
 PLAIN = "plain loop"
 WAYS = {
@@ -50,14 +50,14 @@ def config_of(way: str, clips: int) -> RunConfig:
 def plain(config: RunConfig) -> Measurement:
     vision.remade = vision.kept
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_meta_model(config, str(device)).train()
+    task, seconds = build_meta_task(config, str(device)), []
+    model = task.model.train()
     model.decoder.to(torch.bfloat16)
-    task, seconds = task_of(config, model), []
     trained = [weights for weights in model.parameters() if weights.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     for _ in range(STEPS):
         start = time.perf_counter()
-        batch = on_device(example_batch(config, config.data.batch_size), device)
+        batch = task.normalize(on_device(task.example_batch(config.data.batch_size), device))
         with torch.autocast(device.type, torch.bfloat16):
             loss, _ = task.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]

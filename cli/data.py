@@ -228,7 +228,7 @@ def tokenizer(
 
     Example: `mplug data tokenizer work/raw/youku-mplug work`
     """
-    from model.tasks.tokenizer import publish_tokenizer
+    from model.tasks.language_modeling import publish_tokenizer
 
     print(publish_tokenizer(raw, root, vocab_size))
 

@@ -162,9 +162,9 @@ def _facts(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measure
 
 
 def _shared_bytes(run: RunConfig, hardware: Hardware, found: RunPlan) -> float:
-    """Every loader process has two batches ready, in fp32."""
+    """Every loader process has two batches ready, in uint8."""
     vision = run.model.vision
-    clip = 4 * 3 * vision.num_frames * vision.image_size**2
+    clip = 3 * vision.num_frames * vision.image_size**2
     return 2 * run.data.workers * found.micro_batch * clip * max(hardware.gpus, 1)
 
 

@@ -8,7 +8,7 @@ def train_tokenizer(
     raw: str, raw_version: str, root: str, vocab_size: int, tracking: dict[str, str], code_version: str
 ) -> str:
     """Returns the URI of the tokenizer, <root>/models/tokenizer/<version>. Other data have another `raw_version`."""
-    from model.tasks.tokenizer import publish_tokenizer
+    from model.tasks.language_modeling import publish_tokenizer
     from model.tracking import stage
 
     facts = {"vocab_size": vocab_size, "raw_version": raw_version, "code_version": code_version}

@@ -1,9 +1,13 @@
 """All benchmarks of the paper from one checkpoint: fine-tuned beside each other, compared, gated, registered."""
 
-from pipelines.finetune import tasks_pipeline
+from pipelines.finetune import tune
+from pipelines.tracked import tracked_pipeline
 
-benchmark = tasks_pipeline(
+benchmark = tracked_pipeline(
     "benchmark",
     "Fine-tunes and judges a pre-trained mPLUG-Video on all three benchmarks.",
-    ["classification", "retrieval", "captioning"],
-)
+    source="pretrained",
+    last_stages="gate register",
+    configs=["classification", "retrieval", "captioning"],
+    run_name="benchmark",
+)(tune)

@@ -14,7 +14,7 @@ from model.config.load import YamlLoader
 from model.errors import ConfigError
 
 PIPELINES = {
-    "mplug-video": "pipelines.demo.mplug_video",
+    "mplug-video": "pipelines.demo.demo",
     "pretrain": "pipelines.pretrain.pretrain",
     "finetune": "pipelines.finetune.finetune",
     "benchmark": "pipelines.benchmark.benchmark",

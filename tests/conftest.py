@@ -88,7 +88,7 @@ def shards(corpus: Path, shared: Path, once: Make) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tokenizer(corpus: Path, shared: Path, once: Make) -> str:
     """URI of a tokenizer trained on the corpus."""
-    from model.tasks.tokenizer import publish_tokenizer
+    from model.tasks.language_modeling import publish_tokenizer
 
     return once("tokenizer", lambda: publish_tokenizer(str(corpus), str(shared), vocab_size=448))
 

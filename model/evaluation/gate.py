@@ -7,20 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model import storage
-from model.config.schema import TrackingConfig
+from model.config.schema import DATASETS, TrackingConfig
 from model.errors import ConfigError, StageError
 from model.evaluation.registration import registered_name
 from model.evaluation.results import Evaluation, load_evaluation
 from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts, champion_scores
-
-DECIDES = {
-    "classification": "top1",
-    "retrieval": "text_to_video_r1",
-    "matching": "text_to_video_r1",
-    "captioning": "cider",
-}
-"""The metric of each task that the paper's tables lead with (arXiv 2306.04362, tables 3 to 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +34,12 @@ def compare_with_champions(
     evaluations: Sequence[Evaluation], where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
 ) -> list[Comparison]:
     """Each task's value must reach its `minimum`, where one is given, and its champion's value less `tolerance`."""
-    unknown = set(minimum) - set(DECIDES)
+    unknown = set(minimum) - set(DATASETS)
     if unknown:
-        raise ConfigError(f"minimum must name tasks, of {', '.join(DECIDES)}, got {', '.join(sorted(unknown))}.")
+        raise ConfigError(f"minimum must name tasks, of {', '.join(DATASETS)}, got {', '.join(sorted(unknown))}.")
     found = []
     for evaluation in evaluations:
-        metric = DECIDES[evaluation.task]
+        metric = evaluation.headline
         known = champion_scores(where["uri"], registered_name(evaluation.task)) if where["uri"] else {}
         champion = known.get(metric)
         bounds = [minimum.get(evaluation.task, 0.0), *([] if champion is None else [champion - tolerance])]

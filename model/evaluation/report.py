@@ -106,7 +106,7 @@ def _history(model: str) -> list[tuple[int, float]]:
 def _strips(evaluation: Evaluation, reader: ShardReader) -> list[Strip]:
     return [
         Strip(image_uri(frame_strip(reader, position, 4)), predicted, true)
-        for position, (predicted, true) in enumerate(evaluation.captions()[:SHOWN])
+        for position, (predicted, true) in enumerate(evaluation.captions[:SHOWN])
     ]
 
 
@@ -115,9 +115,9 @@ def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, obj
     return [
         {
             "text": evaluation.predictions[query]["text"],
-            "clips": [(image_uri(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found],
+            "clips": [(image_uri(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found[:NEAREST]],
         }
-        for query, found in enumerate(evaluation.nearest_clips(NEAREST)[:SHOWN])
+        for query, found in enumerate(evaluation.nearest_clips[:SHOWN])
     ]
 
 

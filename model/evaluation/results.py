@@ -1,13 +1,11 @@
 """The result of an evaluation, as it is stored."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from model import storage
+from model.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,27 +21,12 @@ class Evaluation:
     chance: dict[str, float]
     predictions: list[dict[str, Any]]
     class_names: list[str]
-
-    def captions(self) -> list[tuple[str, str]]:
-        """(predicted, true) text of each clip; for retrieval and matching the nearest text of the split."""
-        rows = self.predictions
-        if self.task in ("matching", "retrieval"):
-            nearest = self._similarities().argmax(axis=1).tolist()
-            return [(rows[found]["text"], row["text"]) for row, found in zip(rows, nearest, strict=True)]
-        truth = "label" if self.task == "classification" else "references"
-        return [(row["prediction"], _first(row[truth])) for row in rows]
-
-    def _similarities(self) -> NDArray[np.float64]:
-        """Of each clip with each text of the split."""
-        if self.task == "matching":
-            return np.array([row["head_scores"] for row in self.predictions])
-        videos, texts = (np.array([row[f"{kind}_embedding"] for row in self.predictions]) for kind in ("video", "text"))
-        return videos @ texts.T
-
-    def nearest_clips(self, count: int) -> list[list[int]]:
-        """Of each text, the clips that are most similar to it, the nearest first."""
-        found: list[list[int]] = (-self._similarities().T).argsort(axis=1, kind="stable")[:, :count].tolist()
-        return found
+    headline: str
+    """The score that the paper's tables lead with."""
+    captions: list[tuple[str, str]]
+    """(predicted, true) text of each clip, as people are shown it."""
+    nearest_clips: list[list[int]]
+    """Of each text, the clips that are most similar to it, the nearest first; empty for tasks without search."""
 
 
 def save_evaluation(evaluation: Evaluation, uri: str) -> str:
@@ -53,8 +36,8 @@ def save_evaluation(evaluation: Evaluation, uri: str) -> str:
 
 
 def load_evaluation(uri: str) -> Evaluation:
-    return Evaluation(**json.loads(storage.read(uri)))
-
-
-def _first(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else value[0]
+    """Reads a stored evaluation. Raises DataError where an earlier version has written it."""
+    tree = json.loads(storage.read(uri))
+    if missing := {field.name for field in fields(Evaluation)} - tree.keys():
+        raise DataError(f"{uri} must hold {', '.join(sorted(missing))}: an earlier version wrote it. Evaluate again.")
+    return Evaluation(**{**tree, "captions": [(predicted, true) for predicted, true in tree["captions"]]})

@@ -13,15 +13,17 @@ from model.data.loading.sampler import EverySample
 from model.data.shards.build import read_quarantine
 from model.data.shards.reader import ShardReader
 from model.errors import ConfigError, DataError
-from model.evaluation import metrics
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
 from model.evaluation.results import Evaluation
 from model.progress import progress
-from model.tasks import Task, build_task
+from model.tasks.base import Task
+from model.tasks.build import build_task
 from model.tracking import Run, tracked
 
 SHOWN = 8
 """Clips in the figure of predictions."""
+NEAREST = 10
+"""Clips that are stored of each text's search."""
 
 
 def evaluate_model(
@@ -78,16 +80,19 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
     predictions = [
         prediction
         for batch in progress(loader, total=order.steps, desc=f"evaluating {task.config.name}", unit="batch")
-        for prediction in task.predict(on_device(batch, device))
+        for prediction in task.network(on_device(batch, device), predict=True)
     ]
     return Evaluation(
         task=name,
         model=model,
         pretrained=pretrained,
-        scores=metrics.score_predictions(name, predictions, task.categories),
-        chance=metrics.chance_scores(name, predictions, task.categories),
+        scores=task.score(predictions, task.categories),
+        chance=task.chance(predictions, task.categories),
         predictions=predictions,
         class_names=task.categories,
+        headline=task.headline,
+        captions=task.captions(predictions),
+        nearest_clips=task.nearest_clips(predictions, NEAREST),
     )
 
 
@@ -103,5 +108,5 @@ def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: T
     strips = [frame_strip(reader, position, task.processor.num_frames) for position in positions]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "predictions.png"
-        save_figure(prediction_figure(strips, evaluation.captions()[:SHOWN]), path)
+        save_figure(prediction_figure(strips, evaluation.captions[:SHOWN]), path)
         run.artifact(path)

@@ -1,18 +1,17 @@
 """The GPT-3 family of mPLUG-Video: TimeSformer, visual abstractor and a frozen causal decoder."""
 
-from transformers import AutoConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
-from model.mplug_video.modeling import (
-    MPlugVideoForClassification,
-    MPlugVideoForConditionalGeneration,
-    MPlugVideoForPreTraining,
-    MPlugVideoForRetrieval,
-)
-from model.mplug_video.processing import MPlugVideoProcessor
-
-# AutoTokenizer and AutoConfig read the configuration beside the weights, and must know its kind
-AutoConfig.register(MPlugVideoConfig.model_type, MPlugVideoConfig)
+if TYPE_CHECKING:
+    from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
+    from model.mplug_video.modeling import (
+        MPlugVideoForClassification,
+        MPlugVideoForConditionalGeneration,
+        MPlugVideoForPreTraining,
+        MPlugVideoForRetrieval,
+    )
+    from model.mplug_video.processing import MPlugVideoProcessor
 
 __all__ = [
     "MPlugVideoConfig",
@@ -23,3 +22,11 @@ __all__ = [
     "MPlugVideoProcessor",
     "TimeSformerConfig",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes above, imported when they are used first: loader processes need no networks (3 s of imports)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    kind = "configuration" if name.endswith("Config") else "processing" if name.endswith("Processor") else "modeling"
+    return getattr(import_module(f"{__name__}.{kind}"), name)

@@ -8,6 +8,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+MATCHING_CLASSES = ["否", "是"]
+"""The two classes of the matching head: whether a title belongs to a clip."""
+
 
 @strict
 class TimeSformerConfig(PreTrainedConfig):
@@ -74,3 +77,7 @@ class MPlugVideoConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(text.pop("model_type"), **text)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
+
+
+# AutoTokenizer and AutoConfig read the configuration beside the weights, and must know its kind
+AutoConfig.register(MPlugVideoConfig.model_type, MPlugVideoConfig)

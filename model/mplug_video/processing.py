@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from model.mplug_video import configuration  # noqa: F401  # AutoTokenizer must know the model's kind
 from model.mplug_video.tokenization import encode_pair, encode_sentence
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -50,7 +51,7 @@ class MPlugVideoProcessor:
     def clip(self, frames: Tensor | Sequence[Frame]) -> Tensor:
         """T frames of any size, uint8 (T, H, W, C) -> what a model sees of them, (C, T, H, W) float32."""
         pixels = frames if isinstance(frames, Tensor) else torch.from_numpy(np.stack([np.asarray(f) for f in frames]))
-        return self.normalize([self.resize(pixels)])[0]
+        return self.normalize(self.resize(pixels)[None])[0]
 
     def resize(self, frames: Tensor) -> Tensor:
         """Resizes frames (T, H, W, C) to the model's square. The aspect ratio is not kept, nothing is cut off.
@@ -61,13 +62,12 @@ class MPlugVideoProcessor:
             frames = torch.cat([frames, frames[-1:].expand(self.num_frames - len(frames), -1, -1, -1)])
         return (resized if self.resample == "bicubic" else _nearest)(frames, self.image_size)
 
-    def normalize(self, clips: Sequence[Tensor]) -> Tensor:
-        """B clips of the model's size, uint8 (T, H, W, C) -> (B, C, T, H, W) float32."""
-        pixels = torch.empty((len(clips), 3, *clips[0].shape[:3]))
-        for clip, out in zip(clips, pixels, strict=True):
-            for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-                torch.div(clip[..., channel], 255 * std, out=out[channel])
-                out[channel] -= mean / std
+    def normalize(self, clips: Tensor) -> Tensor:
+        """B clips of the model's size, uint8 (B, T, H, W, C) -> (B, C, T, H, W) float32, on the same device."""
+        pixels = torch.empty((len(clips), 3, *clips.shape[1:4]), device=clips.device)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            torch.div(clips[..., channel], 255 * std, out=pixels[:, channel])
+            pixels[:, channel] -= mean / std
         return pixels  # (B, C, T, H, W)
 
     def texts(self, texts: Sequence[str], max_length: int = 80) -> tuple[Tensor, Tensor]:

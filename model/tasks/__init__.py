@@ -1,31 +1,16 @@
-"""One file per objective: examples -> batch, batch -> loss, batch -> predictions. The training loop knows none."""
+"""One file per objective, with all that is specific to it: examples -> batch -> loss, predictions, scores.
 
-from model.config.schema import RunConfig
-from model.errors import ConfigError
-from model.tasks.base import Task
-from model.tasks.captioning import Captioning
-from model.tasks.classification import Classification
-from model.tasks.language_modeling import LanguageModeling
-from model.tasks.matching import Matching
-from model.tasks.pretraining import Pretraining
-from model.tasks.retrieval import Retrieval
+The registry is DATASETS in model/config/schema.py: a task `captioning` is the class Captioning of captioning.py here.
+"""
 
-TASKS: dict[str, type[Task]] = {
-    "language_modeling": LanguageModeling,
-    "pretraining": Pretraining,
-    "classification": Classification,
-    "retrieval": Retrieval,
-    "matching": Matching,
-    "captioning": Captioning,
-}
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model.tasks.base import Task
 
 
-def build_task(config: RunConfig) -> Task:
-    """The task of a configuration, with its networks built or loaded."""
-    try:
-        return TASKS[config.task](config)
-    except ValueError as error:  # transformers refuses a shape: the configuration is wrong, not the program
-        raise ConfigError(f"model cannot be built: {' '.join(str(error).split())}") from error
-
-
-__all__ = ["TASKS", "Task", "build_task"]
+def task_class(name: str) -> "type[Task]":
+    """The class of a task; imported here, so that a process imports the one that it runs."""
+    found: type[Task] = getattr(import_module(f"model.tasks.{name}"), name.title().replace("_", ""))
+    return found

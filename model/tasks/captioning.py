@@ -1,11 +1,13 @@
 """Video captioning: train on (clip, caption), write captions by beam search."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from model.data.loading.loader import Batch, Example
-from model.mplug_video.modeling import MPlugVideoForConditionalGeneration
-from model.tasks.base import DecoderPass, Logs, Prediction, Task
+from model.tasks import metrics
+from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
 
 MAX_WORDS = 80
 NUM_BEAMS = 5
@@ -16,11 +18,17 @@ RELEASED_NEW_TOKENS = 119
 class Captioning(Task):
     """Captions have no prompt, as in the shipped recipe: every token of the caption is learned."""
 
-    model_class = MPlugVideoForConditionalGeneration
+    architecture = "MPlugVideoForConditionalGeneration"
+    metrics = metrics.CAPTION_METRICS
+    headline = "cider"
 
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
-        return {"pixel_values": self.pixel_values(examples), "input_ids": ids, "loss_mask": mask[:, 1:]}
+        return {"frames": self.stack_frames(examples), "input_ids": ids, "loss_mask": mask[:, 1:]}
+
+    def example_batch(self, clips: int) -> Batch:
+        ids = torch.ones(clips, self.config.data.max_length, dtype=torch.long)
+        return {"frames": self.example_frames(clips), "input_ids": ids, "loss_mask": ids[:, 1:]}
 
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
         return [self.read_by_decoder(batch["input_ids"], batch["loss_mask"])]
@@ -46,3 +54,11 @@ class Captioning(Task):
             }
             for annotation, text in zip(batch["annotations"], self.processor.captions(written), strict=True)
         ]
+
+    @staticmethod
+    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        return metrics.caption_scores(predictions)
+
+    @staticmethod
+    def captions(predictions: Predictions) -> list[tuple[str, str]]:
+        return [(row["prediction"], row["references"][0]) for row in predictions]

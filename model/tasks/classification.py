@@ -1,27 +1,43 @@
 """Category prediction: the likelihood of each category's name as an answer, and a classification head."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.config.schema import RunConfig
 from model.data.loading.loader import Batch, Example
-from model.errors import DataError
-from model.mplug_video.modeling import MPlugVideoForClassification
+from model.data.shards.reader import read_dataset_info
+from model.errors import ConfigError, DataError
 from model.mplug_video.processing import clean_caption
-from model.tasks.base import DecoderPass, Logs, Prediction, Task
+from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
+
+if TYPE_CHECKING:
+    from model.mplug_video.modeling import MPlugVideoForClassification
 
 PROMPT = "视频标题：{} 视频类目："  # the released models were trained on this wording
 PROMPT_RESERVE = 15  # characters of a title that make room for the prompt's own words
 MAX_WORDS = 80
+ACCURACIES = (1, 5)
+SOURCES = {"head_scores": "", "generation_scores": "generation_"}
+"""Scores of a prediction, and the prefix of the metrics that are made of them."""
 
 
 class Classification(Task):
-    model_class = MPlugVideoForClassification
+    architecture = "MPlugVideoForClassification"
+    planned_classes = 45  # the paper's categories
+    metrics = tuple(f"{prefix}top{k}" for prefix in SOURCES.values() for k in ACCURACIES)
+    headline = "top1"
 
-    def head_settings(self) -> dict[str, Any]:
-        return {"class_names": self.class_names()}
+    @classmethod
+    def class_names(cls, config: RunConfig) -> list[str]:
+        names: list[str] = read_dataset_info(config.data.shards)["class_names"]
+        if not names:
+            raise ConfigError(f"data.shards must be a classification dataset, {config.data.shards} has no classes.")
+        return names
 
     def _question(self, example: Example) -> str:
         title = clean_caption(example.annotation.text, MAX_WORDS)
@@ -34,7 +50,7 @@ class Classification(Task):
             raise DataError(f"label must be one of the {len(names)} class names, got {sorted(unknown)}.")
         titles, mask = self.encode_texts(examples, MAX_WORDS)
         labels = [names.index(example.annotation.label) for example in examples]
-        batch = {"pixel_values": self.pixel_values(examples), "title_ids": titles, "title_mask": mask}
+        batch = {"frames": self.stack_frames(examples), "title_ids": titles, "title_mask": mask}
         return batch, labels
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -55,6 +71,9 @@ class Classification(Task):
             "answer_mask": loss_mask.view(shape),
             "annotations": [example.annotation for example in examples],
         }
+
+    def example_batch(self, clips: int) -> Batch:
+        return {"frames": self.example_frames(clips), **example_answers(self, clips)}
 
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
         return answer_and_head_passes(self, batch)
@@ -80,8 +99,27 @@ class Classification(Task):
             })  # fmt: skip
         return predictions
 
+    @staticmethod
+    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        """Top-1 and top-5 accuracy of the head, and of the answers' likelihoods (`generation_`)."""
+        labels = np.array([class_names.index(prediction["label"]) for prediction in predictions])
+        scores: Scores = {}
+        for source, prefix in SOURCES.items():
+            ranks = (-np.array([prediction[source] for prediction in predictions])).argsort(axis=1, kind="stable")
+            for k in ACCURACIES:
+                scores[f"{prefix}top{k}"] = float((ranks[:, :k] == labels[:, None]).any(axis=1).mean())
+        return scores
 
-def answer_and_head_loss(model: MPlugVideoForClassification, prefix: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+    @staticmethod
+    def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        return {f"{prefix}top{k}": min(k / len(class_names), 1) for prefix in SOURCES.values() for k in ACCURACIES}
+
+    @staticmethod
+    def captions(predictions: Predictions) -> list[tuple[str, str]]:
+        return [(row["prediction"], row["label"]) for row in predictions]
+
+
+def answer_and_head_loss(model: "MPlugVideoForClassification", prefix: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
     """The loss of the right answer's tokens, and of the head on prefix + title alone (a second pass)."""
     mask = batch["loss_mask"]
     generation = model.token_losses(prefix, batch["input_ids"], mask).sum() / mask.sum()
@@ -92,3 +130,10 @@ def answer_and_head_loss(model: MPlugVideoForClassification, prefix: Tensor, bat
 
 def answer_and_head_passes(task: Task, batch: Batch) -> list[DecoderPass]:
     return [task.read_by_decoder(batch["input_ids"], batch["loss_mask"]), task.read_by_decoder(batch["title_ids"])]
+
+
+def example_answers(task: Task, rows: int) -> Batch:
+    """The texts and labels of `example_batch`, for a head and answers of `rows` rows."""
+    ids = torch.ones(rows, task.config.data.max_length, dtype=torch.long)
+    texts = {"input_ids": ids, "loss_mask": ids[:, 1:], "title_ids": ids, "title_mask": ids}
+    return {**texts, "labels": torch.zeros(rows, dtype=torch.long)}

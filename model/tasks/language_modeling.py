@@ -6,17 +6,18 @@ prefix can steer it later (measured: without, a clip tells it nothing after 20,0
 """
 
 import random
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from model import manifest
+from model import manifest, storage
+from model.data.annotations import read_annotations
 from model.data.loading.loader import Batch, Example
-from model.errors import ConfigError
-from model.mplug_video.processing import MPlugVideoProcessor, answer_mask, clean_caption
-from model.mplug_video.tokenization import encode_sentence
+from model.mplug_video.processing import answer_mask, clean_caption
+from model.mplug_video.tokenization import encode_sentence, train_tokenizer
 from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.pretraining import MAX_WORDS
 
@@ -25,23 +26,6 @@ class LanguageModeling(Task):
     """`model.decoder` names the tokenizer; the decoder itself is built from `model.text`."""
 
     reads_video = False
-
-    def build(self) -> tuple[PreTrainedModel, MPlugVideoProcessor]:
-        tokenizer = AutoTokenizer.from_pretrained(manifest.fetch_folder(self.config.model.decoder))
-        text = dict(self.config.model.text)
-        config = AutoConfig.for_model(
-            text.pop("model_type"),
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **text,
-        )
-        known = config.to_dict().keys() | config.attribute_map.keys()
-        if unknown := sorted(text.keys() - known):
-            raise ConfigError(f"model.text has keys that {config.model_type} does not know: {', '.join(unknown)}.")
-        self.validate_length(self.config.model.num_queries, config)
-        return AutoModelForCausalLM.from_config(config), MPlugVideoProcessor(tokenizer, image_size=0, num_frames=0)
 
     def collate(self, examples: list[Example]) -> Batch:
         tokenizer, length = self.processor.tokenizer, self.config.data.max_length
@@ -54,6 +38,10 @@ class LanguageModeling(Task):
         ids, mask = self.processor.pad(rows)
         return {"input_ids": ids, "loss_mask": answer_mask(mask, [hints] * len(rows))}
 
+    def example_batch(self, clips: int) -> Batch:
+        ids = torch.ones(clips, self.config.model.num_queries + self.config.data.max_length, dtype=torch.long)
+        return {"input_ids": ids, "loss_mask": ids[:, 1:]}
+
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
         rows, length = batch["input_ids"].shape
         return [DecoderPass(rows=rows, length=length, scored=int(batch["loss_mask"].sum()), after_prefix=False)]
@@ -63,3 +51,14 @@ class LanguageModeling(Task):
         logits = self.model(input_ids=ids).logits[:, :-1][wanted].float()
         loss = F.cross_entropy(logits, ids[:, 1:][wanted])
         return loss, {"perplexity": torch.exp(loss.detach())}
+
+
+def publish_tokenizer(raw: str, root: str, vocab_size: int) -> str:
+    """Learns a GPT-3 style tokenizer on the pre-training titles below `raw`; returns its URI.
+
+    The tiny decoder has no published one. The URI is <root>/models/tokenizer/<version>.
+    """
+    titles = [clean_caption(row.text, MAX_WORDS) for row in read_annotations(raw, "pretrain", "train")]
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(titles, vocab_size).save_pretrained(folder)
+        return manifest.publish_folder(Path(folder), storage.join(root, "models", "tokenizer"), vocab_size=vocab_size)

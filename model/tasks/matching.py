@@ -5,18 +5,20 @@ is the title of another clip.
 """
 
 import random
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.config.schema import RunConfig
 from model.data.annotations import Annotation
 from model.data.loading.loader import Batch, Example
-from model.mplug_video.conversion.shapes import MATCHING_CLASSES
-from model.mplug_video.modeling import MPlugVideoForClassification
+from model.mplug_video.configuration import MATCHING_CLASSES
 from model.mplug_video.processing import clean_caption
-from model.tasks.base import DecoderPass, Logs, Prediction, Task
-from model.tasks.classification import answer_and_head_loss, answer_and_head_passes
+from model.tasks import metrics
+from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
+from model.tasks.classification import SOURCES, answer_and_head_loss, answer_and_head_passes, example_answers
 
 PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the released models were trained on this wording
 PROMPT_RESERVE = 20  # characters of a title that make room for the prompt's own words
@@ -26,10 +28,14 @@ NEGATIVES = 2
 
 
 class Matching(Task):
-    model_class = MPlugVideoForClassification
+    architecture = "MPlugVideoForClassification"
+    planned_classes = len(MATCHING_CLASSES)
+    metrics = tuple(prefix + name for prefix in SOURCES.values() for name in metrics.RECALL_METRICS)
+    headline = "text_to_video_r1"
 
-    def head_settings(self) -> dict[str, Any]:
-        return {"class_names": MATCHING_CLASSES}
+    @classmethod
+    def class_names(cls, config: RunConfig) -> list[str]:
+        return MATCHING_CLASSES
 
     def collate(self, examples: list[Example]) -> Batch:
         pairs = [(row, row, 1) for row in range(len(examples))]  # (clip, title, whether they match)
@@ -39,10 +45,18 @@ class Matching(Task):
             pairs += [(row, other, 0) for other in drawn]
         titles = [self._title(examples[title].annotation) for _, title, _ in pairs]
         return {
-            "pixel_values": self.pixel_values(examples),
+            "frames": self.stack_frames(examples),
             "clips": torch.tensor([clip for clip, _, _ in pairs]),
             "labels": torch.tensor([label for _, _, label in pairs]),
             **self._questions(titles, [MATCHING_CLASSES[label] for _, _, label in pairs]),
+        }
+
+    def example_batch(self, clips: int) -> Batch:
+        rows = (1 + NEGATIVES) * clips
+        return {
+            "frames": self.example_frames(clips),
+            "clips": torch.arange(rows) % clips,
+            **example_answers(self, rows),
         }
 
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
@@ -54,7 +68,7 @@ class Matching(Task):
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
         annotations = [example.annotation for example in examples]
-        return {"pixel_values": self.pixel_values(examples), "annotations": annotations}
+        return {"frames": self.stack_frames(examples), "annotations": annotations}
 
     def read_split(self, annotations: list[Annotation]) -> None:
         titles = [self._title(annotation) for annotation in annotations]
@@ -76,6 +90,28 @@ class Matching(Task):
                 "head_scores": head.float().softmax(dim=1)[:, 1].tolist(),
             })  # fmt: skip
         return predictions
+
+    @staticmethod
+    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        """Recalls as in retrieval, by the head's probabilities and by the answers' likelihoods (`generation_`)."""
+        scores: Scores = {}
+        for source, prefix in SOURCES.items():
+            similarity = np.array([prediction[source] for prediction in predictions])  # (clips, texts)
+            found = metrics.recall_scores(predictions, similarity.T, similarity)
+            scores |= {prefix + name: value for name, value in found.items()}
+        return scores
+
+    @staticmethod
+    def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        return metrics.recall_chance(predictions)
+
+    @staticmethod
+    def captions(predictions: Predictions) -> list[tuple[str, str]]:
+        return metrics.nearest_texts(predictions, np.array([row["head_scores"] for row in predictions]))
+
+    @staticmethod
+    def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
+        return metrics.nearest_columns(np.array([row["head_scores"] for row in predictions]).T, count)
 
     def _title(self, annotation: Annotation) -> str:
         return clean_caption(annotation.text, MAX_WORDS)

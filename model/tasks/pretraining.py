@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.data.loading.loader import Batch, Example
-from model.mplug_video.modeling import MPlugVideoForPreTraining
 from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.gathering import gather, own_rows
 
@@ -14,11 +13,15 @@ MAX_WORDS = 30
 
 
 class Pretraining(Task):
-    model_class = MPlugVideoForPreTraining
+    architecture = "MPlugVideoForPreTraining"
 
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
-        return {"pixel_values": self.pixel_values(examples), "input_ids": ids, "attention_mask": mask}
+        return {"frames": self.stack_frames(examples), "input_ids": ids, "attention_mask": mask}
+
+    def example_batch(self, clips: int) -> Batch:
+        ids = torch.ones(clips, self.config.data.max_length, dtype=torch.long)
+        return {"frames": self.example_frames(clips), "input_ids": ids, "attention_mask": ids}
 
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
         ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -1,30 +1,40 @@
 """Video-text retrieval with a dual encoder: clips and texts of one row are each other's positives."""
 
 import hashlib
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from model.data.loading.loader import Batch, Example
-from model.mplug_video.modeling import MPlugVideoForRetrieval
-from model.tasks.base import DecoderPass, Logs, Prediction, Task
+from model.tasks import metrics
+from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
 from model.tasks.gathering import gather
 
 MAX_WORDS = 80
 
 
 class Retrieval(Task):
-    model_class = MPlugVideoForRetrieval
+    architecture = "MPlugVideoForRetrieval"
+    metrics = metrics.RECALL_METRICS
+    headline = "text_to_video_r1"
 
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
         return {
-            "pixel_values": self.pixel_values(examples),
+            "frames": self.stack_frames(examples),
             "input_ids": ids,
             "attention_mask": mask,
             "match_ids": torch.tensor([_match_id(example) for example in examples]),
         }
+
+    def example_batch(self, clips: int) -> Batch:
+        ids = torch.ones(clips, self.config.data.max_length, dtype=torch.long)
+        rows = {"input_ids": ids, "attention_mask": ids, "match_ids": torch.arange(clips)}
+        return {"frames": self.example_frames(clips), **rows}
 
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
         rows, length = batch["input_ids"].shape
@@ -50,6 +60,32 @@ class Retrieval(Task):
             }
             for row, annotation in enumerate(batch["annotations"])
         ]
+
+    @staticmethod
+    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        """Recall at 1, 5 and 10 from text to video and back."""
+        videos, texts = embeddings(predictions)
+        return metrics.recall_scores(predictions, texts @ videos.T, videos @ texts.T)
+
+    @staticmethod
+    def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        return metrics.recall_chance(predictions)
+
+    @staticmethod
+    def captions(predictions: Predictions) -> list[tuple[str, str]]:
+        videos, texts = embeddings(predictions)
+        return metrics.nearest_texts(predictions, videos @ texts.T)
+
+    @staticmethod
+    def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
+        videos, texts = embeddings(predictions)
+        return metrics.nearest_columns((videos @ texts.T).T, count)
+
+
+def embeddings(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Unit vectors of the clips and of the texts, each (rows, E)."""
+    videos, texts = (np.array([row[f"{kind}_embedding"] for row in predictions]) for kind in ("video", "text"))
+    return videos, texts
 
 
 def matching_loss(video: Tensor, text: Tensor, match_ids: Tensor, temperature: Tensor) -> Tensor:

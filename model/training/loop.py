@@ -24,7 +24,8 @@ from model.data.loading.sampler import BatchSampler
 from model.data.shards.reader import ShardReader
 from model.errors import TERMINATED, StageError
 from model.progress import progress
-from model.tasks import Task, build_task
+from model.tasks.base import Task
+from model.tasks.build import build_task
 from model.tracking import Run, flatten, tracked
 from model.training import attempts
 from model.training.attempts import Attempt, run_folder
@@ -48,7 +49,7 @@ log = logging.getLogger("mplug")
 def train(config: RunConfig) -> None:
     """Trains one run, or goes on with it, and publishes its model; prints the model's URI."""
     if config.data.workers:
-        start_fork_server("model.tasks")
+        start_fork_server(f"model.tasks.{config.task}")
     watchdog, exporter = Watchdog(config.watchdog), Exporter(config.name)
     with processes(config.watchdog) as group, watchdog.together(group):
         reader = open_split(storage.join(config.data.shards, "train"), config.data)

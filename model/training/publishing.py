@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from model import manifest, storage
 from model.config.schema import RunConfig
 from model.errors import StorageError
-from model.tasks import Task
+from model.tasks.base import Task
 from model.tracking import Run
 from model.training.checkpoint import HISTORY
 

@@ -9,8 +9,7 @@ from model.config.schema import RunConfig
 from model.data.loading.loader import Batches, BatchStream, ClipSource, evaluation_batches, open_split
 from model.data.loading.sampler import BatchSampler, EverySample
 from model.errors import ConfigError
-from model.evaluation import metrics
-from model.tasks import Task
+from model.tasks.base import Task
 from model.training.distributed import Processes, mean_over_processes
 from model.training.engine import Engine
 
@@ -30,7 +29,7 @@ class Validation:
             )
         self.metric = settings.metric or "loss"
         self.lower_is_better = self.metric == "loss"
-        known = ("loss", *metrics.NAMES.get(config.task, ()))
+        known = ("loss", *task.metrics)
         if self.metric not in known:
             raise ConfigError(f"evaluation.metric must be one of {', '.join(known)}, got {self.metric}.")
         self.source = ClipSource(reader=self.reader, processor=task.processor, read_video=task.reads_video)
@@ -39,7 +38,7 @@ class Validation:
         """`val/loss`, `val/<metric>`, … where the split is val; all processes call it together."""
         with engine.evaluating():
             scores = self._losses(engine)
-            if self.task.predicts:
+            if self.task.metrics:
                 scores |= self._scores(engine)
         return {f"{self.config.evaluation.split}/{name}": value for name, value in scores.items()}
 
@@ -70,4 +69,4 @@ class Validation:
         own = [engine.predict(batch) for batch in evaluation_batches(self.source, order, self.task.collate_evaluation)]
         parts = [own] if engine.stage == 3 else self.group.gathered(own)
         batches = chain.from_iterable(zip_longest(*parts, fillvalue=[]))  # in the order of the split again
-        return metrics.score_predictions(self.config.task, list(chain.from_iterable(batches)), self.task.categories)
+        return self.task.score(list(chain.from_iterable(batches)), self.task.categories)

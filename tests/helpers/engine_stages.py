@@ -9,7 +9,7 @@ import torch
 
 from model.config.load import load_config
 from model.config.schema import WatchdogConfig
-from model.tasks import build_task
+from model.tasks.build import build_task
 from model.training.clock import Clock
 from model.training.distributed import Processes, processes
 from model.training.engine import Engine

@@ -9,11 +9,8 @@ from torch import Tensor
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from model.errors import ConversionError
-from model.mplug_video.configuration import TimeSformerConfig
+from model.mplug_video.configuration import MATCHING_CLASSES, TimeSformerConfig
 from model.mplug_video.tokenization import load_tokenizer
-
-MATCHING_CLASSES = ["否", "是"]
-"""The two classes of the matching head: whether a title belongs to a clip."""
 
 
 def load_source_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

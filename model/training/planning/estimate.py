@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 
 from model.config.schema import RunConfig, micro_batch_size
+from model.tasks.build import build_meta_task, decoder_shape
 from model.training.flops import step_flops
-from model.training.planning.meta_model import build_meta_model, example_batch, task_of, text_config
 from model.training.planning.peak_memory import PeakMemory
 
 CPU_RUNTIME, GPU_RUNTIME = 0.65e9, 1.5e9
@@ -76,10 +76,11 @@ class Measurement:
 def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunPlan:
     """Raises ConfigError where the batch cannot be shared by so many processes."""
     micro_batch, share = micro_batch_size(config, processes)
-    model = build_meta_model(config)
+    task = build_meta_task(config)
+    model = task.model
     trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
     frozen = sum(weights.numel() for weights in model.parameters() if not weights.requires_grad)
-    passes = task_of(config, model).decoder_passes(example_batch(config, micro_batch))
+    passes = task.decoder_passes(task.example_batch(micro_batch))
     width, vocabulary = _width(config), model.config.get_text_config().vocab_size
     stage, part = config.training.zero_stage, 1.0 / processes
     # in stage 0 and fp32 the weights are what the optimizer updates; else it has an fp32 copy of its own
@@ -114,7 +115,7 @@ def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
 def _growth(config_json: str, on_cpu: bool) -> tuple[float, float]:
     """Bytes that do not depend on the clips, and bytes per clip."""
     config = RunConfig.model_validate_json(config_json)
-    text_layers = text_config(config).num_hidden_layers
+    text_layers = decoder_shape(config).num_hidden_layers
     # on a GPU attention is fused, as in fp32 on a CPU; bf16 on a CPU has its own way
     dtype = torch.bfloat16 if on_cpu and _width(config) == 2 else torch.float32
     scale = 0.5 if not on_cpu and _width(config) == 2 else 1.0
@@ -130,14 +131,14 @@ def _growth(config_json: str, on_cpu: bool) -> tuple[float, float]:
 
 def _peak(config: RunConfig, dtype: torch.dtype, layers: tuple[int, int], clips: int) -> int:
     torch.manual_seed(0)
-    model = build_meta_model(config, "cpu", layers, vocabulary=VOCABULARY).to(dtype)
-    model.train()
+    task = build_meta_task(config, "cpu", layers, vocabulary=VOCABULARY)
+    model = task.model.to(dtype).train()
     for weights in model.parameters():
         if weights.requires_grad:  # gradients are counted by themselves
             weights.register_post_accumulate_grad_hook(lambda weights: setattr(weights, "grad", None))
-    batch = example_batch(config, clips)
+    batch = task.normalize(task.example_batch(clips))
     with PeakMemory([*model.parameters(), *model.buffers(), *batch.values()]) as memory:
-        task_of(config, model).loss(batch)[0].backward()  # type: ignore[no-untyped-call]
+        task.loss(batch)[0].backward()  # type: ignore[no-untyped-call]
     return memory.peak
 
 

@@ -18,13 +18,12 @@ from model.config.schema import RunConfig
 from model.data.loading.loader import ClipSource, open_split
 from model.errors import DataError, StorageError
 from model.mplug_video.processing import MPlugVideoProcessor
-from model.tasks.base import TaskNetwork
+from model.tasks.build import build_meta_task
 from model.training.clock import Clock
 from model.training.distributed import ALONE, processes
 from model.training.engine import Engine
 from model.training.optim import lr_at
 from model.training.planning.estimate import Measurement
-from model.training.planning.meta_model import build_meta_model, example_batch, task_of
 
 STEPS, CLIPS = 4, 24
 
@@ -33,13 +32,13 @@ def measure_steps(config: RunConfig) -> Measurement:
     """Steps over `data.batch_size` clips at a time, on one process."""
     os.environ |= ALONE
     with processes(config.watchdog) as group:
-        model = build_meta_model(config, "cpu")
-        model.train()
-        engine = Engine(TaskNetwork(task_of(config, model)), config, group)
+        task = build_meta_task(config, "cpu")
+        task.model.train()
+        engine = Engine(task.network, config, group)
         clock, seconds = Clock(group.device), []
         for step in range(STEPS):
             start = time.perf_counter()
-            engine.step([example_batch(config, config.data.batch_size)], lr_at(step, STEPS, config.optim), clock)
+            engine.step([task.example_batch(config.data.batch_size)], lr_at(step, STEPS, config.optim), clock)
             if group.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)

@@ -11,7 +11,7 @@ from model import manifest
 from model.config.load import load_config
 from model.data.loading.loader import ClipSource, Example
 from model.data.shards.reader import ShardReader
-from model.tasks import build_task
+from model.tasks.build import build_task
 from tests.helpers.upstream import GPT3
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 320, "bos_token_id": None, "eos_token_id": 7}
@@ -62,7 +62,7 @@ def test_a_training_step_and_captions(family: str, shards: dict[str, str], tmp_p
     assert all(parameter.grad is None for parameter in task.model.decoder.parameters())
 
     task.model.eval()
-    predictions = task.predict(task.collate_evaluation(rows))
+    predictions = task.network(task.collate_evaluation(rows), predict=True)
     assert [row["video"] for row in predictions] == [row.annotation.video for row in rows]
     assert all(isinstance(row["prediction"], str) for row in predictions)
     task.model.save_pretrained(tmp_path / "model")
@@ -71,7 +71,7 @@ def test_a_training_step_and_captions(family: str, shards: dict[str, str], tmp_p
     settings = [f"model.init_from={tmp_path / 'model'}", "data.shards=s", "data.max_length=24"]
     again = build_task(load_config("tiny_captioning", settings))
     again.model.eval()
-    assert again.predict(again.collate_evaluation(rows)) == predictions
+    assert again.network(again.collate_evaluation(rows), predict=True) == predictions
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +81,7 @@ def test_candidates_share_what_they_have_in_common(family: str, shards: dict[str
     task.model.eval()
     batch = task.collate_evaluation(examples(shards["classification"], task, 2))
     with torch.no_grad():
-        prefix = task.model.encode_video(batch["pixel_values"]).prefix
+        prefix = task.model.encode_video(task.normalize(batch)["pixel_values"]).prefix
         for row in range(2):
             ids, mask = batch["answer_ids"][row], batch["answer_mask"][row]
             scores = task.model.score_answers(prefix[row, None], ids, mask)

@@ -3,7 +3,7 @@ import torch
 from model.config.load import load_config
 from model.data.loading.loader import ClipSource
 from model.data.shards.reader import ShardReader
-from model.tasks import build_task
+from model.tasks.build import build_task
 
 
 def test_negatives_are_titles_of_other_clips_and_all_titles_are_scored(shards: dict[str, str], decoder: str) -> None:
@@ -35,9 +35,9 @@ def test_negatives_are_titles_of_other_clips_and_all_titles_are_scored(shards: d
 
     task.model.eval()
     task.read_split([example.annotation for example in examples])
-    predictions = task.predict(task.collate_evaluation(examples))
+    predictions = task.network(task.collate_evaluation(examples), predict=True)
     assert all(len(row["head_scores"]) == len(row["generation_scores"]) == 4 for row in predictions)
-    prefix = task.model.encode_video(batch["pixel_values"]).prefix
+    prefix = task.model.encode_video(task.normalize(batch)["pixel_values"]).prefix
     with torch.no_grad():
         head = task.model.classify(prefix, batch["title_ids"][:4], batch["title_mask"][:4]).softmax(dim=1)[:, 1]
     found = torch.tensor([row["head_scores"][number] for number, row in enumerate(predictions)])

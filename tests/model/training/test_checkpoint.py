@@ -11,7 +11,7 @@ from model import manifest, storage
 from model.config.load import load_config
 from model.config.schema import CheckpointConfig, RunConfig, WatchdogConfig
 from model.errors import ConfigError, DataError
-from model.tasks import build_task
+from model.tasks.build import build_task
 from model.training.attempts import run_folder, saved_steps
 from model.training.checkpoint import Checkpoints, frozen_sha256
 from model.training.distributed import ALONE, Processes, processes
@@ -118,7 +118,7 @@ def test_an_error_of_the_writing_thread_is_raised_in_the_loop(
     def commit(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(manifest, "commit", commit)
+    monkeypatch.setattr(manifest, "commit_folder", commit)
     made = checkpoints(engine, group, str(tmp_path / "run"))
     made.save(4, b"", {})
     with pytest.raises(ZeroDivisionError, match="a bug"):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config.load import load_config
 from model.data.loading.loader import ClipSource
 from model.data.shards.reader import ShardReader
-from model.tasks import build_task
+from model.tasks.build import build_task
 from model.training.flops import peak_flops, step_flops
 
 CLIPS = 6

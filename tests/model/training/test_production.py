@@ -20,10 +20,10 @@ from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from model.data.shards.reader import ShardReader
-from model.evaluation.metrics import NAMES
 from model.evaluation.results import Evaluation, load_evaluation
 from model.evaluation.runner import evaluate_model
 from model.mplug_video import MPlugVideoConfig
+from model.tasks import task_class
 from tests.helpers.copying import copied
 from tests.helpers.killing import MPLUG, Training, workers
 
@@ -77,13 +77,13 @@ def test_a_released_preset_trains_from_s3_is_killed_and_goes_on(
     assert {point["data/read_failures"] for point in outcome.history} == {0.0}
     fetched = MPlugVideoConfig.from_pretrained(manifest.fetch_folder(outcome.model))
     assert fetched.vision_config.num_frames == config.model.vision.num_frames  # also from a model with another number
-    if task in NAMES:
+    if task_class(task).metrics:
         found = (
             judged(outcome.model, shards, tmp_path / "scores.json")
             if task == "classification"
             else evaluate_model(outcome.model, shards=shards)
         )
-        assert set(found.scores) == set(NAMES[task])
+        assert set(found.scores) == set(task_class(task).metrics)
         assert len(found.predictions) == len(ShardReader(f"{shards}/test"))
         assert found.pretrained
 

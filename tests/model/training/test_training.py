@@ -16,7 +16,7 @@ from model.data.loading.loader import ClipSource, training_batches
 from model.data.loading.sampler import BatchSampler
 from model.data.shards.reader import ShardReader
 from model.mplug_video import MPlugVideoForPreTraining
-from model.tasks import build_task
+from model.tasks.build import build_task
 from model.training.optim import lr_at, parameter_groups
 from tests.helpers.running import TINY, train
 

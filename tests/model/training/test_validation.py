@@ -11,7 +11,7 @@ import torch.distributed as dist
 from model.config.load import load_config
 from model.errors import ConfigError
 from model.evaluation.runner import evaluate_model
-from model.tasks import build_task
+from model.tasks.build import build_task
 from model.training.attempts import saved_steps
 from model.training.distributed import Processes
 from model.training.validation import Validation

@@ -84,7 +84,7 @@ def shard_command(corpus: Path, root: str) -> list[str]:
 
 SMALL_PARTS = """
 import sys
-from model.data import build
+from model.data.shards import build
 from cli.main import main
 build.PART_CLIPS["frames"] = 4
 sys.argv = sys.argv[1:]

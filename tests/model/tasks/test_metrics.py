@@ -6,7 +6,12 @@ import random
 import numpy as np
 import pytest
 
-from model.evaluation import metrics
+from model.tasks import metrics
+from model.tasks.base import Prediction, Task
+from model.tasks.captioning import Captioning
+from model.tasks.classification import Classification
+from model.tasks.matching import Matching
+from model.tasks.retrieval import Retrieval
 from tests.helpers.paths import FIXTURES
 
 GOLDEN = json.loads((FIXTURES / "caption_metrics.json").read_text(encoding="utf-8"))
@@ -14,7 +19,7 @@ GOLDEN = json.loads((FIXTURES / "caption_metrics.json").read_text(encoding="utf-
 
 def test_caption_metrics_are_upstreams_to_the_last_digit() -> None:
     rows = [{"video": row["video_id"], "prediction": row["pred"], "references": row["gold"]} for row in GOLDEN["pairs"]]
-    scores = metrics.captioning(rows)
+    scores = Captioning.score(rows, [])
     expected = GOLDEN["scores"]
     assert [scores[f"bleu{n}"] for n in (1, 2, 3, 4)] == [expected[f"Bleu_{n}"] for n in (1, 2, 3, 4)]
     assert scores["rouge_l"] == expected["ROUGE_L"]
@@ -53,7 +58,7 @@ def test_rows_of_one_clip_are_each_others_answers() -> None:
         {"video": "a", "video_embedding": [0.0, 1.0], "text_embedding": [1.0, 0.0]},
         {"video": "b", "video_embedding": [0.6, 0.8], "text_embedding": [0.6, 0.8]},
     ]
-    assert metrics.retrieval(rows)["text_to_video_r1"] == 1.0
+    assert Retrieval.score(rows, [])["text_to_video_r1"] == 1.0
 
 
 def test_accuracy_counts_both_heads() -> None:
@@ -62,15 +67,15 @@ def test_accuracy_counts_both_heads() -> None:
         {"label": "b", "head_scores": [0, 9, 0, 0, 0, 0], "generation_scores": [9, 5, 4, 3, 2, 1]},
         {"label": "f", "head_scores": [6, 5, 4, 3, 2, 1], "generation_scores": [6, 5, 4, 3, 2, 1]},
     ]
-    scores = metrics.classification(rows, names)
+    scores = Classification.score(rows, names)
     assert scores == {"top1": 0.5, "top5": 0.5, "generation_top1": 0.0, "generation_top5": 0.5}
 
 
 def test_chance_is_one_in_the_number_of_classes_or_clips() -> None:
     rows = [{"video": str(number)} for number in range(20)]
-    assert metrics.chance_scores("classification", rows, list("abcdefgh"))["top1"] == 1 / 8
-    assert metrics.chance_scores("retrieval", rows, [])["video_to_text_r5"] == 1 / 4
-    assert metrics.chance_scores("captioning", rows, []) == {}
+    assert Classification.chance(rows, list("abcdefgh"))["top1"] == 1 / 8
+    assert Retrieval.chance(rows, [])["video_to_text_r5"] == 1 / 4
+    assert Captioning.chance(rows, []) == {}
 
 
 def test_matching_ranks_texts_per_clip_and_clips_per_text() -> None:
@@ -80,9 +85,40 @@ def test_matching_ranks_texts_per_clip_and_clips_per_text() -> None:
         {"video": f"{row}.mp4", "text": str(row), "head_scores": head[row], "generation_scores": answers[row]}
         for row in range(3)
     ]
-    scores = metrics.score_predictions("matching", predictions, [])
+    scores = Matching.score(predictions, [])
     assert scores["video_to_text_r1"] == pytest.approx(2 / 3)
     assert scores["text_to_video_r1"] == 1
     assert scores["generation_video_to_text_r1"] == pytest.approx(1 / 3)
     assert scores["generation_text_to_video_r1"] == 0  # every clip ties
-    assert metrics.chance_scores("matching", predictions, [])["text_to_video_r1"] == pytest.approx(1 / 3)
+    assert Matching.chance(predictions, [])["text_to_video_r1"] == pytest.approx(1 / 3)
+
+
+RETRIEVED = [
+    {"video": "a", "text": "一", "video_embedding": [1.0, 0.0], "text_embedding": [0.6, 0.8]},
+    {"video": "b", "text": "二", "video_embedding": [0.0, 1.0], "text_embedding": [0.0, 1.0]},
+    {"video": "c", "text": "三", "video_embedding": [0.8, 0.6], "text_embedding": [0.9, 0.1]},
+]
+MATCHED = [
+    {"video": "a", "text": "一", "head_scores": [0.1, 0.9]},
+    {"video": "b", "text": "二", "head_scores": [0.3, 0.2]},
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "captions"),
+    [
+        (Retrieval, RETRIEVED, [("三", "一"), ("二", "二"), ("一", "三")]),
+        (Matching, MATCHED, [("二", "一"), ("一", "二")]),
+        (Captioning, [{"video": "a", "prediction": "一", "references": ["二", "三"]}], [("一", "二")]),
+        (Classification, [{"video": "a", "prediction": "x", "label": "y"}], [("x", "y")]),
+    ],
+)
+def test_a_clip_has_the_predicted_and_the_true_text(
+    task: type[Task], predictions: list[Prediction], captions: list[tuple[str, str]]
+) -> None:
+    assert task.captions(predictions) == captions
+
+
+def test_the_nearest_clips_of_a_text_come_first() -> None:
+    assert Retrieval.nearest_clips(RETRIEVED, 2) == [[2, 1], [1, 2], [0, 2]]
+    assert Matching.nearest_clips(MATCHED, 1) == [[1], [0]]

@@ -1,0 +1,185 @@
+"""Builds a task's network: from published or trained weights, or without any, to plan a run."""
+
+import json
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from model import manifest, storage
+from model.config.schema import RunConfig, VisionConfig
+from model.errors import ConfigError, NotFoundError
+from model.mplug_video import modeling
+from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
+from model.mplug_video.processing import MPlugVideoProcessor
+from model.mplug_video.tokenization import with_special_tokens
+from model.mplug_video.vision import TimeSformer
+from model.tasks import task_class
+from model.tasks.base import Task
+
+FRESH_HEADS = ("vision_proj.", "text_proj.", "temperature", "classifier.")
+"""Parameters that a task may add to the model it starts from. Any other missing weight is an error."""
+Built = tuple[PreTrainedModel, MPlugVideoProcessor]
+
+
+def build_task(config: RunConfig) -> Task:
+    """The task of a configuration, on top of `model.decoder` or with the weights of `model.init_from`."""
+    task = task_class(config.task)
+    try:
+        if not task.architecture:
+            model, processor = _fresh_decoder(config)
+        else:
+            model, processor = (_continued if config.model.init_from else _fresh)(config, task)
+            model.checkpoint_activations(config.training.activation_checkpointing)
+    except ValueError as error:  # transformers refuses a shape: the configuration is wrong, not the program
+        raise ConfigError(f"model cannot be built: {' '.join(str(error).split())}") from error
+    return task(config, model, processor)
+
+
+def build_meta_task(
+    config: RunConfig, device: str = "meta", layers: tuple[int, int] | None = None, vocabulary: int = 0
+) -> Task:
+    """A task with weights of no meaning, without tokenizer and data; on "meta" it takes no memory.
+
+    `layers` replaces the depths of the vision encoder and of the decoder, `vocabulary` the number of words.
+    """
+    task, vision, text = task_class(config.task), config.model.vision, decoder_shape(config)
+    text.update({"dtype": torch.float32})
+    if vocabulary:
+        text.update({"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
+    vision_config = TimeSformerConfig(**vision.model_dump())
+    if layers:
+        vision_config.update({"num_hidden_layers": layers[0]})
+        text.update({"num_hidden_layers": layers[1]})
+    with torch.device(device):
+        if not task.architecture:
+            model = AutoModelForCausalLM.from_config(text)
+        else:
+            names = [str(number) for number in range(task.planned_classes)]
+            model = getattr(modeling, task.architecture)(_model_config(config, vision_config, text, names or None))
+            model.checkpoint_activations(config.training.activation_checkpointing)
+    return task(config, model, MPlugVideoProcessor(None, image_size=vision.image_size, num_frames=vision.num_frames))
+
+
+def decoder_shape(config: RunConfig) -> PreTrainedConfig:
+    """The decoder's configuration: of the folder that is named, or of `model.text` if there is none yet."""
+    settings = config.model
+    for uri, key in ((settings.init_from, "text_config"), (settings.decoder, "")):
+        try:
+            tree: dict[str, Any] = json.loads(storage.read(storage.join(uri, "config.json"))) if uri else {}
+        except NotFoundError:
+            tree = {}
+        if tree := (tree.get(key, {}) if key else tree):
+            return AutoConfig.for_model(tree.pop("model_type"), **tree)
+    text = dict(settings.text)
+    if not text:
+        raise ConfigError(
+            "the decoder's shape must be known: give model.decoder a folder, or describe it in model.text."
+        )
+    return AutoConfig.for_model(text.pop("model_type"), **text)
+
+
+def _fresh(config: RunConfig, task: type[Task]) -> Built:
+    settings = config.model
+    folder = manifest.fetch_folder(settings.decoder)
+    text_config = AutoConfig.from_pretrained(folder)
+    _validate_length(config, settings.num_queries, text_config)
+    _validate_decoder(settings.text, text_config)
+    vision_encoder = _vision_encoder(config)
+    tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(folder))
+    text_config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    model_config = _model_config(config, vision_encoder.config, text_config, task.class_names(config))
+    decoder = AutoModelForCausalLM.from_pretrained(
+        folder, config=modeling.decoder_config(model_config), dtype=torch.float32
+    )
+    model = getattr(modeling, task.architecture)(model_config, vision_encoder=vision_encoder, decoder=decoder)
+    vision = model_config.vision_config
+    return model, MPlugVideoProcessor(tokenizer, image_size=vision.image_size, num_frames=vision.num_frames)
+
+
+def _model_config(
+    config: RunConfig, vision: TimeSformerConfig, text: PreTrainedConfig, class_names: list[str] | None
+) -> MPlugVideoConfig:
+    fields = {"num_queries", "query_norm", "use_contrastive", "contrastive_size", "temperature"}
+    settings = {**config.model.model_dump(include=fields), **_freezing(config)}
+    return MPlugVideoConfig(vision_config=vision, text_config=text, class_names=class_names, **settings)
+
+
+def _freezing(config: RunConfig) -> dict[str, bool]:
+    """Fields of MPlugVideoConfig that say what is trained."""
+    return config.model.model_dump(include={"freeze_decoder", "freeze_vision", "decoder_dropout"})
+
+
+def _vision_encoder(config: RunConfig) -> TimeSformer:
+    settings = config.model
+    if not settings.vision_weights:
+        return TimeSformer(TimeSformerConfig(**settings.vision.model_dump()))
+    encoder = TimeSformer.from_pretrained(manifest.fetch_folder(settings.vision_weights), dtype=torch.float32)
+    encoder.resize(settings.vision.image_size, settings.vision.num_frames)
+    _validate_vision(settings.vision, encoder.config, settings.vision_weights)
+    return encoder
+
+
+def _continued(config: RunConfig, task: type[Task]) -> Built:
+    uri, vision = config.model.init_from, config.model.vision
+    folder = manifest.fetch_folder(uri)
+    model_config = MPlugVideoConfig.from_pretrained(folder)
+    _validate_length(config, model_config.num_queries, model_config.text_config)
+    names = task.class_names(config)
+    model_config.update({**_freezing(config), **({"class_names": names} if names else {})})
+    model, report = getattr(modeling, task.architecture).from_pretrained(
+        folder, config=model_config, dtype=torch.float32, output_loading_info=True
+    )
+    missing = [name for name in report["missing_keys"] if not name.startswith(FRESH_HEADS)]
+    if missing or report["mismatched_keys"]:
+        found = ", ".join([*missing, *(str(key[0]) for key in report["mismatched_keys"])][:3])
+        raise ConfigError(f"{uri} must hold every weight but the task's head; missing or of another shape: {found}.")
+    model.vision_encoder.resize(vision.image_size, vision.num_frames)
+    _validate_vision(vision, model.vision_encoder.config, uri)
+    processor = MPlugVideoProcessor.from_pretrained(folder)
+    processor.image_size, processor.num_frames = vision.image_size, vision.num_frames
+    return model, processor
+
+
+def _fresh_decoder(config: RunConfig) -> Built:
+    """A decoder built from `model.text`, with the tokenizer that `model.decoder` names."""
+    tokenizer = AutoTokenizer.from_pretrained(manifest.fetch_folder(config.model.decoder))
+    text = dict(config.model.text)
+    text_config = AutoConfig.for_model(
+        text.pop("model_type"),
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **text,
+    )
+    known = text_config.to_dict().keys() | text_config.attribute_map.keys()
+    if unknown := sorted(text.keys() - known):
+        raise ConfigError(f"model.text has keys that {text_config.model_type} does not know: {', '.join(unknown)}.")
+    _validate_length(config, config.model.num_queries, text_config)
+    return AutoModelForCausalLM.from_config(text_config), MPlugVideoProcessor(tokenizer, image_size=0, num_frames=0)
+
+
+def _validate_length(config: RunConfig, prefix: int, text_config: PreTrainedConfig) -> None:
+    """A prefix and a text must fit into the decoder's positions together."""
+    positions, longest = getattr(text_config, "max_position_embeddings", None), config.data.max_length
+    if positions and prefix + longest > positions:
+        raise ConfigError(
+            f"model.num_queries + data.max_length must not exceed the decoder's {positions} positions, "
+            f"got {prefix} + {longest}."
+        )
+
+
+def _validate_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> None:
+    """A preset is made for one decoder: its sizes must be those of the folder that was given."""
+    for key, value in expected.items():
+        if getattr(found, key, None) != value:
+            raise ConfigError(
+                f"model.text.{key} must be that of model.decoder, {getattr(found, key, None)}, got {value}."
+            )
+
+
+def _validate_vision(expected: VisionConfig, found: TimeSformerConfig, uri: str) -> None:
+    for key, value in expected.model_dump(exclude={"initializer_range"}).items():
+        if getattr(found, key) != value:
+            raise ConfigError(f"model.vision.{key} must be that of {uri}, {getattr(found, key)}, got {value}.")

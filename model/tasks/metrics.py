@@ -1,0 +1,77 @@
+"""Metrics of predictions, as pure functions (arXiv 2306.04362 section 5)."""
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from model.tasks.base import Predictions, Scores
+
+NOT_CHINESE = re.compile(r"[^\u4e00-\u9fa5]")
+CAPTION_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider")
+RECALLED = (1, 5, 10)
+RECALL_METRICS = tuple(f"{way}_r{k}" for way in ("text_to_video", "video_to_text") for k in RECALLED)
+
+
+def recalls(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> dict[int, float]:
+    """Share of queries (rows) with a relevant item (column) among the k most similar, for each k of RECALLED.
+
+    Ties count against the model: an item that ties with a relevant one ranks before it.
+    """
+    best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+    rank = ((similarity >= best) & ~relevant).sum(axis=1)
+    return {k: float((rank < k).mean()) for k in RECALLED}
+
+
+def recall_scores(
+    predictions: Predictions, text_to_video: NDArray[np.float64], video_to_text: NDArray[np.float64]
+) -> Scores:
+    """Recalls of both directions from similarities (queries, items); rows of the same clip are each other's answers."""
+    names = np.array([prediction["video"] for prediction in predictions])
+    relevant = names[:, None] == names[None, :]
+    ways = {"text_to_video": text_to_video, "video_to_text": video_to_text}
+    return {f"{way}_r{k}": value for way, sims in ways.items() for k, value in recalls(sims, relevant).items()}
+
+
+def recall_chance(predictions: Predictions) -> Scores:
+    """Recalls of guessing: equal odds for every clip."""
+    count = len({prediction["video"] for prediction in predictions})
+    return {f"{way}_r{k}": min(k / count, 1) for way in ("text_to_video", "video_to_text") for k in RECALLED}
+
+
+def nearest_texts(predictions: Predictions, similarity: NDArray[np.float64]) -> list[tuple[str, str]]:
+    """(nearest, own) text of each clip, by the similarity (clips, texts)."""
+    nearest = similarity.argmax(axis=1).tolist()
+    return [(predictions[found]["text"], row["text"]) for row, found in zip(predictions, nearest, strict=True)]
+
+
+def nearest_columns(similarity: NDArray[np.float64], count: int) -> list[list[int]]:
+    """Of each row, the `count` columns that are most similar, the nearest first."""
+    found: list[list[int]] = (-similarity).argsort(axis=1, kind="stable")[:, :count].tolist()
+    return found
+
+
+def caption_scores(predictions: Predictions) -> Scores:
+    """BLEU-1 to 4, ROUGE-L and CIDEr on Chinese characters.
+
+    As upstream: only U+4E00 to U+9FA5 count, each character is a word, and a clip's first row wins. METEOR and SPICE
+    need Java and are left out.
+    """
+    references: dict[str, list[str]] = {}
+    candidates: dict[str, list[str]] = {}
+    for prediction in predictions:
+        if prediction["video"] not in candidates:
+            candidates[prediction["video"]] = [spaced(prediction["prediction"])]
+            references[prediction["video"]] = [spaced(text) for text in prediction["references"]]
+    bleu, _ = Bleu(4).compute_score(references, candidates, verbose=0)
+    rouge, _ = Rouge().compute_score(references, candidates)
+    cider, _ = Cider().compute_score(references, candidates)
+    return {**{f"bleu{n}": float(bleu[n - 1]) for n in (1, 2, 3, 4)}, "rouge_l": float(rouge), "cider": float(cider)}
+
+
+def spaced(text: str) -> str:
+    """Chinese characters only, one space between each."""
+    return " ".join(NOT_CHINESE.sub("", text))
