@@ -14,6 +14,7 @@ from components.jobs.pod_status import waiting_reasons
 from components.jobs.run_end import RUN_LABEL, stop_jobs
 from components.jobs.workflow import Step, failed_steps, last_lines, workflow_of_run, workflow_outcome, workflow_steps
 from model.errors import FAILED, ClusterError, OutageError, ProcessFailedError
+from model.restart_policy import is_restartable
 from pipelines.catalog import PIPELINES, compiled_documents, pipeline_parameters
 from pipelines.kfp_host import Host, call_api
 
@@ -80,7 +81,7 @@ def follow_run(host: Host, run_id: str, retries: int = 0) -> None:
             failure = _failure(followed, run, workflow)
             if retries and not workflow:
                 log.warning("nothing is run again: without the run's workflow it is unknown whether that may help")
-            if not retries or failure.exit_code < 128:
+            if not retries or not is_restartable(failure.exit_code):
                 raise failure
             retries -= 1
             log.warning("%s", failure)
@@ -183,7 +184,7 @@ def _failure(followed: Followed, run: Any, workflow: Manifest | None) -> Process
         names = sorted({task.display_name for task in details if task.state == "FAILED"} & followed.known)
         said = f"Failed: {', '.join(names)}." if names else ""
         return ProcessFailedError(f"run {followed.run_id} has ended as {run.state}. {said} {link}")
-    worst = min(failed, key=lambda step: (step.code >= 128, step.node))  # what is permanent is the cause
+    worst = min(failed, key=lambda step: (is_restartable(step.code), step.node))  # what is permanent is the cause
     for step in failed:
         _show_log(followed, workflow, step)
     reasons = "\n".join(f"{step.name}: {step.reason}" for step in failed)

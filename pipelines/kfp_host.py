@@ -13,6 +13,7 @@ import urllib3
 from kfp_server_api import ApiException
 
 from model.errors import OutageError, StageError
+from model.retry import exponential_s, retry
 
 log = logging.getLogger("mplug")
 T = TypeVar("T")
@@ -70,20 +71,21 @@ def call_api(function: Callable[..., T], *arguments: Any, patience_s: float | No
     """A call that is made again while the host does not answer."""
     options = {key: value for key, value in options.items() if value is not None}
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
-    wait_s = 1.0
-    while True:
-        try:
-            return function(*arguments, _request_timeout=(5, 60), **options)
-        except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
-            status = getattr(error, "status", 0) or 0
-            said = f"{status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}"
-            if status in (401, 403):
-                raise StageError(f"Kubeflow Pipelines refuses who asks: {said}. Give --token or --header.") from error
-            if 400 <= status < 500 and status != 429:
-                body = " ".join(str(getattr(error, "body", "")).split())[:300]
-                raise StageError(f"Kubeflow Pipelines: {said}: {body}") from error
-            if time.monotonic() >= deadline:
-                raise OutageError(f"Kubeflow Pipelines does not answer: {said}.") from error
-            log.warning("Kubeflow Pipelines does not answer, tried again in %g s: %s", wait_s, said)
-        time.sleep(wait_s)
-        wait_s = min(2 * wait_s, 30.0)
+
+    def wait_s(error: Exception, failures: int) -> float:
+        if not isinstance(error, ApiException | urllib3.exceptions.HTTPError | OSError):
+            raise error
+        status = getattr(error, "status", 0) or 0
+        said = f"{status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}"
+        if status in (401, 403):
+            raise StageError(f"Kubeflow Pipelines refuses who asks: {said}. Give --token or --header.") from error
+        if 400 <= status < 500 and status != 429:
+            body = " ".join(str(getattr(error, "body", "")).split())[:300]
+            raise StageError(f"Kubeflow Pipelines: {said}: {body}") from error
+        if time.monotonic() >= deadline:
+            raise OutageError(f"Kubeflow Pipelines does not answer: {said}.") from error
+        seconds = exponential_s(failures, 1.0, 30.0)
+        log.warning("Kubeflow Pipelines does not answer, tried again in %g s: %s", seconds, said)
+        return seconds
+
+    return retry(lambda: function(*arguments, _request_timeout=(5, 60), **options), wait_s)

@@ -15,6 +15,7 @@ import pipelines
 from model import storage
 from model.config.load import load_config
 from model.errors import FAILURES, ConfigError, ProcessFailedError
+from model.restart_policy import is_restartable
 from pipelines.catalog import load_pipeline, pipeline_parameters, with_defaults
 
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
@@ -61,7 +62,7 @@ def pipeline_failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> P
     said = " ".join(str(error).split())
     if not noted:  # killed
         return ProcessFailedError(said)
-    code, message = min(noted, key=lambda pipeline_failure: pipeline_failure[0] >= 128)
+    code, message = min(noted, key=lambda failure: is_restartable(failure[0]))
     return ProcessFailedError(f"{message}\n{said}", code)
 
 

@@ -21,6 +21,7 @@ from kubernetes.utils.quantity import parse_quantity
 
 from components.jobs.manifests import Manifest
 from model.errors import ClusterError, OutageError
+from model.retry import exponential_s, retry
 
 log = logging.getLogger("mplug")
 T = TypeVar("T")
@@ -30,6 +31,7 @@ TIMEOUT_S = (5, 30)
 LOG_SILENCE_S = 300
 """After which a log is asked for again."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+CALL_ERRORS = (ApiException, urllib3.exceptions.HTTPError, OSError)
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:")
 
 
@@ -94,20 +96,21 @@ class Cluster:
     def call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """`function` of one of the APIs, through outages."""
         options.setdefault("_request_timeout", TIMEOUT_S)
-        deadline, wait_s = time.monotonic() + self.patience_s, FIRST_WAIT_S
-        while True:
-            try:
-                return function(*arguments, **options)
-            except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
-                if not is_transient(error):
-                    raise _refused(error) from error
-                if time.monotonic() > deadline:
-                    raise OutageError(
-                        f"the API server does not answer for {self.patience_s:g} s: {error_text(error)}"
-                    ) from error
-                log.warning("the API server does not answer, tried again in %g s: %s", wait_s, error_text(error))
-            time.sleep(wait_s)
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+        deadline = time.monotonic() + self.patience_s
+
+        def wait_s(error: Exception, failures: int) -> float:
+            if not isinstance(error, CALL_ERRORS):
+                raise error
+            if not is_transient(error):
+                raise _refused(error) from error
+            text = error_text(error)
+            if time.monotonic() > deadline:
+                raise OutageError(f"the API server does not answer for {self.patience_s:g} s: {text}") from error
+            seconds = exponential_s(failures, FIRST_WAIT_S, LONGEST_WAIT_S)
+            log.warning("the API server does not answer, tried again in %g s: %s", seconds, text)
+            return seconds
+
+        return retry(lambda: function(*arguments, **options), wait_s)
 
     def _json(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Manifest:
         """The answer as it came: the client's classes refuse what a newer server leaves out."""
@@ -177,7 +180,7 @@ class Cluster:
                 _request_timeout=(TIMEOUT_S[0], seconds + TIMEOUT_S[1]),
             ):  # fmt: skip
                 yield None if event["type"] == "DELETED" else event["object"]
-        except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+        except CALL_ERRORS as error:
             if not is_transient(error):
                 raise _refused(error) from error
             log.debug("the watch of %s ended: %s", name, error_text(error))

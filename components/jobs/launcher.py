@@ -35,6 +35,7 @@ from model.errors import (
     OutageError,
 )
 from model.pipeline_run import RUN_ID
+from model.restart_policy import MAX_POD_RESTARTS, is_restartable
 
 log = logging.getLogger("mplug")
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -51,7 +52,7 @@ class Limits:
 
     deadline_s: float = 0
     """From its start; 0: none."""
-    restarts: int = 20
+    restarts: int = MAX_POD_RESTARTS
     """Of any one of its pods."""
 
 
@@ -238,7 +239,7 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bo
         pods = cluster.pods(kind, name)
         reason = failed.get("message") or failed.get("reason")
         # a job that was restarted without success has failed, too
-        code = next((code for code in pod_exit_codes(pods) if code < 128), FAILED)
+        code = next((code for code in pod_exit_codes(pods) if not is_restartable(code)), FAILED)
         known = [
             why
             for why in seen.end_reasons.values()

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from kubeflow.training import (
+    ApiClient,
+    KubeflowOrgV1PyTorchJob,
+    KubeflowOrgV1PyTorchJobSpec,
+    KubeflowOrgV1ReplicaSpec,
+    KubeflowOrgV1RunPolicy,
+    KubeflowOrgV1SchedulingPolicy,
+)
 
 from components.jobs import rules
+from model import restart_policy as policies
 from model.config.load import load_config
 from model.config.schema import micro_batch_size
 from model.errors import ConfigError
@@ -30,6 +39,8 @@ WEB = "mplug-video/web"
 """Label of a pod that the network policies let into the web."""
 QUEUE_ANNOTATION = "scheduling.volcano.sh/queue-name"
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+KEPT_S = 7 * 24 * 3600
+"""Seconds after which a finished job is removed."""
 LONGEST_NAME = 50
 """Pods are called <name>-worker-<number>, which must be a DNS label of at most 63 characters."""
 FROM_CLUSTER = {"output": "$(MPLUG_ROOT)", "tracking.uri": "$(MLFLOW_TRACKING_URI)"}
@@ -64,17 +75,11 @@ def render_job(launch: Launch, shape: Manifest, namespace: str, api: Api = "pyto
         _check_settings(launch, launch.nodes * _processes(launch, shape))
     pod, name = _pod(launch, shape), _name(launch, shape, api)
     if not launch.is_training:
-        documents = _read("job.yaml")
-        _put_pod(documents[0]["spec"]["template"], pod)
-        deadline = documents[0]["spec"]
+        documents = _job(launch, pod)
     elif api == "trainjob":
         documents = _trainjob(launch, shape, pod, name)
-        deadline = documents[-1]["spec"]
     else:
-        documents = _pytorchjob(launch, shape, pod)
-        deadline = documents[0]["spec"]["runPolicy"]
-    if launch.deadline_s:
-        deadline["activeDeadlineSeconds"] = launch.deadline_s
+        documents = [_pytorchjob(launch, shape, pod)]
     own = shape["metadata"].get("labels") or {}
     labels = {"app.kubernetes.io/name": SHAPE, "app.kubernetes.io/part-of": "mplug-video", **own}
     for document in documents:
@@ -108,19 +113,31 @@ def _check_settings(launch: Launch, processes: int) -> None:
     micro_batch_size(load_config(config, [setting for setting in settings if not setting.startswith("--")]), processes)
 
 
-def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> list[Manifest]:
-    documents = _read("pytorchjob.yaml")
-    spec = documents[0]["spec"]
-    spec["nprocPerNode"] = str(_processes(launch, shape))
-    replicas = spec["pytorchReplicaSpecs"]
-    for replica in replicas.values():
-        replica["template"] = copy.deepcopy(pod)
-    replicas["Worker"]["replicas"] = launch.nodes - 1
-    if launch.nodes == 1:
-        del replicas["Worker"]
-    if queue := (shape["metadata"].get("annotations") or {}).get(QUEUE_ANNOTATION):
-        spec["runPolicy"]["schedulingPolicy"] = {"queue": queue}
-    return documents
+def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> Manifest:
+    """A job of training-operator 1.9, by the models of its SDK. The pod stays as the cluster has it: those of the
+    Kubernetes client are older than the cluster and would drop fields."""
+    queue = (shape["metadata"].get("annotations") or {}).get(QUEUE_ANNOTATION)
+    policy = KubeflowOrgV1RunPolicy(
+        clean_pod_policy="Running",  # "None" leaves the others running when one has failed; "All" removes the logs
+        ttl_seconds_after_finished=KEPT_S,
+        active_deadline_seconds=launch.deadline_s or None,
+        scheduling_policy=KubeflowOrgV1SchedulingPolicy(queue=queue) if queue else None,
+    )
+    counts = {"Master": 1, "Worker": launch.nodes - 1}
+    replicas = {
+        name: KubeflowOrgV1ReplicaSpec(replicas=count, restart_policy=policies.POD_RESTART_POLICY, template=pod)
+        for name, count in counts.items()
+        if count
+    }
+    spec = KubeflowOrgV1PyTorchJobSpec(
+        # never left out: the operator's "auto" is one process per core where there is no GPU
+        nproc_per_node=str(_processes(launch, shape)),
+        pytorch_replica_specs=replicas,
+        run_policy=policy,
+    )
+    job = KubeflowOrgV1PyTorchJob(api_version="kubeflow.org/v1", kind="PyTorchJob", spec=spec)
+    rendered: Manifest = ApiClient().sanitize_for_serialization(job)
+    return rendered
 
 
 def _trainjob(launch: Launch, shape: Manifest, pod: Manifest, name: str) -> list[Manifest]:
@@ -131,7 +148,26 @@ def _trainjob(launch: Launch, shape: Manifest, pod: Manifest, name: str) -> list
     replicated["template"]["spec"]["template"]["spec"]["containers"][0]["name"] = replicated["name"]
     job["spec"]["runtimeRef"]["name"] = name
     job["spec"]["trainer"] = {"numNodes": launch.nodes, "numProcPerNode": _processes(launch, shape)}
+    _limit_retries(replicated["template"]["spec"], policies.MAX_POD_RESTARTS)
+    if launch.deadline_s:
+        job["spec"]["activeDeadlineSeconds"] = launch.deadline_s
     return documents
+
+
+def _job(launch: Launch, pod: Manifest) -> list[Manifest]:
+    documents = _read("job.yaml")
+    spec = documents[0]["spec"]
+    _put_pod(spec["template"], pod)
+    _limit_retries(spec, policies.JOB_RETRIES)
+    if launch.deadline_s:
+        spec["activeDeadlineSeconds"] = launch.deadline_s
+    return documents
+
+
+def _limit_retries(spec: Manifest, retries: int) -> None:
+    spec["backoffLimit"] = retries
+    (fail,) = (rule for rule in spec["podFailurePolicy"]["rules"] if rule["action"] == "FailJob")
+    fail["onExitCodes"]["values"] = [*policies.PERMANENT]
 
 
 def _put_pod(template: Manifest, pod: Manifest) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from model.errors import ConfigError
+from model.restart_policy import MAX_ATTEMPTS
 
 DATASETS = {
     "language_modeling": "pretrain",
@@ -159,7 +160,7 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints. 0: only where the run is asked to end (SIGTERM), and at its end."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept; the best one is kept beside them."""
-    max_attempts: int = Field(10, ge=1)
+    max_attempts: int = Field(MAX_ATTEMPTS, ge=1)
     """Starts without a new checkpoint in between; one more ends with code 4, which no cluster restarts."""
 
 

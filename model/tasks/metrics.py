@@ -4,11 +4,9 @@ import re
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
 
 from model.tasks.base import Predictions, Scores
+from model.tasks.caption_metrics import bleu, cider_d, rouge_l
 
 NOT_CHINESE = re.compile(r"[^\u4e00-\u9fa5]")
 CAPTION_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider")
@@ -55,23 +53,18 @@ def nearest_columns(similarity: NDArray[np.float64], count: int) -> list[list[in
 
 
 def caption_scores(predictions: Predictions) -> Scores:
-    """BLEU-1 to 4, ROUGE-L and CIDEr on Chinese characters.
+    """BLEU-1 to 4, ROUGE-L and CIDEr-D on Chinese characters.
 
-    As upstream: only U+4E00 to U+9FA5 count, each character is a word, and a clip's first row wins. METEOR and SPICE
-    need Java and are left out.
+    As upstream: only U+4E00 to U+9FA5 count, each character is a word, and a clip's first row wins.
     """
-    references: dict[str, list[str]] = {}
-    candidates: dict[str, list[str]] = {}
-    for prediction in predictions:
-        if prediction["video"] not in candidates:
-            candidates[prediction["video"]] = [spaced(prediction["prediction"])]
-            references[prediction["video"]] = [spaced(text) for text in prediction["references"]]
-    bleu, _ = Bleu(4).compute_score(references, candidates, verbose=0)
-    rouge, _ = Rouge().compute_score(references, candidates)
-    cider, _ = Cider().compute_score(references, candidates)
-    return {**{f"bleu{n}": float(bleu[n - 1]) for n in (1, 2, 3, 4)}, "rouge_l": float(rouge), "cider": float(cider)}
+    first = {prediction["video"]: prediction for prediction in reversed(predictions)}
+    order = dict.fromkeys(prediction["video"] for prediction in predictions)
+    candidates = [chinese_characters(first[video]["prediction"]) for video in order]
+    references = [[chinese_characters(text) for text in first[video]["references"]] for video in order]
+    bleus = bleu(candidates, references)
+    scores = [*bleus, rouge_l(candidates, references), cider_d(candidates, references)]
+    return dict(zip(CAPTION_METRICS, scores, strict=True))
 
 
-def spaced(text: str) -> str:
-    """Chinese characters only, one space between each."""
-    return " ".join(NOT_CHINESE.sub("", text))
+def chinese_characters(text: str) -> list[str]:
+    return list(NOT_CHINESE.sub("", text))

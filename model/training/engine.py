@@ -1,15 +1,12 @@
-"""DeepSpeed behind one method: a step over micro-batches. The only file that imports deepspeed."""
+"""DeepSpeed behind one method: a step over micro-batches. Only this file and zero.py import deepspeed."""
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -21,7 +18,7 @@ from model.tasks.base import Prediction, TaskNetwork
 from model.training.clock import Clock
 from model.training.distributed import Processes
 from model.training.optim import ClippingAdamW, parameter_groups
-from model.training.state import refresh_weights, trained_state
+from model.training.zero import prepare_start, refresh_weights, trained_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +36,7 @@ class Engine:
 
     def __init__(self, network: TaskNetwork, config: RunConfig, processes: Processes) -> None:
         _quiet()
-        # DeepSpeed would compile a shared-memory op for CPU inference at start-up, which needs a compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _without_muon()
+        prepare_start()
         if processes.device.type == "cpu" and config.training.precision == "bf16":
             # torch 2.13's fused CPU attention is 3 to 7 times slower than plain matrix products in bf16
             torch.backends.cuda.enable_flash_sdp(False)
@@ -130,13 +125,6 @@ def _own_clipping(config: RunConfig) -> float | None:
     """In stage 0 and fp32 DeepSpeed keeps no gradient norm and takes steps that are not finite: there we clip."""
     plain = config.training.zero_stage == 0 and config.training.precision == "fp32"
     return config.optim.clip_grad_norm if plain else None
-
-
-def _without_muon() -> None:
-    """DeepSpeed asks whether the optimizer is Muon. Importing Muon prepares its kernels, 1.4 s of every start."""
-    stand_in = ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
-    stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
-    sys.modules.setdefault(stand_in.__name__, stand_in)
 
 
 def _quiet() -> None:

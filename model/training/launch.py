@@ -16,18 +16,15 @@ import subprocess
 import sys
 import time
 
+from model import restart_policy as policy
 from model.config.load import load_config
 from model.config.schema import RunConfig
 from model.errors import FAILURES, INTERRUPTED, LOST, UserError, clear_termination, exit_code, note_termination
 from model.memory_limit import memory_kills, memory_limit
 from model.parent import PARENT_PID, signal_at_its_end
+from model.retry import exponential_s
 from model.training.attempts import count_start
 
-RESTART_AFTER_S, LONGEST_WAIT_S = 2.0, 60.0
-GOOD_ATTEMPT_S = 60.0
-"""An attempt that has lasted so long counts as one that worked for a while."""
-ATTEMPTS_IN_A_ROW = 10
-"""Attempts that end at once before this gives up. The run itself counts those that bring no new checkpoint."""
 FIRST_NODE_WITHIN_S = 1800.0
 ALL_NODES_WITHIN_S = 14000
 """Timeout for all nodes to join: pods may stay pending until the cluster has room; torchrun's default of ten minutes
@@ -48,13 +45,14 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
         start, kills = time.monotonic(), memory_kills()
         clear_termination()
         code, asked_to_end = _counted(resolved, cause) or _attempt(command)
-        failed = 0 if time.monotonic() - start > GOOD_ATTEMPT_S else failed + 1
-        if code >= 128 and memory_kills() > kills:
+        failed = 0 if time.monotonic() - start > policy.FAST_FAILURE_S else failed + 1
+        is_restartable = policy.is_restartable(code)
+        if is_restartable and memory_kills() > kills:
             cause = _killed_for_memory()
             _say(code, cause)
-        if code < 128 or code == INTERRUPTED or asked_to_end or failed == ATTEMPTS_IN_A_ROW:
+        if not is_restartable or code == INTERRUPTED or asked_to_end or failed == policy.MAX_FAST_FAILURES:
             return code
-        wait_s = min(RESTART_AFTER_S * 2 ** max(failed - 1, 0), LONGEST_WAIT_S)
+        wait_s = exponential_s(max(failed, 1), policy.FIRST_WAIT_S, policy.LONGEST_WAIT_S)
         print(f"training ended with code {code}, it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
         time.sleep(wait_s)
 
@@ -66,7 +64,7 @@ def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
     try:
         count_start(config, cause)
     except UserError as error:
-        if (code := exit_code(error)) < 128:
+        if not policy.is_restartable(code := exit_code(error)):
             raise
         _say(code, str(error))
         return code, False
@@ -141,8 +139,7 @@ def _environment() -> None:
 
 def _place() -> list[str]:
     """torchrun's arguments that say where the other nodes are; waits until the first one can be reached."""
-    # torchrun's own restarts would repeat what cannot get better, and count differently on every node
-    common = ["--max-restarts=0", f"--shutdown-timeout={SHUTDOWN_S}"]
+    common = [f"--max-restarts={policy.TORCHRUN_RESTARTS}", f"--shutdown-timeout={SHUTDOWN_S}"]
     if "PET_NNODES" not in os.environ:
         return ["--standalone", *common]
     endpoint = _endpoint()
@@ -201,7 +198,8 @@ def _torchrun(arguments: list[str]) -> int:
     except ChildFailedError as error:
         # what is permanent is the cause; processes that only lost another say less
         ends = [
-            (_shell_code(failure.exitcode) >= 128, failure.timestamp, rank) for rank, failure in error.failures.items()
+            (policy.is_restartable(_shell_code(failure.exitcode)), failure.timestamp, rank)
+            for rank, failure in error.failures.items()
         ]
         rank = min(ends)[-1]
         code = _shell_code(error.failures[rank].exitcode)

@@ -6,12 +6,12 @@ stage 2 in stage 0, without a conversion.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("fp32", *MOMENTS)
@@ -128,64 +128,3 @@ class TrainedState:
             state |= {moment: torch.zeros_like(master) for moment in MOMENTS}
             state["step"] = torch.zeros((), device=master.device)  # where the fused update reads it
         return state
-
-
-def trained_state(network: nn.Module, optimizer: Any, stage: int, rank: int) -> TrainedState:
-    """This process's state under DeepSpeed's `optimizer`."""
-    names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    find = {0: _replicated, 1: _sharded, 2: _sharded, 3: _partitioned}[stage]
-    fragments = [
-        Fragment(names[id(parameter)], start, master, offset, numel)
-        for parameter, start, master, offset, numel in find(optimizer, rank)
-    ]
-    return TrainedState(fragments=fragments, optimizer=getattr(optimizer, "optimizer", optimizer))
-
-
-Found = Iterator[tuple[nn.Parameter, int, Tensor, int, int]]
-"""(parameter, start in it, master tensor, offset in that, number of elements)"""
-
-
-def _replicated(optimizer: Any, _rank: int) -> Found:
-    """Stage 0: every process holds everything, in fp32 or with fp32 copies of its bf16 weights."""
-    groups = optimizer.param_groups
-    low = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in groups]
-    for parameters, group in zip(low, groups, strict=True):
-        for parameter, master in zip(parameters, group["params"], strict=True):
-            yield parameter, 0, master, 0, master.numel()
-
-
-def _sharded(optimizer: Any, _rank: int) -> Found:
-    """Stages 1 and 2: one flat tensor per parameter group, cut into equal parts."""
-    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        for parameter in group:
-            held = parameter._hp_mapping
-            if held is not None:
-                low, high = held.lp_fragment_address, held.hp_fragment_address
-                yield parameter, low.start, flat, high.start, high.numel
-
-
-def _partitioned(optimizer: Any, rank: int) -> Found:
-    """Stage 3: every parameter is cut into equal parts, the last of them padded."""
-    for group in optimizer.fp16_groups:
-        for parameter in group:
-            index, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = rank * numel
-            held = min(numel, parameter.ds_numel - start)
-            if held > 0:
-                yield parameter, start, optimizer.fp32_partitioned_groups_flat[index], offset, held
-
-
-def refresh_weights(optimizer: Any, stage: int) -> None:
-    """Makes the weights that the network computes with equal to the fp32 ones again."""
-    if stage in {1, 2}:
-        optimizer.update_lp_params()
-    elif stage == 3:
-        optimizer.checkpoint_event_prologue()  # lets go of what was gathered from the old values
-        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-            for parameter in group:
-                _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                parameter.ds_tensor.data.copy_(flat.detach().narrow(0, offset, numel))
-    elif hasattr(optimizer, "fp16_groups"):
-        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(low, high, strict=True):
-                parameter.data.copy_(master)

@@ -48,7 +48,7 @@ def test_a_run_is_planned_without_weights_and_data() -> None:
     assert "130,002,176 trained, 1,317,654,528 frozen" in ended.stdout
     assert "384 clips = 32 processes x 1 x 12 clips" in ended.stdout
     assert "260,410 steps" in ended.stdout
-    assert "11.1 GB for batches read ahead" in ended.stdout
+    assert "2.8 GB for batches read ahead" in ended.stdout
 
 
 def test_what_does_not_fit_is_said_with_the_mildest_remedy() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from model import manifest
 from model.config.load import load_config
+from model.config.schema import RunConfig
 from model.training.launch import launch
 
 TINY = [
@@ -21,3 +22,8 @@ def train(preset: str, root: Path, settings: list[str], *, processes: int = 1, s
     overrides = [*TINY, f"training.steps={steps}", f"output={root}", *settings]
     assert launch(preset, overrides, processes) == 0
     return manifest.latest_version(f"{root}/models/{load_config(preset, overrides).name}")
+
+
+def pretraining_config(decoder: str, *overrides: str) -> RunConfig:
+    common = [f"model.decoder={decoder}", "data.shards=unused", "data.batch_size=2", "model.use_contrastive=false"]
+    return load_config("tiny_pretraining", [*common, "optim.warmup_steps=0", *overrides])

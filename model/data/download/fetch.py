@@ -13,6 +13,7 @@ from model import storage
 from model.data.download.http import FetchError
 from model.data.download.sources import Remote, Source
 from model.errors import NotFoundError, StorageError
+from model.retry import exponential_s, retry
 
 IN_MEMORY = 8 * 2**20
 MAX_WAIT_S = 60.0
@@ -28,7 +29,7 @@ class RetryPolicy:
     """Doubled after every attempt, and drawn between half and all of it."""
 
     def wait_s(self, attempt: int) -> float:
-        return min(self.first_wait_s * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1)
+        return exponential_s(attempt, self.first_wait_s, MAX_WAIT_S) * random.uniform(0.5, 1)
 
 
 class Throttle:
@@ -117,29 +118,32 @@ def fetch_file(
     """Copies one file to `uri`; returns its size and sha256. Raises FetchError, and then `uri` is as it was."""
     arrived = PartialDownload(spool / hashlib.sha256(remote.path.encode()).hexdigest()[:32], remote.identity)
     attempts, most = 0, arrived.size
-    while True:
-        try:
-            _transfer(source, remote, arrived, throttle)
-            _check(remote, arrived)
-            break
-        except FetchError as error:
-            attempts = attempts + 1 if arrived.size <= most else 1
-            most = max(most, arrived.size)
-            if not error.transient or attempts >= policy.attempts:
-                arrived.keep()
-                raise
-            time.sleep(max(policy.wait_s(attempts), error.wait_s))
-    for attempt in range(1, policy.attempts + 1):
-        try:
-            arrived.deliver(uri)
-            break
-        except NotFoundError as error:  # a name that cannot be one there
+
+    def transfer() -> None:
+        _transfer(source, remote, arrived, throttle)
+        _check(remote, arrived)
+
+    def wait_for_source_s(error: Exception, _failures: int) -> float:
+        nonlocal attempts, most
+        attempts = attempts + 1 if arrived.size <= most else 1
+        most = max(most, arrived.size)
+        if isinstance(error, FetchError) and error.transient and attempts < policy.attempts:
+            return max(policy.wait_s(attempts), error.wait_s)
+        if isinstance(error, FetchError):
+            arrived.keep()
+        raise error
+
+    def wait_for_storage_s(error: Exception, failures: int) -> float:
+        if isinstance(error, NotFoundError):  # a name that cannot be one there
             arrived.discard()
             raise FetchError("name", str(error), transient=False) from error
-        except StorageError:  # the place it goes to is down: the whole run's trouble, not this file's
-            if attempt == policy.attempts:
-                raise
-            time.sleep(policy.wait_s(attempt))
+        # storage that is down is the whole run's trouble, not this file's
+        if not isinstance(error, StorageError) or failures == policy.attempts:
+            raise error
+        return policy.wait_s(failures)
+
+    retry(transfer, wait_for_source_s)
+    retry(lambda: arrived.deliver(uri), wait_for_storage_s)
     return arrived.size, arrived.hash.hexdigest()
 
 

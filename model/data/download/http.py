@@ -1,12 +1,13 @@
 """GET with resumption. The only file that imports urllib3; what a server says is checked."""
 
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import urllib3
+
+from model.retry import exponential_s, retry
 
 CHUNK = 2**20
 CONNECT_S, READ_S = 10.0, 60.0
@@ -58,16 +59,18 @@ def redact_url(url: str) -> str:
 
 def save(url: str, path: Path, headers: Mapping[str, str] | None = None) -> None:
     """Fetches a list that has to be read before anything else. Raises FetchError."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with path.open("wb") as file:
-                for chunk in get(url, headers=headers).chunks:
-                    file.write(chunk)
-            return
-        except FetchError as error:
-            if not error.transient or attempt == ATTEMPTS:
-                raise
-            time.sleep(max(error.wait_s, 0.25 * 2**attempt))
+
+    def transfer() -> None:
+        with path.open("wb") as file:
+            for chunk in get(url, headers=headers).chunks:
+                file.write(chunk)
+
+    def wait_s(error: Exception, failures: int) -> float:
+        if not isinstance(error, FetchError) or not error.transient or failures == ATTEMPTS:
+            raise error
+        return max(error.wait_s, exponential_s(failures, 0.5, 60.0))
+
+    retry(transfer, wait_s)
 
 
 def get(url: str, *, start: int = 0, validator: str = "", headers: Mapping[str, str] | None = None) -> Body:

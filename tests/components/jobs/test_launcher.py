@@ -247,9 +247,9 @@ def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: l
 SCRIPT = """
 import sys
 from components.jobs.client import Cluster
-from components.jobs.launcher import Limits, run
+from components.jobs.launcher import Limits, run_job
 from tests_shape import job
-run(Cluster(), job(), Limits())
+run_job(Cluster(), job(), Limits())
 """
 
 
@@ -257,7 +257,8 @@ run(Cluster(), job(), Limits())
 def test_a_step_that_is_asked_to_end_removes_its_job(kube: FakeKube, tmp_path: Path, asked: signal.Signals) -> None:
     launch = f"Launch(command={LAUNCH.command!r}, name='job')"
     (tmp_path / "tests_shape.py").write_text(
-        f"from components.jobs.manifests import Launch, render\ndef job(): return render({launch}, {CPU!r}, 'mplug')\n"
+        "from components.jobs.manifests import Launch, render_job\n"
+        f"def job(): return render_job({launch}, {CPU!r}, 'mplug')\n"
     )
     path = {**os.environ, "PYTHONPATH": str(tmp_path)}
     child = subprocess.Popen([sys.executable, "-c", SCRIPT], env=path, stderr=subprocess.PIPE, text=True)

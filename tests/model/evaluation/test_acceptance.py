@@ -26,6 +26,9 @@ def evaluations(*, top1: float = 0.6, recall: float = 0.2, cider: float = 1.0, c
             chance=CHANCE[task],
             predictions=[],
             class_names=[],
+            headline="",
+            captions=[],
+            nearest_clips=[],
         )
         for start, table in ((True, scores), (False, without))
         for task in CHANCE

@@ -27,7 +27,7 @@ def test_caption_metrics_are_upstreams_to_the_last_digit() -> None:
 
 
 def test_only_chinese_characters_count() -> None:
-    assert metrics.spaced("广场舞 MV 第3集！") == "广 场 舞 第 集"
+    assert "".join(metrics.chinese_characters("广场舞 MV 第3集！")) == "广场舞第集"
 
 
 def brute_force_recall(similarity: list[list[float]], relevant: list[list[bool]], k: int) -> float:

@@ -2,40 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from model import manifest, storage
-from model.config.load import load_config
-from model.config.schema import CheckpointConfig, RunConfig, WatchdogConfig
+from model.config.schema import CheckpointConfig
 from model.errors import ConfigError, DataError
 from model.tasks.build import build_task
 from model.training.attempts import run_folder, saved_steps
 from model.training.checkpoint import Checkpoints, frozen_sha256
-from model.training.distributed import ALONE, Processes, processes
+from model.training.distributed import Processes
 from model.training.engine import Engine
 from model.training.state import Progress
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Processes]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**ALONE, "DS_ACCELERATOR": "cpu"}.items():
-            patch.setenv(name, value)
-        with processes(WatchdogConfig()) as group:
-            yield group
-
-
-def settings(decoder: str, *overrides: str) -> RunConfig:
-    common = [f"model.decoder={decoder}", "data.shards=unused", "data.batch_size=2", "model.use_contrastive=false"]
-    return load_config("tiny_pretraining", [*common, "optim.warmup_steps=0", *overrides])
+from tests.helpers.running import pretraining_config
 
 
 @pytest.fixture(scope="module")
 def engine(decoder: str, group: Processes) -> Engine:
-    config = settings(decoder)
+    config = pretraining_config(decoder)
     return Engine(build_task(config).network, config, group)
 
 
@@ -187,9 +172,9 @@ def test_other_frozen_weights_are_refused(engine: Engine, group: Processes, tmp_
 def test_frozen_weights_are_hashed_and_not_saved(
     decoder: str, tmp_path: Path, engine: Engine, group: Processes
 ) -> None:
-    network = build_task(settings(decoder)).network
+    network = build_task(pretraining_config(decoder)).network
     before = frozen_sha256(network)
-    assert before == frozen_sha256(build_task(settings(decoder, "seed=7")).network)
+    assert before == frozen_sha256(build_task(pretraining_config(decoder, "seed=7")).network)
     next(network.model.decoder.parameters()).data.view(-1)[0] += 1
     assert frozen_sha256(network) != before
     save(engine, checkpoints(engine, group, str(tmp_path)), 1)
@@ -213,14 +198,14 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
 
 
 def test_a_run_has_a_folder_of_its_own_until_what_it_learns_is_another(decoder: str) -> None:
-    first = run_folder(settings(decoder))
+    first = run_folder(pretraining_config(decoder))
     machine = [
         "data.workers=3",
         "training.zero_stage=2",
         "training.gradient_accumulation=2",
         "tracking.uri=sqlite:///x",
     ]
-    assert run_folder(settings(decoder, *machine)) == first
+    assert run_folder(pretraining_config(decoder, *machine)) == first
     for other in (
         "optim.lr=1e-5",
         "seed=1",
@@ -229,7 +214,7 @@ def test_a_run_has_a_folder_of_its_own_until_what_it_learns_is_another(decoder: 
         "tracking.pipeline=p",
         "training.steps=9",
     ):
-        assert run_folder(settings(decoder, other)) != first
+        assert run_folder(pretraining_config(decoder, other)) != first
 
 
 def test_a_manifest_says_what_the_run_was(engine: Engine, group: Processes, tmp_path: Path) -> None:
