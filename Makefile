@@ -1,6 +1,8 @@
 # Every target sets up .venv from requirements.lock first, once. `make help` lists them.
 PYTHON ?= python3.11
 VENV := .venv
+# the lock without its hashes: torch's builds for CPUs and for CUDA differ, and so do their dependencies
+VERSIONS := sed -nE 's/^([A-Za-z0-9._-]+==[^ ]+) .*/\1/p'
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -13,7 +15,9 @@ install: $(VENV)/.installed ## set up .venv from the lock
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VERSIONS) requirements.lock > $(VENV)/versions.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VENV)/versions.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -40,7 +44,10 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet torch==2.13.0
 	.venv-lock/bin/pip install --quiet -e '.[demo,dev,bench]'
-	.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > requirements.lock
+	.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > .venv-lock/versions.txt
+	.venv-lock/bin/pip install --quiet uv
+	.venv-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate \
+	  --python-version 3.11 --output-file requirements.lock .venv-lock/versions.txt
 	rm -rf .venv-lock
 
 e2e-cluster: install ## the whole way on a cluster: the current context's, or one started on this machine

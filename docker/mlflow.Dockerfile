@@ -5,8 +5,9 @@ COPY requirements.lock pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['server'], sep='\n')" \
       > server.txt \
+    && sed -nE 's/^([A-Za-z0-9._-]+==[^ ]+) .*/\1/p' requirements.lock > versions.txt \
     && python3 -m venv /opt/mlflow \
-    && /opt/mlflow/bin/pip install --disable-pip-version-check --requirement server.txt --constraint requirements.lock
+    && /opt/mlflow/bin/pip install --disable-pip-version-check --requirement server.txt --constraint versions.txt
 
 # make sbom
 FROM installed AS inventory

@@ -9,14 +9,15 @@ COPY requirements.lock pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > dependencies.txt \
+    && sed -nE 's/^([A-Za-z0-9._-]+==[^ ]+) .*/\1/p' requirements.lock > versions.txt \
     && python3 -m venv /opt/mplug \
     && if [ -n "$TORCH_INDEX" ]; then \
-         /opt/mplug/bin/pip install --disable-pip-version-check --index-url "$TORCH_INDEX" "$(grep ^torch== requirements.lock)"; \
+         /opt/mplug/bin/pip install --disable-pip-version-check --index-url "$TORCH_INDEX" "$(grep ^torch== versions.txt)"; \
        fi \
-    && /opt/mplug/bin/pip install --disable-pip-version-check --requirement dependencies.txt --constraint requirements.lock
+    && /opt/mplug/bin/pip install --disable-pip-version-check --requirement dependencies.txt --constraint versions.txt
 
 FROM dependencies AS installed
-COPY README.md LICENSE ./
+COPY README.md LICENSE NOTICE ./
 COPY model model
 COPY cli cli
 COPY components components
@@ -26,10 +27,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # make sbom
 FROM installed AS inventory
+COPY docker/bundled_libraries.py ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/cyclonedx \
     && /opt/cyclonedx/bin/pip install --disable-pip-version-check cyclonedx-bom==7.5.0 \
-    && /opt/cyclonedx/bin/cyclonedx-py environment --output-file /training.cdx.json /opt/mplug
+    && /opt/cyclonedx/bin/cyclonedx-py environment --output-file /training.cdx.json /opt/mplug \
+    && python3 bundled_libraries.py /opt/mplug/lib/python3.11/site-packages /training.cdx.json
 
 FROM scratch AS sbom
 COPY --from=inventory /training.cdx.json /
