@@ -6,7 +6,7 @@ VERSIONS := sed -nE 's/^([A-Za-z0-9._-]+==[^ ]+) .*/\1/p'
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test e2e-cluster check format lock images cpu-image sbom manifests pipelines screenshots clean
+.PHONY: help install demo ui test e2e-cluster check format lock images cpu-image sbom manifests pipelines reference screenshots clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ manifests: install ## build and check all overlays and jobs; needs kubectl
 
 pipelines: install ## compile the pipelines into pipelines/compiled
 	$(BIN)/mplug pipeline compile
+
+reference: install ## docs/configuration.md from the fields of a run's configuration
+	$(BIN)/python -m model.config.reference > docs/configuration.md
 
 screenshots: install ## pictures of the report and of MLflow for the README, from the last demo (needs Chromium)
 	$(BIN)/python -m tests.helpers.screenshots demo docs

@@ -13,7 +13,15 @@ from tests.helpers.paths import ROOT
 from tests.helpers.upstream import Recording
 
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/training.md", "k8s/README.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/configuration.md",
+        "docs/data.md",
+        "docs/training.md",
+        "k8s/README.md",
+    )
 ]
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 

@@ -1,1 +1,1 @@
-"""The configuration of a run: its fields, its YAML files, and what can be wrong with them."""
+"""The configuration of a run: fields, YAML files, problems."""

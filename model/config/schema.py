@@ -25,200 +25,227 @@ class Section(BaseModel):
 
 
 class VisionConfig(Section):
-    """The vision encoder; the defaults are the released models' (see TimeSformerConfig)."""
+    """The vision encoder. The defaults are those of the released models (see TimeSformerConfig)."""
 
     image_size: int = Field(224, ge=1)
+    """Height and width of a frame, in pixels."""
     patch_size: int = Field(16, ge=1)
+    """Height and width of a patch, in pixels."""
     num_frames: int = Field(4, ge=1)
+    """Frames per clip."""
     hidden_size: int = Field(768, ge=1)
+    """Width of the tokens."""
     num_hidden_layers: int = Field(12, ge=1)
+    """Transformer blocks."""
     num_attention_heads: int = Field(8, ge=1)
+    """Attention heads per block."""
     mlp_ratio: int = Field(4, ge=1)
+    """Width of the MLP relative to `hidden_size`."""
     hidden_act: str = "gelu"
+    """Activation of the MLP."""
     layer_norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of the layer norms."""
     initializer_range: float = Field(0.015, gt=0)
+    """Standard deviation of fresh weights."""
     clip_stem: bool = True
+    """Use CLIP's stem: patches without a bias, and a layer norm before the first block."""
 
 
 class ModelConfig(Section):
-    """Which networks, and where their weights come from."""
+    """The networks, and the weights that they start from."""
 
     decoder: str = ""
-    """Folder or s3:// URI of the causal decoder and its tokenizer, in transformers' format."""
+    """Folder or s3:// URI of the causal decoder and its tokenizer, in transformers format."""
     init_from: str = ""
-    """Folder or URI of a trained mPLUG-Video whose weights to start from. Its position embeddings are resized to
-    `vision.image_size` and `vision.num_frames`."""
+    """Folder or URI of a trained mPLUG-Video to start from. Its position embeddings are resized to `vision.image_size`
+    and `vision.num_frames`."""
     vision_weights: str = ""
-    """Folder or URI of an image encoder (`mplug convert` makes one of CLIP) to start from. Empty: random weights."""
+    """Folder or URI of an image encoder to start from; `mplug convert` makes one from CLIP. Empty: random weights."""
     vision: VisionConfig = VisionConfig()
     text: dict[str, int | float | bool | str] = {}
-    """The decoder's transformers configuration, `model_type` included. Builds the decoder where one is trained from
-    nothing; elsewhere it says what `decoder` must be."""
+    """Transformers configuration of the decoder, including `model_type`. A decoder that is trained from scratch is
+    built from it; otherwise `decoder` must match it."""
     num_queries: int = Field(128, ge=1)
-    """Learned queries of the abstractor: tokens of the visual prefix."""
+    """Learned queries of the abstractor, which is the number of tokens in the visual prefix."""
     query_norm: bool = False
-    """LayerNorm on the visual prefix."""
+    """Apply a layer norm to the visual prefix."""
     use_contrastive: bool = False
-    """Adds the contrastive loss to pre-training."""
+    """Add the contrastive loss to pre-training."""
     contrastive_size: int = Field(256, ge=1)
     """Width of the space in which clips and texts are compared."""
     temperature: float = Field(0.07, gt=0)
     """Initial temperature of contrastive losses."""
     freeze_decoder: bool = True
-    """Train the visual side only, as published."""
+    """Train only the visual side, as published."""
     freeze_vision: bool = False
-    """Of the vision encoder, train only what reads over time."""
+    """Train only the temporal parts of the vision encoder."""
     decoder_dropout: bool = False
-    """Dropout in a frozen decoder, as upstream leaves it on."""
+    """Keep dropout in a frozen decoder, as the original code does."""
 
 
 class DataConfig(Section):
-    """What is read, and how a clip becomes a tensor."""
+    """The dataset, how it is read, and how training clips are augmented."""
 
     shards: str = ""
-    """Folder or URI of a sharded dataset: holds one folder per split."""
+    """Folder or URI of a sharded dataset, which has one folder per split."""
     batch_size: int = Field(32, ge=1)
-    """Clips per optimizer step, over all processes and accumulation steps."""
+    """Clips per optimizer step, summed over all processes and accumulation steps."""
     workers: int = Field(1, ge=0)
-    """Loader processes per training process; 0 reads in the training process."""
+    """Loader processes per training process. 0: the training process loads the data itself."""
     read_ahead: int = Field(32, ge=1)
-    """Clips that each loader process has under way from storage."""
+    """Clips that each loader process requests from storage ahead of time."""
     cache_gb: float = Field(0, ge=0)
-    """Bound of a cache of clips below $MPLUG_CACHE, shared by all processes of a machine; 0 keeps none."""
+    """Size limit of the clip cache below $MPLUG_CACHE, which all processes of a machine share. 0: no cache."""
     decoder: Literal["pyav", "decord"] = "pyav"
-    """Decodes shards of original clips. decord gives the same pixels, slower, and wrong ones of damaged clips."""
+    """Decoder for shards of original clips. decord returns the same pixels, is slower, and returns wrong pixels for
+    damaged clips."""
     decode_deadline_s: float = Field(60, gt=0)
-    """Longest time for one clip's frames."""
+    """Time limit for decoding the frames of one clip."""
     max_read_failures: float = Field(0.001, ge=0, le=1)
-    """Share of clips that may turn out unreadable; each is logged. More end the run."""
+    """Share of clips that may be unreadable. Each one is logged; the run fails above this share."""
     max_length: int = Field(80, ge=4)
-    """Longest text, in tokens."""
+    """Maximum length of a text, in tokens."""
     crop_area: float = Field(0.5, gt=0, le=1)
     """Smallest share of the frame that a random training crop keeps."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Narrowest and widest width / height of a crop."""
+    """Smallest and largest width / height of a crop."""
     crop_relative: bool = False
-    """Aspect ratios relative to the frame's own, so that crops are squeezed as whole frames are in evaluation."""
+    """Take aspect ratios relative to that of the frame, so that crops are distorted like whole frames in evaluation."""
     flip_probability: float = Field(0.5, ge=0, le=1)
-    """Chance of a mirrored training clip. 0 where texts speak of left and right."""
+    """Probability of mirroring a training clip. Use 0 if texts mention left and right."""
     augment_ops: int = Field(2, ge=0, le=9)
-    """Random operations (contrast, shear, rotation, …) on each training clip."""
+    """Random operations (contrast, shear, rotation, …) applied to each training clip."""
     augment_level: float = Field(5, ge=0, le=10)
-    """Their strength: 5 shears by 0.15 and turns by 15 degrees."""
+    """Strength of these operations: 5 shears by 0.15 and rotates by 15 degrees."""
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up from 0, then a cosine (or a line) to `min_lr`."""
+    """AdamW and its schedule: linear warm-up from 0, then cosine or linear decay to `min_lr`."""
 
     lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
     min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the schedule."""
     warmup_steps: int = Field(0, ge=0)
-    """0: `warmup_epochs` say it."""
+    """Length of the warm-up in steps. 0: `warmup_epochs` applies."""
     warmup_epochs: float = Field(0, ge=0)
+    """Length of the warm-up in epochs."""
     schedule: Literal["cosine", "linear"] = "cosine"
+    """Shape of the decay."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
     eps: float = Field(1e-6, gt=0)
+    """Epsilon of Adam."""
     weight_decay: float = Field(0.05, ge=0)
-    """Not applied to vectors: biases, norms and position embeddings."""
+    """Weight decay, which is not applied to biases, norms and position embeddings."""
     clip_grad_norm: float = Field(3.0, ge=0)
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Maximum global gradient norm. 0: no clipping."""
     vision_lr_scale: float = Field(1.0, gt=0)
-    """Factor on the learning rate of the vision encoder's spatial part (0.1 when it starts from CLIP)."""
+    """Factor on the learning rate of the spatial part of the vision encoder (0.1 if it starts from CLIP)."""
 
 
 class TrainingConfig(Section):
-    """How long, in which precision and on how many processes' memory."""
+    """Length, precision and memory of a run."""
 
     steps: int = Field(0, ge=0)
-    """Optimizer steps. 0: `epochs` say it."""
+    """Optimizer steps. 0: `epochs` applies."""
     epochs: float = Field(1, ge=0)
-    """Passes over the dataset; the clips of an incomplete last batch are left out."""
+    """Passes over the dataset. An incomplete last batch is dropped."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations. The optimizer always works in fp32."""
     zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too, 3 the weights too."""
+    """DeepSpeed ZeRO stage: 0 replicates everything, 1 shards the optimizer state, 2 also gradients, 3 also weights."""
     gradient_accumulation: int = Field(1, ge=1)
+    """Micro-batches per optimizer step and process."""
     activation_checkpointing: tuple[Literal["vision", "abstractor", "decoder"], ...] = ()
-    """Parts whose activations are computed again in the backward pass: slower, less memory."""
+    """Parts whose activations are recomputed in the backward pass: slower, less memory."""
     compile: bool = False
-    """Compiles the layers of vision encoder and decoder (torch.compile): faster on a GPU, slow to start. Needs a C
-    compiler where it runs."""
+    """Compile the layers of vision encoder and decoder with torch.compile: faster on a GPU, slow to start. Needs a C
+    compiler."""
     log_every: int = Field(10, ge=1)
-    """Steps between two points of a metric."""
+    """Steps between two logged points of a metric."""
     consecutive_skips: int = Field(3, ge=1, validation_alias=AliasChoices("consecutive_skips", "skips_in_a_row"))
-    """Consecutive steps without finite gradients after which the weights go back to the last checkpoint. Each such step
-    is skipped and counted; the clips it saw are not seen again."""
+    """After this many consecutive steps without finite gradients, the weights are restored from the last checkpoint.
+    Such steps are skipped and counted, and their clips are not repeated."""
     max_skips: int = Field(30, ge=0)
-    """Skipped steps that a run may have; more end it."""
+    """The run fails after more skipped steps than this."""
     profile: bool = False
-    """Writes a torch profile of three steps to profiles/<name>.json.gz of the output."""
+    """Write a torch profile of three steps to <output>/profiles/<name>.json.gz."""
 
 
 class CheckpointConfig(Section):
-    """What a killed run goes on from. It does so by itself when it is started again, on any number of processes."""
+    """Checkpoints. A run that is started again resumes from the newest one, also on another number of processes."""
 
     every: int = Field(500, ge=0)
-    """Steps between two checkpoints. 0: only where the run is asked to end (SIGTERM), and at its end."""
+    """Steps between two checkpoints. 0: only on SIGTERM and at the end."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept; the best one is kept beside them."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     max_attempts: int = Field(MAX_ATTEMPTS, ge=1)
-    """Starts without a new checkpoint in between; one more ends with code 4, which no cluster restarts."""
+    """Maximum number of starts without a new checkpoint. The next start exits with code 4, which is not restarted."""
 
 
 class WatchdogConfig(Section):
-    """Seconds that a part of a run may take. One process over its time ends all of them, with a code that says restart,
-    after every one has printed where it stood."""
+    """Time limits of the parts of a run, in seconds. If one process exceeds a limit, all processes dump their stacks
+    and exit with a restartable code."""
 
     setup_s: float = Field(1800, gt=0)
-    """Start, weights and checkpoint included."""
+    """From the start of the process to the first step, including weights and checkpoint."""
     first_step_s: float = Field(1200, gt=0)
+    """The first step."""
     step_s: float = Field(300, gt=0)
-    """Any other step, waiting for its data included."""
+    """Any later step, including the wait for its data."""
     checkpoint_s: float = Field(1200, gt=0)
-    """What a step waits for a checkpoint, and the final upload."""
+    """The wait for a checkpoint, and the final upload."""
     evaluation_s: float = Field(3600, gt=0)
+    """One evaluation."""
     silence_s: float = Field(30, gt=0)
-    """A process without a sign of life for so long is given up by the others."""
+    """A process that sends no heartbeat for this long counts as lost."""
 
 
 class EvaluationConfig(Section):
-    """Evaluation while training. The best checkpoint by `metric` becomes the model, else the last."""
+    """Evaluation during training. The checkpoint that is best by `metric` becomes the model."""
 
     every: int = Field(0, ge=0)
-    """Steps between two evaluations, each with a checkpoint; 0: none."""
+    """Steps between two evaluations, each followed by a checkpoint. 0: no evaluation; the last checkpoint becomes the
+    model."""
     shards: str = ""
-    """Folder or URI of a sharded dataset; empty: data.shards."""
+    """Folder or URI of a sharded dataset. Empty: `data.shards`."""
     split: str = "val"
+    """Split to evaluate."""
     metric: str = ""
-    """Decides which checkpoint is best: a metric of the task (`mplug evaluate` prints them) or `loss`, the default."""
+    """Metric that selects the best checkpoint: one of the task (`mplug evaluate` prints them) or `loss`, the default."""
     clips: int = Field(0, ge=0)
-    """Clips of the split to read, from its start; 0: all."""
+    """Number of clips to read from the start of the split. 0: all."""
 
 
 class TrackingConfig(Section):
-    """MLflow. Metrics go to a journal first and to the server when it answers; an outage costs a run nothing."""
+    """MLflow. Metrics go to a local journal first and are sent in the background: an outage never stops a run."""
 
     uri: str = ""
-    """Tracking server or sqlite:///file. Empty: no tracking, the journal only."""
+    """Tracking server, or sqlite:///file. Empty: no tracking, only the journal."""
     experiment: str = "mplug-video"
+    """MLflow experiment."""
     pipeline: str = ""
-    """Name of a pipeline's run: this one is nested under the newest of that name."""
+    """Name of a pipeline run. This run is nested under the newest run of that name."""
     patience_s: float = Field(120, ge=0)
-    """How long an ended run waits for a server that is down to take the last points."""
+    """How long a finished run waits for an unavailable server before it exits."""
 
 
 class RunConfig(Section):
-    """One training run, resolved. Saved beside every model that comes out of it."""
+    """One training run, fully resolved. It is saved with every model that the run publishes."""
 
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    """Names the run in MLflow and in the output's path."""
+    """Name of the run in MLflow and in output paths."""
     task: TaskName = "pretraining"  # type: ignore[valid-type]
+    """Objective; see model/tasks."""
     seed: int = 42
+    """Seed of all randomness."""
     trial: int = Field(1, ge=1)
-    """A run that is started again goes on from its checkpoints; with another number it starts from nothing."""
+    """A run that is started again resumes from its checkpoints. Another number starts it from scratch."""
     code_version: str = ""
-    """Names the code, where a pipeline runs it: with another one, too, a run starts from nothing."""
+    """Version of the code, set by pipelines. Another version starts the run from scratch."""
     output: str = "output"
-    """Folder or URI under which models/<name>/ and checkpoints/<name>-…/ are written."""
+    """Folder or URI for models/<name>/ and checkpoints/<name>-…/."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
