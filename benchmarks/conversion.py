@@ -22,7 +22,7 @@ from model.config.load import load_config
 from model.mplug_video import MPlugVideoConfig, MPlugVideoForConditionalGeneration
 from model.mplug_video.configuration import TimeSformerConfig
 from model.mplug_video.conversion.names import BRIDGE_AND_HEADS, DECODER, VISION, translate
-from model.mplug_video.tokenization import train_tokenizer
+from model.mplug_video.tokenization import train_bpe_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {
@@ -57,7 +57,7 @@ def synthetic_checkpoint(preset: str, folder: Path) -> None:
         state[published_name(name)] = torch.rand(shape, dtype=torch.bfloat16)
     torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
     (folder / "gpt3").mkdir()
-    train_tokenizer(["小猫"], vocab_size=300).save_pretrained(folder / "gpt3")
+    train_bpe_tokenizer(["小猫"], vocab_size=300).save_pretrained(folder / "gpt3")
     (folder / "gpt3" / "config.json").write_text(json.dumps({"num_attention_heads": settings.text["n_head"]}))
 
 

@@ -38,7 +38,7 @@ from model.data.loading.loader import open_split
 from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
-from model.data.synthetic.corpus import synthesize
+from model.data.synthetic.corpus import synthesize_corpus
 from model.tasks.build import build_task
 from model.tasks.language_modeling import publish_tokenizer
 from model.tracking import tracked
@@ -57,7 +57,7 @@ ROUNDS, STEPS = 8, 20
 
 def corpus(folder: Path) -> list[str]:
     """Overrides that name the shards and the decoder of a small synthetic corpus."""
-    source = synthesize(folder / "source", seed=1, scale=0.1)
+    source = synthesize_corpus(folder / "source", seed=1, scale=0.1)
     form = Form(num_frames=8, short_side=72)
     shards = build_shards(ShardSettings(raw=str(source), root=str(folder), dataset=next(iter(COLUMNS)), form=form))
     tokenizer = publish_tokenizer(str(source), str(folder), vocab_size=448)

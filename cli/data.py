@@ -28,7 +28,7 @@ def synthesize(
 
     Example: `mplug data synthesize corpus --scale 0.1`
     """
-    from model.data.synthetic.corpus import synthesize as run
+    from model.data.synthetic.corpus import synthesize_corpus as run
 
     print(run(out, seed=seed, scale=scale, workers=workers))
 
@@ -242,12 +242,12 @@ def copy(
 
     Example: `mplug data copy s3://mplug/work/backups/mlflow-20261126T021700Z.dump mlflow.dump`
     """
-    from model.storage import download, is_s3, upload
+    from model.storage import download_file, is_s3, upload_file
 
     if is_s3(source) == is_s3(dest):
         raise ConfigError(f"one of the two must be an s3:// URI and the other a file, got {source} and {dest}.")
     if is_s3(source):
-        download(source, Path(dest))
+        download_file(source, Path(dest))
     else:
-        upload(Path(source), dest)
+        upload_file(Path(source), dest)
     print(dest)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cli.services import BUCKET, LocalServices, run_services, stop_process
 from model import storage
-from model.data.synthetic.corpus import synthesize
+from model.data.synthetic.corpus import synthesize_corpus
 from model.errors import INTERRUPTED, ConfigError, ProcessFailedError, StageError
 from pipelines.local import validate_arguments
 
@@ -66,7 +66,7 @@ def _corpus(folder: Path, scale: float) -> Path:
         raise ConfigError(f"--scale must be {note.read_text()} for {folder}, got {scale}. Name another folder.")
     if not source.exists():
         shutil.rmtree(partial, ignore_errors=True)
-        synthesize(partial, scale=scale)
+        synthesize_corpus(partial, scale=scale)
         note.write_text(str(scale), encoding="utf-8")
         partial.rename(source)
     return source
@@ -108,7 +108,7 @@ def _show(line: str) -> None:
 def _fetch_report(folder: Path, made: LocalServices) -> tuple[Path, list[dict[str, Any]]]:
     """Copies the report of this run out of S3, which stops with the demo."""
     uri = storage.join(ROOT, "reports", RUN_NAME)
-    storage.download(storage.join(uri, "report.html"), folder / "report.html")
+    storage.download_file(storage.join(uri, "report.html"), folder / "report.html")
     return folder / "report.html", json.loads(storage.read(storage.join(uri, "results.json")))
 
 

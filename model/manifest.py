@@ -1,7 +1,7 @@
-"""A folder in storage that is whole or absent: its files first, manifest.json last.
+"""Publishes folders atomically: files first, manifest.json last. A folder without a manifest does not exist.
 
-Models and tokenizers are published so. The manifest holds every file's size and sha256 and what the publisher wants to
-say about the folder; `fetch` verifies all of it.
+Models and tokenizers are published this way. The manifest holds the size and sha256 of every file and facts about the
+folder. `fetch_folder` verifies all files.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ FILE, LATEST = "manifest.json", "latest"
 def publish_folder(folder: Path, base: str, **facts: Any) -> str:
     """Uploads `folder` to <base>/<version>, manifest last, and returns that URI.
 
-    The version is the beginning of the manifest's sha256: it names the content, so nothing published ever changes.
+    The version is the start of the manifest's sha256, so a published folder never changes.
     """
     manifest = describe_folder(folder, **facts)
     version = hashlib.sha256(manifest).hexdigest()[:12]
@@ -33,7 +33,7 @@ def publish_folder(folder: Path, base: str, **facts: Any) -> str:
 
 
 def describe_folder(folder: Path, **facts: Any) -> bytes:
-    """The manifest of a local folder."""
+    """The manifest of a local folder, encoded."""
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -43,12 +43,12 @@ def describe_folder(folder: Path, **facts: Any) -> bytes:
 
 
 def file_entry(data: bytes | memoryview) -> dict[str, Any]:
-    """What a manifest says about a file with these bytes."""
+    """The entry of a manifest for a file with this content."""
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def commit_folder(uri: str, files: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
-    """Makes a whole of files that are at `uri` already."""
+    """Writes the manifest for files that were already uploaded to `uri`."""
     storage.write(storage.join(uri, FILE), _encoded(files, facts))
 
 
@@ -57,14 +57,14 @@ def _encoded(files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -
 
 
 def upload_folder(folder: Path, uri: str, manifest: bytes) -> None:
-    """Uploads what `manifest` lists to `uri`, and the manifest last."""
+    """Uploads the files that `manifest` lists to `uri`, then the manifest."""
     for name in json.loads(manifest)["files"]:
-        storage.upload(folder / name, storage.join(uri, name))
+        storage.upload_file(folder / name, storage.join(uri, name))
     storage.write(storage.join(uri, FILE), manifest)
 
 
 def latest_version(base: str) -> str:
-    """URI of the version that was published last below `base`."""
+    """URI of the most recently published version below `base`."""
     return storage.join(base, storage.read(storage.join(base, LATEST)).decode())
 
 
@@ -78,12 +78,12 @@ def read_manifest(uri: str) -> dict[str, Any]:
 
 
 def manifest_sha256(uri: str) -> str:
-    """The hash of the manifest, and so of everything it lists."""
+    """The hash of the manifest, which covers every file it lists."""
     return hashlib.sha256(storage.read(storage.join(uri, FILE))).hexdigest()
 
 
 def fetch_folder(uri: str) -> Path:
-    """A local folder with the verified files of `uri`: the folder itself, or a copy in the cache."""
+    """A local folder with the verified files of `uri`: `uri` itself if it is local, else a copy in the cache."""
     manifest = read_manifest(uri)
     if not storage.is_s3(uri):
         _verify(Path(uri), manifest)
@@ -97,10 +97,10 @@ def fetch_folder(uri: str) -> Path:
         for name in manifest["files"]:
             if not (partial / name).resolve().is_relative_to(partial.resolve()):
                 raise StorageError(f"{uri}: file name {name!r} in {FILE} leaves the folder.")
-            storage.download(storage.join(uri, name), partial / name)
+            storage.download_file(storage.join(uri, name), partial / name)
         (partial / FILE).write_text(json.dumps(manifest), encoding="utf-8")
         _verify(partial, manifest)
-        with suppress(OSError):  # another process was first; its copy was verified too
+        with suppress(OSError):  # another process was faster; its copy was verified as well
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -108,7 +108,7 @@ def fetch_folder(uri: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where copies of immutable objects are kept: $MPLUG_CACHE, by default ~/.cache/mplug."""
+    """Folder for copies of immutable objects: $MPLUG_CACHE, by default ~/.cache/mplug."""
     return Path(os.environ.get("MPLUG_CACHE", Path.home() / ".cache" / "mplug"))
 
 

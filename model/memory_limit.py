@@ -1,14 +1,14 @@
-"""The memory limit of this container, and how often the kernel has killed a process for it (cgroup v1 and v2)."""
+"""The memory limit of this container, and the number of OOM kills (cgroup v1 and v2)."""
 
 from pathlib import Path
 
 OWN_CGROUPS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 NO_LIMIT = 2**60
-"""cgroup v1 shows about 2**63 for no limit."""
+"""cgroup v1 reports about 2**63 if no limit is set."""
 
 
 def memory_limit() -> int | None:
-    """Bytes; None without a limit."""
+    """Bytes; None if no limit is set."""
     for folder in _folders():
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name).strip()
@@ -18,7 +18,7 @@ def memory_limit() -> int | None:
 
 
 def memory_kills() -> int:
-    """Processes that were killed since the cgroup was made; 0 if the kernel does not count them."""
+    """OOM kills since the cgroup was created; 0 if the kernel does not count them."""
     for folder in _folders():
         for name in ("memory.events", "memory.oom_control"):
             for line in _read(folder / name).splitlines():
@@ -29,7 +29,7 @@ def memory_kills() -> int:
 
 
 def _folders() -> list[Path]:
-    """Folders that may account this process's memory: its own path, or in a container the mount itself."""
+    """Folders that may hold this process's memory accounting: its own path, or the mount point in a container."""
     found = []
     for line in _read(OWN_CGROUPS).splitlines():
         number, controllers, path = line.split(":", 2)

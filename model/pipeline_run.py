@@ -1,7 +1,7 @@
-"""The MLflow run of a pipeline, under which its stages nest theirs. Its state follows that of the pipeline's run.
+"""The MLflow run of a pipeline, which is the parent of the runs of its stages. Its status follows the pipeline run.
 
-It is opened by the first step and closed by the exit handler. Kubeflow Pipelines does not run an exit handler again
-when a run is retried: after it has run, each stage reopens the pipeline's run, and closes it again as it ends itself.
+The first step opens it and the exit handler closes it. Kubeflow Pipelines does not repeat the exit handler when a run
+is retried. So once the handler has run, each stage reopens the run when it starts and closes it when it ends.
 """
 
 import os
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from mlflow.entities import Param, Run
 
 RUN_ID = "MPLUG_KFP_RUN"
-"""Variable with the id of the Kubeflow Pipelines run that this process belongs to; unset elsewhere."""
+"""Variable with the ID of the Kubeflow Pipelines run that this process belongs to. Unset outside of one."""
 KFP_RUN = "pipeline.kfp_run"
-"""Tag: that id. Two runs of Kubeflow Pipelines that use one name at the same time have a run each in MLflow."""
+"""Tag with that ID: two concurrent Kubeflow Pipelines runs of the same name have separate MLflow runs."""
 Outcome = Literal["succeeded", "failed", "cancelled"]
 ENDED_BADLY = ("FAILED", "KILLED")
 STATUS: dict[Outcome, str] = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 PIPELINE = "mplug.pipeline"
-"""Tag: the pipeline's name for this run, `run_name`."""
+"""Tag with the pipeline's parameter `run_name`."""
 CONTINUES = "pipeline.continues"
-"""Tag: id of the earlier run of the same name that failed. Stages that it had finished are below that one."""
+"""Tag with the ID of the failed run that this one continues. Stages that it had finished are nested there."""
 LAST_STAGES = "pipeline.last_stages"
-"""Tag that the exit handler sets: stages without which the pipeline has not succeeded."""
+"""Tag set by the exit handler: the stages that must finish for the pipeline to succeed."""
 FAILED_STAGES, MISSING_STAGES = "pipeline.failed", "pipeline.missing"
 
 
 def open_pipeline_run(server: "MlflowClient", experiment: str, name: str, params: Mapping[str, str]) -> str:
-    """Id of the run, new or opened again. A finished run of the same name is continued; one that failed, was cancelled
-    or is another's stays as it is, and a new one follows it.
+    """ID of the run. Reopens a finished run of the same name. If that run failed, was cancelled or belongs to another
+    Kubeflow Pipelines run, creates a new one that continues it.
     """
     from mlflow.entities import Param
 
@@ -64,20 +64,20 @@ def create_pipeline_run(
 
 
 def find_pipeline_run(server: "MlflowClient", experiment: str, name: str) -> "Run | None":
-    """The run that this process belongs to: that of its run of Kubeflow Pipelines, else the newest of the name."""
+    """The run of this process's Kubeflow Pipelines run; outside of one, the newest run of this name."""
     run_id = os.environ.get(RUN_ID, "")
     found = _pipeline_runs(server, experiment, name)
     return next((run for run in found if not run_id or run.data.tags.get(KFP_RUN) == run_id), None)
 
 
 def _forget_end(server: "MlflowClient", run: "Run") -> None:
-    """A new run of the pipeline has an exit handler of its own."""
+    """A new pipeline run has its own exit handler, which sets the tag again."""
     if LAST_STAGES in run.data.tags:
         server.delete_tag(run.info.run_id, LAST_STAGES)
 
 
 def reports_folder(root: str, tracking: TrackingConfig) -> str:
-    """Folder of the reports of a pipeline's run; every run of Kubeflow Pipelines has a separate one."""
+    """Folder for the reports of a pipeline run; every Kubeflow Pipelines run has a separate one."""
     return storage.join(root, "reports", tracking.pipeline or "local", *filter(None, [os.environ.get(RUN_ID, "")]))
 
 
@@ -87,9 +87,9 @@ def reopen(server: "MlflowClient", run: "Run") -> None:
 
 
 def close_pipeline_run(server: "MlflowClient", run: "Run", last_stages: Sequence[str], outcome: Outcome | None) -> str:
-    """Closes the run as the exit handler has found it, or else by its stages; says what became of it in a line.
+    """Closes the run with the given outcome, or else with the outcome of its stages, which it returns in one line.
 
-    A stage that was cut off without a word is closed as well.
+    Stages that were killed are closed as well.
     """
     server.set_tag(run.info.run_id, LAST_STAGES, " ".join(last_stages))
     for stage in _newest(server, run).values():
@@ -104,7 +104,7 @@ def close_pipeline_run(server: "MlflowClient", run: "Run", last_stages: Sequence
 
 
 def close_after_retry(server: "MlflowClient", run_id: str) -> None:
-    """A stage has ended. Where the exit handler has run before it, this closes the pipeline's run by its stages."""
+    """Closes the pipeline's run after a stage has ended, if the exit handler has already run."""
     run = server.get_run(run_id)
     if LAST_STAGES not in run.data.tags:
         return
@@ -119,9 +119,9 @@ def close_after_retry(server: "MlflowClient", run_id: str) -> None:
 
 
 def _unfinished(server: "MlflowClient", run: "Run", last_stages: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Stages that have failed, and last ones that have never finished; noted as tags of the run.
+    """Stages that failed, and last stages that never finished. Both are set as tags of the run.
 
-    A last stage that came from the cache has finished below an earlier run of the same name.
+    A last stage that was taken from the cache has finished under an earlier run of the same name.
     """
     own = _newest(server, run)
     failed = sorted(name for name, stage in own.items() if stage.info.status not in ("FINISHED", "RUNNING"))
@@ -142,7 +142,7 @@ def _pipeline_runs(server: "MlflowClient", experiment: str, name: str) -> list["
 
 
 def _newest(server: "MlflowClient", run: "Run", *, finished: bool = False) -> dict[str, "Run"]:
-    """The newest run of each stage, or of each that has finished, by name."""
+    """The newest run of each stage by name; with `finished`, the newest finished one."""
     of_it = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'" + (" AND attributes.status = 'FINISHED'" * finished)
     stages = server.search_runs([run.info.experiment_id], of_it, order_by=["attributes.start_time ASC"])
     return {stage.info.run_name: stage for stage in stages}

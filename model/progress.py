@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line at most every ten seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, otherwise at most one line every ten seconds."""
 
 import io
 import sys
@@ -12,8 +12,8 @@ LINE_EVERY_S = 10.0
 
 
 class Lines(io.StringIO):
-    """Standard error, on which each state of a bar is a line: a container's log is read line by line, and a carriage
-    return ends none."""
+    """Writes each update of a bar to standard error as a line: container logs are line-based and ignore carriage
+    returns."""
 
     def write(self, text: str) -> int:
         if line := text.strip():
@@ -25,10 +25,7 @@ class Lines(io.StringIO):
 def progress(
     items: Iterable[T] | None = None, *, total: int | None, desc: str, unit: str, show: bool = True, initial: int = 0
 ) -> "tqdm[T]":
-    """Passes `items` on and shows how far they are, how fast, and when they will be through.
-
-    Without `items`, as a context whose `update` says what is done.
-    """
+    """Yields `items` and shows count, rate and remaining time. Without `items`, call `update` on the returned bar."""
     is_terminal = sys.stderr.isatty()
     interval_s = 0.5 if is_terminal else LINE_EVERY_S
     bar: tqdm[T] = tqdm(

@@ -28,7 +28,7 @@ CHAMPION = "champion"
 
 
 def _one_line(function: Callable[P, R]) -> Callable[P, R]:
-    """Turns what MLflow raises into a TrackingError: these calls are what a stage is for, so an outage ends it."""
+    """Converts MLflow's exceptions into a TrackingError: a stage cannot do its work without these calls."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -42,7 +42,7 @@ def _one_line(function: Callable[P, R]) -> Callable[P, R]:
 
 @_one_line
 def start_pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str, str]) -> None:
-    """Opens the run of a pipeline, where a tracking server is configured."""
+    """Opens the MLflow run of a pipeline, if a tracking server is configured."""
     if uri:
         server = mlflow_client(uri)
         open_pipeline_run(server, experiment_id(server, experiment), name, params)
@@ -52,7 +52,7 @@ def start_pipeline_run(uri: str, experiment: str, name: str, params: Mapping[str
 def finish_pipeline_run(
     uri: str, experiment: str, name: str, last_stages: Sequence[str], outcome: Outcome | None
 ) -> str:
-    """Closes the run of a pipeline, also one that was never opened; says in a line what became of it."""
+    """Closes the MLflow run of a pipeline, which is created if it was never opened. Returns the outcome in one line."""
     if not uri:
         return f"{name} has ended: {outcome or 'no tracking server is configured'}."
     server = mlflow_client(uri)
@@ -63,10 +63,10 @@ def finish_pipeline_run(
 
 
 @_one_line
-def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
+def register_model(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
     """Registers a published model by reference as a new version with the alias `candidate`.
 
-    The same manifest is registered once: a repeated call returns the version that has it.
+    A manifest is registered once: a repeated call returns the existing version.
     """
     server = mlflow_client(uri)
     facts = manifest.read_manifest(model)
@@ -85,26 +85,26 @@ def register(uri: str, name: str, model: str, tags: Mapping[str, str]) -> str:
 
 @_one_line
 def try_out(uri: str) -> str:
-    """Writes a run with a metric, reads it and removes it; returns the server's version."""
+    """Writes a run with a metric, reads it and removes it. Returns the version of the client."""
     server = mlflow_client(uri)
     run = server.create_run(experiment_id(server, "mplug-doctor"), tags={"mlflow.runName": "doctor"}).info.run_id
     server.log_metric(run, "answer", 42.0)
     found = server.get_run(run).data.metrics.get("answer")
     server.delete_run(run)
     if found != 42.0:
-        raise TrackingError(f"MLflow at {uri} has given back {found} for a metric of 42.")
+        raise TrackingError(f"MLflow at {uri} must return 42 for a metric of 42, got {found}.")
     return str(mlflow.version.VERSION)
 
 
 @_one_line
-def promote(uri: str, name: str, version: str) -> None:
-    """Makes a version the one in use."""
+def promote_model(uri: str, name: str, version: str) -> None:
+    """Gives a version the alias `champion`."""
     mlflow_client(uri).set_registered_model_alias(name, CHAMPION, version)
 
 
 @_one_line
 def champion_scores(uri: str, name: str) -> dict[str, float]:
-    """Test metrics of the version in use; empty where there is none."""
+    """Test metrics of the champion; empty if there is no champion."""
     found = [
         model for model in mlflow_client(uri).search_registered_models(f"name = '{name}'") if CHAMPION in model.aliases
     ]
@@ -116,7 +116,7 @@ def champion_scores(uri: str, name: str) -> dict[str, float]:
 
 @_one_line
 def attach_artifacts(config: TrackingConfig, paths: Sequence[Path], metrics: Mapping[str, float]) -> None:
-    """Puts files and final metrics on the page of the pipeline's own run."""
+    """Adds files and final metrics to the MLflow run of the pipeline."""
     server = mlflow_client(config.uri) if config.uri and config.pipeline else None
     found = find_pipeline_run(server, experiment_id(server, config.experiment), config.pipeline) if server else None
     if server and found:

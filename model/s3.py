@@ -1,6 +1,6 @@
-"""Clients of S3: of boto3 and of obstore one per process, profile and bucket, with the same address and keys.
+"""S3 clients of boto3 and obstore, with the same endpoint and credentials: one per process, profile and bucket.
 
-A client serves any number of threads. Creating one does not: boto3's sessions create clients one at a time.
+A client is thread-safe. Creating one is not, because a boto3 session is not.
 """
 
 import os
@@ -38,8 +38,8 @@ def object_key(uri: str) -> str:
 
 
 os.environ.setdefault("TOKIO_WORKER_THREADS", "4")
-"""Threads of obstore that serve sockets. Its default is one per core, in each of a node's 200 loader processes: more
-threads than many clusters let a pod have."""
+"""I/O threads of obstore. Its default is one per core, in each of the 200 loader processes of a node, which exceeds the
+thread limit of a pod on many clusters."""
 _creating = threading.RLock()
 
 
@@ -58,17 +58,17 @@ def get_client(profile: str) -> "S3Client":
 
 @lru_cache(maxsize=8)
 def _client(_pid: int, profile: str) -> "S3Client":
-    # one client per process: a client that crosses a fork shares its sockets with the parent
+    # keyed by process: a client inherited through a fork shares its sockets with the parent
     return boto3.Session(botocore_session=_session(profile)).client(
         "s3",
-        # boto3 lets the environment's endpoint win over the profile's, and so would send both to one place
+        # boto3 prefers the endpoint of the environment to that of the profile, and would send both to one S3
         endpoint_url=_session(profile).get_scoped_config().get("endpoint_url") if profile else None,
         config=Config(
             retries={"mode": "standard", "total_max_attempts": 8},
             max_pool_connections=32,
             connect_timeout=5,
             read_timeout=60,
-            s3={"addressing_style": "path"},  # a bucket in the host name needs wildcard DNS
+            s3={"addressing_style": "path"},  # virtual-hosted style needs wildcard DNS
         ),
     )
 
@@ -81,11 +81,11 @@ def get_store(uri: str) -> S3Store:
 
 @lru_cache(maxsize=8)
 def _store(_pid: int, profile: str, bucket: str) -> S3Store:
-    """The same endpoint, region and credentials as boto3's client, refreshed as boto3 refreshes them."""
+    """Has the endpoint, region and credentials of the boto3 client, which also refreshes them."""
     meta = get_client(profile).meta
     return S3Store(
         bucket,
-        aws_endpoint_url_s3=meta.endpoint_url,  # `endpoint` would give way to the environment
+        aws_endpoint_url_s3=meta.endpoint_url,  # the environment overrides `endpoint`
         region=meta.region_name,
         virtual_hosted_style_request=False,
         credential_provider=Boto3CredentialProvider(_session(profile)),

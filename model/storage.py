@@ -1,9 +1,10 @@
-"""One API for s3:// URIs and local paths. With its clients in model/s3.py the only file that imports boto3 and obstore.
+"""One API for s3:// URIs and local paths. Only this file and model/s3.py, which holds the clients, import boto3 and
+obstore.
 
-Credentials, endpoint and region come from boto3's own chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, roles, …), so the
-same code runs on a laptop, in a pod and against any S3; s3://PROFILE@bucket/key takes them from that profile of the AWS
-configuration, for a second S3. boto3 lists, copies and removes; bytes go through obstore, whose requests take a quarter
-of boto3's processor time (0.3 instead of 1.3 ms each).
+Credentials, endpoint and region come from boto3's default chain (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3, roles, …), so
+the same code runs on a laptop, in a pod and against any S3. s3://PROFILE@bucket/key reads them from that profile of the
+AWS configuration, which allows a second S3. boto3 lists, copies and removes objects. obstore transfers bytes: one of
+its requests takes 0.3 ms of CPU time, one of boto3's 1.3 ms.
 """
 
 import errno
@@ -32,11 +33,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 PARTIAL = ".partial"
 PART_BYTES, PARTS_AT_ONCE = 64 * 2**20, 4
-"""Of a multipart upload; together what it holds in memory."""
+"""Part size of a multipart upload, and parts in flight. Their product is what an upload holds in memory."""
 LARGE_UPLOADS = threading.BoundedSemaphore(2)
-"""Of a process. More at a time get less through than two."""
+"""Multipart uploads of this process. More than two at a time have less throughput."""
 NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
-"""What a name can lead to that is not, and cannot be, a file."""
+"""Errors of a path that cannot name a file."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Entry:
     """One object."""
 
     path: str
-    """Relative to the prefix that was listed, or the URI that was asked for."""
+    """Relative to the listed prefix, or the requested URI."""
     size: int
     version: str
-    """Another one after every change: the ETag, or a file's time."""
+    """Changes with the content: the ETag of an object, the modification time of a file."""
 
 
 def join(root: str, *parts: str) -> str:
@@ -63,7 +64,7 @@ def is_s3(uri: str) -> bool:
 
 
 def _one_line(function: Callable[P, R]) -> Callable[P, R]:
-    """Turns the libraries' and the system's exceptions into a StorageError that names the URI."""
+    """Converts exceptions of the libraries and the system into a StorageError that names the URI."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -97,7 +98,7 @@ def read(uri: str) -> bytes:
 
 @_one_line
 def read_range(uri: str, start: int, length: int) -> bytes:
-    """`length` bytes from `start` on; fewer only where the object ends there."""
+    """`length` bytes from `start`; fewer if the object ends before."""
     if not is_s3(uri):
         with open(uri, "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, start)
@@ -105,13 +106,13 @@ def read_range(uri: str, start: int, length: int) -> bytes:
 
 
 def read_pieces(uri: str, start: int, length: int, piece: int) -> Iterator[bytes]:
-    """`length` bytes from `start` on, in requests of at most `piece` bytes each."""
+    """`length` bytes from `start`, in requests of at most `piece` bytes."""
     for at in range(start, start + length, piece):
         yield read_range(uri, at, min(piece, start + length - at))
 
 
 def chunks(uri: str, size: int = 8 * 2**20) -> Iterator[bytes]:
-    """An object, piece by piece."""
+    """The content of an object in chunks of `size` bytes."""
     entry = head(uri)
     if entry is None:
         raise NotFoundError(f"{uri} does not exist.")
@@ -119,7 +120,7 @@ def chunks(uri: str, size: int = 8 * 2**20) -> Iterator[bytes]:
 
 
 class RandomAccess(io.RawIOBase):
-    """An object as a seekable file, for readers that want parts of it. Not for many small reads: each is a request."""
+    """An object as a seekable file. Every read is a request, so it does not suit many small reads."""
 
     def __init__(self, uri: str) -> None:
         entry = head(uri)
@@ -151,7 +152,7 @@ class RandomAccess(io.RawIOBase):
 
 @_one_line
 def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
-    """A large text, read bit by bit. Line ends come as they are."""
+    """Opens a large text for streaming. Line ends are not converted."""
     if is_s3(uri):
         return io.TextIOWrapper(io.BufferedReader(RandomAccess(uri), 2**22), encoding=encoding, newline="")
     return open(uri, encoding=encoding, newline="")
@@ -159,7 +160,7 @@ def open_text(uri: str, encoding: str = "utf-8") -> io.TextIOBase:
 
 @_one_line
 def write(uri: str, data: bytes | memoryview) -> None:
-    """Writes all of `data` or nothing: a reader never sees half an object."""
+    """Writes all of `data` or nothing: a reader never sees a partial object."""
     if is_s3(uri):
         obstore.put(get_store(uri), object_key(uri), data)
         return
@@ -173,8 +174,8 @@ def write(uri: str, data: bytes | memoryview) -> None:
 
 
 @_one_line
-def upload(path: Path, uri: str) -> None:
-    """Copies a local file to `uri`, which appears when it is whole."""
+def upload_file(path: Path, uri: str) -> None:
+    """Copies a local file to `uri`, which becomes visible when it is complete."""
     if is_s3(uri):
         with LARGE_UPLOADS if path.stat().st_size > PART_BYTES // 8 else nullcontext():
             obstore.put(get_store(uri), object_key(uri), path, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
@@ -186,22 +187,22 @@ def upload(path: Path, uri: str) -> None:
 
 @_one_line
 def move_in(path: Path, uri: str) -> None:
-    """As `upload`, and the local file is gone afterwards: renamed where that is possible."""
+    """Moves a local file to `uri`: by rename if possible, otherwise by upload and removal."""
     if is_s3(uri):
-        upload(path, uri)
+        upload_file(path, uri)
         path.unlink()
         return
     Path(uri).parent.mkdir(parents=True, exist_ok=True)
     try:
         path.replace(uri)
     except OSError:  # another file system
-        upload(path, uri)
+        upload_file(path, uri)
         path.unlink()
 
 
 @_one_line
-def download(uri: str, path: Path) -> None:
-    """Fetches one object; `path` appears when it is whole."""
+def download_file(uri: str, path: Path) -> None:
+    """Downloads one object; `path` becomes visible when it is complete."""
     partial = _partial(path)
     if is_s3(uri):
         with partial.open("wb") as file:
@@ -219,7 +220,7 @@ def _partial(path: Path) -> Path:
 
 @_one_line
 def head(uri: str) -> Entry | None:
-    """Size and version of one object, or None where there is none."""
+    """Size and version of one object; None if it does not exist."""
     if not is_s3(uri):
         if not Path(uri).is_file():
             return None
@@ -237,7 +238,7 @@ def head(uri: str) -> Entry | None:
 
 @_one_line
 def clock_skew_s(uri: str) -> float:
-    """Seconds that the store's clock is ahead of this machine's; requests of other times are refused by S3."""
+    """Seconds by which the clock of the store is ahead of this machine's. S3 refuses requests from a skewed clock."""
     if not is_s3(uri):
         return 0.0
     place = parse_uri(uri)
@@ -247,12 +248,12 @@ def clock_skew_s(uri: str) -> float:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is such an object, or such a local folder."""
+    """Whether the object, or the local file or folder, exists."""
     return Path(uri).exists() if not is_s3(uri) else head(uri) is not None
 
 
 def walk(uri: str) -> Iterator[Entry]:
-    """Every object below `uri`, in the same order every time; none where nothing is there."""
+    """All objects below `uri` in a fixed order; none if nothing exists there."""
     if is_s3(uri):
         yield from _walk_s3(uri)
         return
@@ -261,7 +262,7 @@ def walk(uri: str) -> Iterator[Entry]:
 
 
 def _walk_folder(folder: str, prefix: str) -> Iterator[Entry]:
-    """Folder by folder, so that ten million files need no list."""
+    """One folder at a time, so that ten million files are never listed at once."""
     with os.scandir(folder) as items:
         found = sorted(items, key=lambda item: item.name)
     for item in found:
@@ -288,7 +289,7 @@ def _walk_s3(uri: str) -> Iterator[Entry]:
 
 @_one_line
 def move(source: str, dest: str) -> None:
-    """Renames an object within one root; done already where only `dest` is there."""
+    """Renames an object within one root. Does nothing if only `dest` exists."""
     if head(source) is None and head(dest) is not None:
         return
     if not is_s3(source):
@@ -297,7 +298,7 @@ def move(source: str, dest: str) -> None:
         return
     old, new = parse_uri(source), parse_uri(dest)
     client = get_client(old.profile)
-    # inside the store: the bytes do not pass through here
+    # a copy inside the store: the bytes do not pass through this process
     client.copy_object(Bucket=new.bucket, Key=new.key, CopySource={"Bucket": old.bucket, "Key": old.key})
     client.delete_object(Bucket=old.bucket, Key=old.key)
 

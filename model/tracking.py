@@ -1,9 +1,9 @@
-"""Runs in MLflow that cannot hurt what they describe.
+"""MLflow runs that never affect the training they describe.
 
-Everything goes to a journal first and to the server from a background thread, in order. A server that is slow, down or
-answering nonsense delays the picture, never the run; where it answers again, or where a restarted run finds it, it gets
-what is missing and nothing twice. With registry.py and pipeline_run.py the only file that imports mlflow, and only
-where a server is configured: one process of a run speaks to it, and the import takes 0.8 s.
+Everything is written to a local journal first. A background thread sends it to the server in order. A server that is
+slow, down or returns garbage delays the display, never the run. Once the server answers again, or a restarted run
+reaches it, it receives the missing entries, none of them twice. Only this file, registry.py and pipeline_run.py import
+mlflow, and only if a server is configured: the import takes 0.8 s, and one process per run talks to the server.
 """
 
 import json
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("mplug")
 SEND_EVERY_S = 2.0
 SHORT_PATIENCE_S = 10.0
-"""Of a run that failed: its restart sends what is missing."""
+"""Patience of a failed run. Its restart sends the missing entries."""
 MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 500
-"""Of one request, as MLflow limits them."""
+"""MLflow's limits per request."""
 RUN_TAG = "mplug.run"
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
-"""Answers that will be the same next time."""
+"""Error codes of requests that would fail again."""
 Point = dict[str, Any]
 """`step`, `time_ms` and the metrics of one moment."""
 Operation = Callable[["MlflowClient", str], None]
@@ -48,20 +48,20 @@ Operation = Callable[["MlflowClient", str], None]
 
 
 class Run:
-    """One MLflow run, or only its journal where no tracking server is configured.
+    """One MLflow run, or only its journal if no tracking server is configured.
 
-    `key` names the run in MLflow: one that was opened with it before goes on, and its points are not sent again.
+    `key` identifies the run in MLflow. An existing run with this key is resumed, and its points are not sent again.
     """
 
     def __init__(self, config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = ()) -> None:
         self.name, self.key, self.config = name, key or uuid.uuid4().hex, config
         self.journal = cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
         self.lines: list[str] = []
-        """The metrics so far, as the journal has them."""
+        """The metrics so far, in the format of the journal."""
         self.client = mlflow_client(config.uri) if config.uri else None
         self.run_id, self.pipeline_id = "", ""
         self.sent: dict[str, int] = {}
-        """Last step of each metric that an earlier process has sent."""
+        """Last step of each metric that was sent by an earlier process."""
         self.resumed = False
         self.outbox: deque[Point | Operation] = deque()
         self.opened, self.stopped, self.deadline = threading.Event(), threading.Event(), math.inf
@@ -90,7 +90,7 @@ class Run:
         self._later(lambda server, run_id: server.log_batch(run_id, tags=tags))
 
     def artifact(self, path: Path) -> None:
-        """Shows a file as it is now."""
+        """Uploads the current content of a file as an artifact."""
         data = path.read_bytes()
 
         def send(server: "MlflowClient", run_id: str) -> None:
@@ -102,28 +102,28 @@ class Run:
         self._later(send)
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
-        """A table that MLflow's page shows under `name`.json."""
+        """Logs a table as the artifact `name`.json."""
         if rows:
             columns = {key: [row[key] for row in rows] for key in rows[0]}
             self._later(lambda server, run_id: server.log_table(run_id, columns, f"{name}.json"))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Writes to the journal and returns; what is not finite is left out."""
+        """Writes finite values to the journal and returns without waiting for the server."""
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         self._record({"step": step, "time_ms": int(time.time() * 1000), **finite})
 
     def history(self) -> bytes:
-        """The metrics so far, a line of JSON for each moment."""
+        """The metrics so far as JSON lines."""
         return "".join(self.lines).encode()
 
     def opened_id(self) -> str:
-        """Id of the run in MLflow; empty where the server has not answered yet."""
+        """ID of the run in MLflow; empty if the server has not answered yet."""
         if self.client:
             self.opened.wait(SHORT_PATIENCE_S)
         return self.run_id
 
     def finish(self, status: str) -> None:
-        """Sends what is left, for as long as the configuration has patience, and closes the run."""
+        """Sends the remaining entries for at most `patience_s` and closes the run."""
         patience_s = self.config.patience_s
         self._later(lambda server, run_id: server.set_terminated(run_id, status))
         if self.config.pipeline:
@@ -132,15 +132,15 @@ class Run:
         self.stopped.set()
         self.sender.join()
         if self.outbox:
-            log.warning("MLflow did not take the last %d entries; metrics are in %s", len(self.outbox), self.journal)
+            log.warning("MLflow did not receive the last %d entries; metrics are in %s", len(self.outbox), self.journal)
 
     @property
     def is_synced(self) -> bool:
-        """Whether MLflow has everything; also where there is none."""
+        """Whether MLflow has received everything. True if no server is configured."""
         return not self.outbox
 
     def skip_wait(self) -> None:
-        """Ends the patience of `finish`."""
+        """Makes `finish` return without waiting for the server."""
         self.deadline = 0.0
 
     def _record(self, point: Point) -> None:
@@ -165,7 +165,7 @@ class Run:
             time.sleep(1)
 
     def _send(self) -> bool:
-        """Sends what there is; False where the server does not take it now."""
+        """Sends all entries; False if the server does not accept them now."""
         if not self.outbox or not self.client:
             return True
         try:
@@ -174,17 +174,17 @@ class Run:
                 self.opened.set()
             while self.outbox:
                 self._send_first(self.client)
-        except Exception as error:  # of a thread, which nobody would hear of; JSON that a proxy made up, for one
+        except Exception as error:  # in a thread nobody else would report it; a proxy may return invalid JSON
             if not self.is_silent:  # once per outage
                 said = str(error)[:200] or type(error).__name__
                 from mlflow.exceptions import MlflowException
 
                 known = isinstance(error, MlflowException | OSError)
-                log.warning("MLflow is not reachable, what is to be shown waits: %s", said, exc_info=not known)
+                log.warning("MLflow is unreachable, entries are kept: %s", said, exc_info=not known)
             self.is_silent = True
             return False
         if self.is_silent:
-            log.warning("MLflow answers again")
+            log.warning("MLflow is reachable again")
         self.is_silent = False
         return True
 
@@ -206,7 +206,7 @@ class Run:
         self.run_id = server.create_run(experiment, tags=tags).info.run_id
 
     def _send_first(self, server: "MlflowClient") -> None:
-        """The operation at the head of the queue, or all points up to the next one."""
+        """Sends the operation at the head of the queue, or all points up to the next operation."""
         from mlflow.exceptions import MlflowException
 
         first = self.outbox[0]
@@ -217,7 +217,7 @@ class Run:
                 if error.error_code not in REFUSED:
                     raise
                 log.warning("MLflow refused an entry of run %s: %s", self.run_id, str(error)[:200])
-            except (AttributeError, KeyError, TypeError):  # it would fail in the same way each time
+            except (AttributeError, KeyError, TypeError):  # it would fail the same way every time
                 log.exception("an entry of run %s cannot be sent", self.run_id)
             self.outbox.popleft()
             return
@@ -247,7 +247,7 @@ class Run:
 
 @contextmanager
 def tracked(config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = ()) -> Iterator[Run]:
-    """A run whose status in MLflow says how it ended: FINISHED, FAILED or KILLED."""
+    """A run whose status in MLflow follows the block: FINISHED, FAILED or KILLED."""
     run = Run(config, name, key, history)
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
@@ -267,26 +267,26 @@ def tracked(config: TrackingConfig, name: str, key: str = "", history: Iterable[
 
 
 def _terminate(_number: int, _frame: object) -> None:
-    """A terminated process closes its run on the way out."""
+    """Exits, so that the run is closed."""
     sys.exit(TERMINATED)
 
 
 @contextmanager
 def stage(name: str, tracking: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[Run]:
-    """The run of a pipeline stage that does not train, with its parameters logged; user errors become exit codes."""
+    """The MLflow run of a pipeline stage that does not train. Logs its parameters; user errors become exit codes."""
     with exit_codes(), tracked(TrackingConfig(**tracking), name) as run:
         run.params(params)
         yield run
 
 
 def mlflow_client(uri: str) -> "MlflowClient":
-    """A client that gives up on a silent server after seconds; its default is four minutes."""
+    """A client with timeouts of seconds. MLflow's default is four minutes."""
     import mlflow
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which holds results, for scripts
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is for results
     mlflow.set_tracking_uri(uri)  # artifact uploads read the global setting
     return mlflow.MlflowClient(uri)
 

@@ -67,9 +67,9 @@ def once(shared: Path) -> Make:
 @pytest.fixture(scope="session")
 def corpus(shared: Path, once: Make) -> Path:
     """A synthetic Youku-mPLUG of about 120 clips."""
-    from model.data.synthetic.corpus import synthesize
+    from model.data.synthetic.corpus import synthesize_corpus
 
-    return Path(once("corpus", lambda: str(synthesize(shared / "source", seed=1, scale=0.05))))
+    return Path(once("corpus", lambda: str(synthesize_corpus(shared / "source", seed=1, scale=0.05))))
 
 
 @pytest.fixture(scope="session")

@@ -45,12 +45,12 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> RunCo
 
 
 def parse_config(tree: dict[str, Any]) -> RunConfig:
-    """Checks a configuration that was saved with a model."""
+    """Validates a configuration that was saved with a model."""
     return _validated(tree, [])
 
 
 def preset_dataset(name: str) -> str:
-    """The dataset that a preset reads, by its task; the name of a dataset is its own."""
+    """The dataset that a preset's task reads. The name of a dataset is returned unchanged."""
     if name in DATASETS.values():
         return name
     return DATASETS[load_config(name, ["data.shards=set-later", "model.decoder=set-later"]).task]
@@ -61,7 +61,7 @@ def list_presets() -> list[str]:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads 1e-4, without a dot, as a string."""
+    """Reads numbers as YAML 1.2 does. PyYAML reads 1e-4, without a dot, as a string."""
 
 
 YamlLoader.add_implicit_resolver(
@@ -100,7 +100,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, problems: list[st
 
 
 def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
-    """Validates again without each wrong leaf, so that one run names all problems, combinations included."""
+    """Validates repeatedly, without the wrong values found so far, so that all problems are reported at once."""
     tree = _text_keys(tree)
     while True:
         try:
@@ -117,5 +117,5 @@ def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
 
 
 def _text_keys(value: Any) -> Any:
-    """YAML reads `on:` and `1:` as other keys than the words that stand there; JSON knows only text."""
+    """Converts keys to text: YAML reads `on:` as a boolean and `1:` as a number, JSON has only text keys."""
     return {str(key): _text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value

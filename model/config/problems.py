@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in the words of the person who wrote it."""
+"""Turns validation errors into messages that use the keys of the configuration file."""
 
 import difflib
 from functools import partial
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 def explain(item: Any, root: type[BaseModel]) -> list[str]:
-    """One pydantic error of a configuration as lines: the key as it was typed, the rule, the value."""
+    """One pydantic error as lines: the key, the rule, the value."""
     key = ".".join(str(part) for part in item["loc"] if not _is_union_arm(part))
     match item["type"]:
         case "extra_forbidden":
@@ -27,22 +27,22 @@ def _nearest(key: str, root: type[BaseModel]) -> str:
 
 
 def _likeness(key: str, known: str) -> float:
-    """How alike two dotted keys are, the last part counting as much as the whole."""
+    """Similarity of two dotted keys. The last part has the same weight as the whole key."""
     pairs = (key, known), (key.rpartition(".")[2], known.rpartition(".")[2])
     return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
 
 def _is_union_arm(part: str | int) -> bool:
-    return part in {"int", "float", "bool", "str"}  # pydantic names the arm of a union in the path
+    return part in {"int", "float", "bool", "str"}  # pydantic adds the member of a union to the path
 
 
 def prune(tree: dict[str, Any], problems: list[Any]) -> bool:
-    """Removes the values that the problems are about; False where nothing was left to remove."""
+    """Removes the values that caused the problems; False if there was nothing to remove."""
     removed = False
     for problem in problems:
         path = [part for part in problem["loc"] if not _is_union_arm(part)]
         while path and isinstance(path[-1], int):
-            path.pop()  # an item of a list: the list itself is wrong
+            path.pop()  # an item of a list: remove the whole list
         section = tree
         for part in path[:-1]:
             section = section.get(part, {})

@@ -213,7 +213,7 @@ class EvaluationConfig(Section):
     split: str = "val"
     """Split to evaluate."""
     metric: str = ""
-    """Metric that selects the best checkpoint: one of the task (`mplug evaluate` prints them) or `loss`, the default."""
+    """Metric that selects the best checkpoint: one of the task (`mplug evaluate` prints them) or `loss` (default)."""
     clips: int = Field(0, ge=0)
     """Number of clips to read from the start of the split. 0: all."""
 

@@ -1,1 +1,1 @@
-"""From published clips to batches: annotations, download, shards, sampling, loading."""
+"""From published clips to batches: download, shards, loading."""

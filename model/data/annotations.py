@@ -1,4 +1,4 @@
-"""Reads Youku-mPLUG's annotation files: one CSV per dataset and split, videos beside it.
+"""Reads the annotation files of Youku-mPLUG: one CSV per dataset and split.
 
 <raw>/pretrain/train.csv          video_id:FILE, title
 <raw>/classification/<split>.csv  video_id:FILE, title, label
@@ -29,14 +29,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 SPLITS = ("train", "val", "test")
 LEDGER = ".ledger"
-"""Folder beside the annotations in which a download keeps account."""
+"""Folder of a raw dataset that holds the download ledger."""
 MAX_PROBLEMS = 20
-"""Bad rows of a file that are named before reading it is given up."""
+"""Number of bad rows of a file after which reading stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """One row: a clip and what is said about it."""
+    """One row: a clip and its text."""
 
     video: str
     """Path of the clip relative to the dataset's root."""
@@ -45,11 +45,11 @@ class Annotation:
     label: str = ""
     """Category, in the classification dataset."""
     references: tuple[str, ...] = ()
-    """All captions that an evaluation accepts, lower-cased as upstream does."""
+    """Captions that an evaluation accepts, in lower case as in the original code."""
 
 
 def annotation_file(raw: str, dataset: str, split: str) -> str | None:
-    """URI of a split's annotation file, or None where there is none."""
+    """URI of the annotation file of a split; None if it does not exist."""
     if dataset not in COLUMNS:
         raise DataError(f"dataset must be one of {', '.join(COLUMNS)}, got {dataset}.")
     uri = storage.join(raw, dataset, f"{split}.csv")
@@ -62,7 +62,8 @@ def read_annotations(raw: str, dataset: str, split: str) -> list[Annotation]:
 
 
 def iter_annotations(raw: str, dataset: str, split: str) -> Iterator[Annotation]:
-    """Streams the rows of one split. Raises DataError: at once for a wrong file, at the end with a line per bad row."""
+    """Streams the rows of one split. Raises DataError: immediately for an unusable file, at the end for bad rows, with
+    one line per row."""
     uri = annotation_file(raw, dataset, split)
     if uri is None:
         raise DataError(f"{storage.join(raw, dataset, split + '.csv')} does not exist.")
@@ -72,7 +73,7 @@ def iter_annotations(raw: str, dataset: str, split: str) -> Iterator[Annotation]
 
 @contextmanager
 def read_csv(uri: str, name: str = "") -> "Iterator[csv.DictReader[str]]":
-    """A CSV file as a stream of rows. Raises DataError, with `name`, where it is none, or not UTF-8."""
+    """A CSV file as a stream of rows. Raises DataError if it is not CSV or not UTF-8."""
     with storage.open_text(uri, "utf-8-sig") as file:
         uri = name or uri
         try:
@@ -131,12 +132,12 @@ def _annotation(row: dict[str, str | None], dataset: str, split: str) -> Annotat
 
 
 def hashed(*texts: str) -> int:
-    """64 bits that stand for some texts where there are millions of them."""
+    """A 64-bit hash, which takes less memory than the text for millions of rows."""
     return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest())
 
 
 def duplicates(hashes: "array[int]") -> dict[int, int]:
-    """Position -> the first position with the same 64-bit hash, for all but the first of each."""
+    """For every repeated hash: its position -> the first position with the same hash."""
     values = np.frombuffer(hashes, np.uint64)
     order = np.argsort(values, kind="stable")
     again = np.flatnonzero(values[order][1:] == values[order][:-1]) + 1
@@ -148,8 +149,8 @@ def duplicates(hashes: "array[int]") -> dict[int, int]:
 
 
 def validate_path(path: str) -> None:
-    """Raises DataError where a path from outside would leave the dataset's root or is no file's."""
+    """Raises DataError if an untrusted path would leave the root of the dataset or does not name a file."""
     parts = path.split("/")
     is_plain = all(parts) and not {".", ".."} & set(parts) and not re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path)
     if not is_plain or parts[0] == LEDGER:
-        raise DataError(f"the video's path must stay below the dataset's root and be spelled plainly, got {path!r}.")
+        raise DataError(f"the path of a video must stay below the root of the dataset, without '..', got {path!r}.")

@@ -1,8 +1,8 @@
-"""A bounded cache of immutable pieces on local disk, shared by all processes of a machine.
+"""A size-limited cache of immutable entries on local disk, shared by all processes of a machine.
 
-Pieces appear by rename, so a reader never sees half of one and a killed process leaves nothing but a file that the next
-sweep removes. No process keeps count: a piece's insertion starts a sweep with a chance proportional to its size, so
-the bound is held (to about a sixty-fourth) by any number of processes, none of which has to be alive.
+Entries appear by rename, so a reader never sees a partial one, and a killed process leaves only a file that the next
+sweep removes. No process counts bytes: inserting an entry triggers a sweep with a probability proportional to its size.
+This keeps the limit, to about 1/64, for any number of processes that come and go.
 """
 
 import fcntl
@@ -17,28 +17,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER_BYTES = 256 * 2**20
-"""A sweep looks at one folder; there are as many as keep each at about this size."""
+"""A sweep reads one folder. The number of folders is chosen so that each has about this size."""
 KEPT = 0.9
-"""Share of the bound that a sweep leaves."""
+"""Share of the limit that remains after a sweep."""
 ABANDONED_S = 600.0
 PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Pieces by name below `folder`, together not more than `limit` bytes. The least recently written go first."""
+    """Entries below `folder`, at most `limit` bytes in total. The oldest entries are removed first."""
 
     folder: Path
     limit: int
 
     def get(self, key: str, fetch: Callable[[], bytes]) -> bytes:
-        """The cached piece, or what `fetch` returns, kept for the next time. A disk that is full costs only speed."""
+        """The cached entry, or the result of `fetch`, which is then cached. A full disk only costs speed."""
         path = self._path(key)
         try:
             data, checksum = _split(path.read_bytes())
             if zlib.crc32(data) == checksum:
                 return data
-        except OSError:  # not there, or not to be had
+        except OSError:  # missing or unreadable
             pass
         data = fetch()
         try:
@@ -71,7 +71,7 @@ class Cache:
         with (folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another process is at it
+            except BlockingIOError:  # another process is sweeping
                 return
             with os.scandir(folder) as items:
                 pieces = [item for item in items if item.name != "lock"]
@@ -86,7 +86,7 @@ class Cache:
 
 
 def open_cache(folder: Path, limit: int) -> Cache:
-    """A cache below `folder`. What another bound left there is removed: its pieces lie in other places."""
+    """A cache below `folder`. Entries of a cache with another limit are removed, because their paths differ."""
     cache = Cache(folder / str(limit), limit)
     for other in folder.glob("*"):
         if other.name != str(limit):
@@ -95,7 +95,7 @@ def open_cache(folder: Path, limit: int) -> Cache:
 
 
 def _stats(pieces: list["os.DirEntry[str]"]) -> Iterator[tuple[float, int, str]]:
-    """Time, size and path of what is still there."""
+    """Time, size and path of an entry; None if it was removed."""
     for item in pieces:
         try:
             yield item.stat().st_mtime, item.stat().st_size, item.path

@@ -1,4 +1,4 @@
-"""Shares of work, as people write them."""
+"""Partitions of work, written as i/n."""
 
 from model.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""Work that is begun ahead of time and taken in order."""
+"""Runs work ahead of time and returns the results in order."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def in_order(futures: Iterable["Future[T]"], ahead: int) -> Iterator["Future[T]"]:
-    """Passes futures on in their order, each when `ahead` more have been begun."""
+    """Yields futures in order, each after `ahead` later ones were submitted."""
     begun: deque[Future[T]] = deque()
     for future in futures:
         begun.append(future)

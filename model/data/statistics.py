@@ -1,4 +1,4 @@
-"""What a sharded dataset holds, in numbers: `mplug data stats`."""
+"""Statistics of a sharded dataset: `mplug data stats`."""
 
 import json
 from collections import Counter
@@ -28,10 +28,10 @@ class Distribution:
     unit: str
     edges: list[float]
     counts: list[int]
-    """Clips between neighbouring edges; the last bin holds all that is above."""
+    """Clips between neighbouring edges. The last bin has no upper edge."""
     mean: float
     low: float
-    """5 % of the clips are below; `median` and `high` are the 50 % and 95 % points."""
+    """5th percentile; `median` and `high` are the 50th and 95th."""
     median: float
     high: float
 
@@ -44,10 +44,10 @@ class Statistics:
     """<dataset>@<digest>"""
     form: str
     clips: dict[str, int]
-    """By split, as the next one."""
+    """By split, like `quarantined`."""
     quarantined: dict[str, int]
     reasons: Counter[str]
-    """Why clips are in quarantine."""
+    """Number of quarantined clips by reason."""
     categories: Counter[str]
     super_categories: Counter[str]
     resolutions: Counter[str]
@@ -57,7 +57,7 @@ class Statistics:
 
 
 def statistics(uri: str) -> Statistics:
-    """Reads the indices and quarantine lists of all splits; no clip is read."""
+    """Reads the indices and quarantine lists of all splits, but no clips."""
     facts = read_dataset_info(uri)
     categories: Counter[str] = Counter()
     resolutions: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def _distribution(name: str, unit: str, values: NDArray[np.float32]) -> Distribu
 
 @cache
 def super_categories() -> dict[str, str]:
-    """Category -> super-category. The paper counts 20 of them and does not list them: this grouping is our own."""
+    """Category -> super-category. The paper mentions 20 of them without a list; this grouping is the project's."""
     text = Path(__file__).with_name("super_categories.json").read_text(encoding="utf-8")
     return {name: group for group, names in json.loads(text).items() for name in names}
 

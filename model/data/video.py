@@ -1,8 +1,8 @@
-"""Decodes frames of a clip, with PyAV or decord. The only file that imports a decoder of video.
+"""Decodes frames of a clip with PyAV or decord. The only file that imports a video decoder.
 
-Frame choice follows upstream: the clip is cut into equal intervals and one frame is taken from each, the middle one
-for evaluation, a random one for training. Frames are numbered in the order in which they are shown, and both decoders
-give the same pixels for the same number (tests/model/data/test_decoders.py lists where decord does not).
+Frames are selected as in the original code: the clip is divided into equal intervals, and one frame is taken from each,
+the middle one for evaluation, a random one for training. Frames are numbered in presentation order. Both decoders
+return the same pixels for the same number; tests/model/data/test_decoders.py lists the exceptions of decord.
 """
 
 import bisect
@@ -24,15 +24,15 @@ Pixels = NDArray[np.uint8]
 """One frame, (H, W, 3), RGB."""
 DEADLINE_S = 60.0
 TIMED = ("h264", "hevc", "vp8", "vp9", "av1")
-"""Codecs whose frames come with their own times. Of others, MPEG-4 in AVI files for one, frames are counted."""
+"""Codecs with reliable timestamps. For others, such as MPEG-4 in AVI files, frames are counted."""
 SKIPPING = ("h264", "hevc")
-"""Codecs of which frames that no other refers to are known, and left out."""
+"""Codecs that mark non-reference frames, which can be skipped."""
 MAX_PIXELS = 8192 * 4608
-"""Of one frame. 8K passes; what claims more is a bomb or a broken header."""
+"""Pixels of one frame. 8K is allowed; more is a decompression bomb or a broken header."""
 
 
 class VideoError(ValueError):
-    """A clip that cannot be decoded: a code for statistics, and what exactly was found."""
+    """A clip cannot be decoded: a reason for statistics, and the details."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, " ".join(detail.split())[:200])
@@ -44,7 +44,7 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedClip:
-    """Decoded frames and what the container says about the whole."""
+    """Decoded frames and properties of the clip."""
 
     frames: list[Image.Image]
     num_frames: int
@@ -63,18 +63,18 @@ class ClipReader(ABC):
 
     @abstractmethod
     def frames(self, indices: Sequence[int]) -> Iterator[Pixels]:
-        """The frames of ascending numbers, one after another: an 8K frame alone is 100 MB."""
+        """Yields the frames with these ascending numbers. One at a time, since an 8K frame takes 100 MB."""
 
 
 def open_clip(data: bytes, decoder: str = "pyav", deadline_s: float = DEADLINE_S) -> ClipReader:
-    """Opens an encoded clip. Raises VideoError, from here and from `frames`, also where the deadline has passed."""
+    """Opens an encoded clip. This and `frames` raise VideoError, also after the deadline."""
     if not data:
         raise VideoError("empty", "the file has no bytes")
     return DECODERS[decoder](data, deadline_s)
 
 
 def decode(data: bytes, num_frames: int, decoder: str = "pyav") -> DecodedClip:
-    """Decodes `num_frames` uniformly spaced frames (fewer where the clip is shorter) of an encoded clip."""
+    """Decodes `num_frames` uniformly spaced frames of an encoded clip, or all frames of a shorter one."""
     reader = open_clip(data, decoder)
     frames = [Image.fromarray(frame) for frame in reader.frames(frame_indices(reader.num_frames, num_frames))]
     return DecodedClip(
@@ -87,9 +87,9 @@ def decode(data: bytes, num_frames: int, decoder: str = "pyav") -> DecodedClip:
 
 
 def frame_indices(length: int, num_frames: int, rng: random.Random | None = None) -> list[int]:
-    """One frame index per interval: the middle, or a random one where `rng` is given.
+    """One frame index per interval: the middle, or a random one if `rng` is given.
 
-    Without `rng`, a clip shorter than `num_frames` gives all its frames once; see `padded`.
+    Without `rng`, a clip shorter than `num_frames` returns each of its frames once; see `padded`.
     """
     bounds = np.linspace(0, length, min(num_frames, length) + 1).astype(int)
     intervals = [(int(low), int(high) - 1) for low, high in pairwise(bounds)]
@@ -99,14 +99,14 @@ def frame_indices(length: int, num_frames: int, rng: random.Random | None = None
 
 
 def padded(indices: list[int], num_frames: int) -> list[int]:
-    """Repeats the last frame of a short clip, as upstream does."""
+    """Repeats the last frame of a short clip, as in the original code."""
     return indices + indices[-1:] * (num_frames - len(indices))
 
 
 class PyAVReader(ClipReader):
-    """Decodes only what is needed: seeks to each key frame and skips frames that no other frame refers to.
+    """Decodes as little as possible: seeks to key frames and skips non-reference frames.
 
-    Skipping changes no pixel of a wanted frame and saves a third of the time where B-frames are used.
+    Skipping does not change the returned pixels, and saves a third of the time for clips with B-frames.
     """
 
     def __init__(self, data: bytes, deadline_s: float) -> None:
@@ -129,14 +129,12 @@ class PyAVReader(ClipReader):
         self.container = av.open(io.BytesIO(self.data), metadata_errors="ignore")
         streams = [item for item in self.container.streams.video if not item.disposition & Disposition.attached_pic]
         if not streams:
-            raise VideoError(
-                "no_video_stream", f"none of its {len(self.container.streams)} streams has moving pictures"
-            )
+            raise VideoError("no_video_stream", f"none of its {len(self.container.streams)} streams is a video stream")
         self.stream = streams[0]
         if self.stream.codec_context is None:
-            raise VideoError("unknown_codec", "its pictures are encoded in a way that FFmpeg does not know")
+            raise VideoError("unknown_codec", "FFmpeg has no decoder for its codec")
         _validate_size(self.stream.width, self.stream.height)
-        # one thread: parallelism comes from processes, and a decoder's own threads would fight over the cores
+        # one thread: parallelism comes from processes, which would compete with decoder threads for the cores
         self.stream.codec_context.thread_count = 1
 
     def frames(self, indices: Sequence[int]) -> Iterator[Pixels]:
@@ -162,11 +160,11 @@ class PyAVReader(ClipReader):
                     if not left:
                         return
             if not attempt:
-                self._open()  # some containers seek to a place behind the key frame: once more from the beginning
+                self._open()  # some containers seek past the key frame: decode from the start
         raise VideoError("damaged", f"the frame at {float(min(left) * self.stream.time_base):.2f} s cannot be decoded")
 
     def _count(self, indices: Sequence[int]) -> Iterator[Pixels]:
-        """For containers that do not say when a frame is shown: decodes all of them in order."""
+        """Decodes all frames in order, for containers without timestamps."""
         self._open()
         number = -1
         for number, frame in enumerate(self._decoded(None)):
@@ -205,12 +203,12 @@ class PyAVReader(ClipReader):
 
 
 class DecordReader(ClipReader):
-    """decord 0.6. Its deadline is only looked at between frames: a call that hangs can only be killed."""
+    """decord 0.6. Its deadline is only checked between frames; a hanging call must be killed."""
 
     def __init__(self, data: bytes, deadline_s: float) -> None:
-        import decord  # a second FFmpeg in memory, and not the default
+        import decord  # not at the top: it loads a second FFmpeg
 
-        decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is in the exception
+        decord.logging.set_level(decord.logging.QUIET)  # exceptions carry the same messages
         self.data, self.deadline = data, time.monotonic() + deadline_s
         with _failures(data):
             self.reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
@@ -232,7 +230,7 @@ DECODERS: dict[str, Callable[[bytes, float], ClipReader]] = {"pyav": PyAVReader,
 
 
 class _failures:  # noqa: N801 - reads as a statement
-    """Turns the decoders' exceptions into a VideoError."""
+    """Converts exceptions of the decoders into a VideoError."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -243,8 +241,8 @@ class _failures:  # noqa: N801 - reads as a statement
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, (VideoError, MemoryError)):
             return
-        detail = f"{type(error).__name__}: {error}"  # of any type: broken headers lead into any corner of a decoder
-        if "st_nb" in detail:  # decord's words for a file without a video stream
+        detail = f"{type(error).__name__}: {error}"  # of any type: broken headers can reach any code of a decoder
+        if "st_nb" in detail:  # decord's message for a file without a video stream
             raise VideoError("no_video_stream", detail) from error
         if not _looks_like_media(self.data):
             raise VideoError("not_a_video", f"it begins with {self.data[:12]!r}") from error
@@ -252,7 +250,7 @@ class _failures:  # noqa: N801 - reads as a statement
 
 
 def _shown_at(packets: list[tuple[int | None, bool]]) -> list[int] | None:
-    """The times of all frames in order, or None where the container does not tell them apart."""
+    """The timestamps of all frames in order; None if they are missing or not unique."""
     times = [shown for shown, _ in packets if shown is not None]
     return sorted(times) if len(set(times)) == len(packets) else None
 
@@ -288,7 +286,7 @@ def _looks_like_media(data: bytes) -> bool:
 
 
 def _is_cut(data: bytes) -> bool:
-    """Whether an MP4 ends before its boxes do, or before the one that says where the frames are."""
+    """Whether an MP4 ends before its boxes do, or before the box that locates the frames."""
     if data[4:8] not in BOXES:
         return False
     position, seen = 0, set()

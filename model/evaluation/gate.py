@@ -57,7 +57,7 @@ def check_gate(
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "comparison.json"
         table.write_text(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1))
-        storage.upload(table, storage.join(reports_folder(root, tracking), table.name))
+        storage.upload_file(table, storage.join(reports_folder(root, tracking), table.name))
         attach_artifacts(tracking, [table], {f"{row.task}/{row.metric}": row.value for row in rows})
     missed = [row for row in rows if not row.passed]
     if missed:

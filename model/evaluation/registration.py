@@ -26,8 +26,8 @@ def register_candidates(
         name = registered_name(evaluation.task)
         tags = {"task": evaluation.task, "code_version": code_version}
         tags |= {f"test.{metric}": f"{value:.4f}" for metric, value in evaluation.scores.items()}
-        version = registry.register(where["uri"], name, evaluation.model, tags)
+        version = registry.register_model(where["uri"], name, evaluation.model, tags)
         if promote:
-            registry.promote(where["uri"], name, version)
+            registry.promote_model(where["uri"], name, version)
         registered.append(f"{name}/{version}")
     return registered

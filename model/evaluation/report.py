@@ -49,7 +49,7 @@ def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, wh
         html.write_text(render_report(evaluations, results, shards), encoding="utf-8")
         table.write_text(rows, encoding="utf-8")
         for path in (html, table):
-            storage.upload(path, storage.join(uri, path.name))
+            storage.upload_file(path, storage.join(uri, path.name))
         attach_artifacts(tracking, [html, table], {f"{row.task}/{row.metric}": row.value for row in results})
     return storage.join(uri, "report.html")
 

@@ -14,7 +14,7 @@ BEGIN, END, NEW_LINE = "<sep>", "<|endoftext|>", "\n"
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", BEGIN, NEW_LINE, END]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learns a tokenizer of the GPT-3 kind from `texts`; at most `vocab_size` tokens, 264 of them fixed."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

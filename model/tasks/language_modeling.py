@@ -17,7 +17,7 @@ from model import manifest, storage
 from model.data.annotations import read_annotations
 from model.data.loading.loader import Batch, Example
 from model.mplug_video.processing import answer_mask, clean_caption
-from model.mplug_video.tokenization import encode_sentence, train_tokenizer
+from model.mplug_video.tokenization import encode_sentence, train_bpe_tokenizer
 from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.pretraining import MAX_WORDS
 
@@ -60,5 +60,5 @@ def publish_tokenizer(raw: str, root: str, vocab_size: int) -> str:
     """
     titles = [clean_caption(row.text, MAX_WORDS) for row in read_annotations(raw, "pretrain", "train")]
     with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(titles, vocab_size).save_pretrained(folder)
+        train_bpe_tokenizer(titles, vocab_size).save_pretrained(folder)
         return manifest.publish_folder(Path(folder), storage.join(root, "models", "tokenizer"), vocab_size=vocab_size)

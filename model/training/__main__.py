@@ -4,12 +4,12 @@ import sys
 
 from model.config.load import load_config
 from model.errors import exit_codes
-from model.training.loop import train
+from model.training.loop import run_training
 
 
 def main() -> None:
     with exit_codes():
-        train(load_config(sys.argv[1], sys.argv[2:]))
+        run_training(load_config(sys.argv[1], sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from model.training.watchdog import Watchdog
 log = logging.getLogger("mplug")
 
 
-def train(config: RunConfig) -> None:
+def run_training(config: RunConfig) -> None:
     """Trains one run, or goes on with it, and publishes its model; prints the model's URI."""
     if config.data.workers:
         start_fork_server(f"model.tasks.{config.task}")

@@ -30,7 +30,7 @@ def profiled(config: RunConfig, group: Processes) -> Iterator[Callable[[], None]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json.gz"
             profiler.export_chrome_trace(str(path))
-            storage.upload(path, uri)
+            storage.upload_file(path, uri)
         log.info("profile of %d steps: %s", ACTIVE, uri)
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])

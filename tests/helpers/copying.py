@@ -8,5 +8,5 @@ from model import storage
 def copied(folder: str, uri: str) -> str:
     """Uploads all files of a folder; returns `uri`."""
     for entry in storage.walk(folder):
-        storage.upload(Path(folder) / entry.path, storage.join(uri, entry.path))
+        storage.upload_file(Path(folder) / entry.path, storage.join(uri, entry.path))
     return uri

@@ -73,8 +73,8 @@ def test_moving_may_be_repeated_and_removing_takes_all(base: str) -> None:
 
 def test_files_come_back_whole(base: str, tmp_path: Path) -> None:
     (tmp_path / "up").write_bytes(bytes(range(256)) * 50_000)
-    storage.upload(tmp_path / "up", storage.join(base, "big"))
-    storage.download(storage.join(base, "big"), tmp_path / "down")
+    storage.upload_file(tmp_path / "up", storage.join(base, "big"))
+    storage.download_file(storage.join(base, "big"), tmp_path / "down")
     assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
 
 

@@ -98,7 +98,7 @@ def test_a_server_that_does_not_come_back_costs_its_patience_only(
     with tracked(config(server, patience_s=1), "lost", key="lost") as run:
         log(run, range(1, 6))
     assert time.monotonic() - start < 8
-    assert "MLflow did not take the last 6 entries; metrics are in" in caplog.text
+    assert "MLflow did not receive the last 6 entries; metrics are in" in caplog.text
     assert caplog.text.count("MLflow is not reachable") == 1
     server.mode = "up"
     with tracked(config(server), "lost", key="lost", history=points(run)) as again:  # the same command once more

@@ -1,8 +1,8 @@
-"""Brings a published dataset to <root>/raw/<dataset>: `mplug data download SOURCE ROOT`.
+"""Copies a published dataset to <root>/raw/<dataset>: `mplug data download SOURCE ROOT`.
 
-Each file appears there whole or not at all; the ledger beside them says which are done and why others are not. The same
-command goes on where it was interrupted, tries failed files again and fetches what has changed. Many machines share the
-work by partitions: a file's path alone says whose it is.
+A file becomes visible when it is complete. A ledger records which files are done and why others failed. The same
+command resumes an interrupted download, retries failed files and fetches changed ones. Machines share the work by
+partitions; the path of a file determines its partition.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ from model.manifest import cache_folder
 from model.progress import progress
 
 LISTED_AHEAD = 50_000
-"""Files that are listed before the first is waited for: what the remaining time is estimated from."""
+"""Files that are listed ahead of the transfers, for the estimate of the remaining time."""
 SHOWN = 5
 LISTS = {".csv", ".tsv", ".jsonl", ".txt"}
 
@@ -41,25 +41,25 @@ class Options:
     """What to fetch, and how."""
 
     only: Sequence[str] = ()
-    """Patterns of paths; empty: everything."""
+    """Path patterns; empty: all files."""
     index: int = 0
     count: int = 1
-    """This process fetches share `index` of `count`."""
+    """This process downloads partition `index` of `count`."""
     threads: int = 32
     rate: float = 0.0
-    """Bytes per second; 0: as fast as it goes."""
+    """Bytes per second; 0: no limit."""
     max_failed: float = 0.0
-    """Share of files that may fail without an error."""
+    """Share of files that may fail before the download counts as failed."""
     policy: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 def in_share(path: str, index: int, count: int) -> bool:
-    """Whether a file belongs to share `index` of `count`; its path alone says."""
+    """Whether a file belongs to partition `index` of `count`, which depends on its path alone."""
     return zlib.crc32(path.encode()) % count == index
 
 
 def open_source(source: str) -> Source:
-    """The kind of a source is in its name."""
+    """Selects the kind of source by its name."""
     if source.startswith(SCHEME):
         return ModelScopeSource(source.removeprefix(SCHEME))
     suffix = PurePosixPath(source.partition("?")[0]).suffix
@@ -71,10 +71,10 @@ def open_source(source: str) -> Source:
 def download_dataset(
     source: str | Source, root: str, dataset: str = "youku-mplug", options: Options | None = None
 ) -> tuple[str, dict[str, float]]:
-    """Copies a source to <root>/raw/<dataset>; returns that URI and what was done.
+    """Copies a source to <root>/raw/<dataset>. Returns that URI, and counts of files and bytes.
 
-    Raises DataError where files could not be had, OutageError where only because the source does not answer; all
-    others are there.
+    Raises DataError if files could not be downloaded, or OutageError if the only reason is that the source does not
+    answer. All other files are downloaded first.
     """
     options = options or Options()
     opened = open_source(source) if isinstance(source, str) else source
@@ -112,8 +112,8 @@ def download_dataset(
     if facts["files_failed"] > options.max_failed * facts["files"]:
         lines = [f"{outcome.path}: {outcome.reason}" for outcome in failed]
         lines.append(
-            f"{facts['files_failed']:.0f} of {facts['files']:.0f} files could not be fetched. The same command tries "
-            f"them again, `mplug data status {raw}` counts the reasons, --max-failed goes on without them."
+            f"{facts['files_failed']:.0f} of {facts['files']:.0f} files could not be downloaded. Run the command again "
+            f"to retry them, `mplug data status {raw}` to count the reasons, or allow failures with --max-failed."
         )
         raise (OutageError if job.is_outage else DataError)("\n".join(lines))
     return raw, facts
@@ -128,10 +128,10 @@ class _Job:
     throttle: Throttle
     spool: Path
     is_outage: bool = True
-    """Whether nothing worse has happened so far."""
+    """Whether all failures so far are outages of the source."""
 
     def begin(self, pool: ThreadPoolExecutor, facts: dict[str, float]) -> Iterator["Future[Outcome | None]"]:
-        """A future for each file of this share; None for one that is there already."""
+        """A future for each file of this partition. Its result is None if the file was downloaded before."""
         done = Done(self.raw)
         nothing: Future[Outcome | None] = Future()
         nothing.set_result(None)
@@ -156,9 +156,10 @@ class _Job:
 
 
 def verify_download(raw: str, *, index: int = 0, count: int = 1, threads: int = 16) -> tuple[int, list[str]]:
-    """Reads every file that the ledger calls done; returns how many are right, and a line for each that is not.
+    """Hashes every file that is done according to the ledger. Returns the number of intact files, and a line for each
+    damaged one.
 
-    Those are marked as failed, so that the next download fetches them again.
+    Damaged files are recorded as failed, so that the next download fetches them again.
     """
     ledger, wrong, right = Ledger(raw, f"verify-{index + 1}of{count}"), [], 0
     total = sum(1 for _ in _mine(raw, index, count))
@@ -184,25 +185,25 @@ def _fault(raw: str, row: Outcome) -> tuple[Outcome, str]:
         for chunk in storage.chunks(storage.join(raw, row.path)):
             state.update(chunk)
     except NotFoundError:
-        return row, "missing: the file is no longer there"
+        return row, "missing: the file no longer exists"
     found = state.hexdigest()
-    return row, "" if found == row.sha256 else f"sha256: {row.sha256} was written, {found} is there"
+    return row, "" if found == row.sha256 else f"sha256: must be {row.sha256}, got {found}"
 
 
 @contextmanager
 def _alone(spool: Path) -> Iterator[None]:
-    """Two processes with the same share would write into each other's files."""
+    """Locks the partition: two processes with the same one would write to the same files."""
     spool.mkdir(parents=True, exist_ok=True)
     with (spool / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"another process on this machine downloads this share ({spool}); wait for it.") from error
+            raise DataError(f"another process is downloading this partition ({spool}); wait for it.") from error
         yield
 
 
 def _spool(raw: str) -> Path:
-    """Where large files arrive: beside their place, or, where that is a bucket, in the cache."""
+    """Folder for partial downloads of large files: inside the dataset, or in the cache if that is a bucket."""
     if storage.is_s3(raw):
         return cache_folder() / "downloads" / hashlib.sha256(raw.encode()).hexdigest()[:16]
     return Path(raw) / LEDGER / "arriving"

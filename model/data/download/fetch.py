@@ -1,4 +1,4 @@
-"""One file from a source to storage: goes on where a transfer broke, checks what arrived, gives up after a while."""
+"""Transfers one file from a source to storage: resumes after errors, verifies the content, limits the attempts."""
 
 import hashlib
 import json
@@ -21,19 +21,19 @@ MAX_WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How hard to try."""
+    """Limits of retries."""
 
     attempts: int = 6
-    """In a row without a byte of progress."""
+    """Consecutive attempts without progress."""
     first_wait_s: float = 0.5
-    """Doubled after every attempt, and drawn between half and all of it."""
+    """Doubled after every attempt, with jitter between 50 % and 100 %."""
 
     def wait_s(self, attempt: int) -> float:
         return exponential_s(attempt, self.first_wait_s, MAX_WAIT_S) * random.uniform(0.5, 1)
 
 
 class Throttle:
-    """Lets at most `rate` bytes per second through, over all threads. 0: all."""
+    """Limits all threads together to `rate` bytes per second. 0: no limit."""
 
     def __init__(self, rate: float) -> None:
         self.rate, self.free_at, self.lock = rate, time.monotonic(), threading.Lock()
@@ -47,7 +47,7 @@ class Throttle:
 
 
 class PartialDownload:
-    """The bytes of one file so far: in memory while they are few, else in `path`, where a later process finds them."""
+    """The received bytes of one file: in memory while they are few, otherwise in `path`, for a later process."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.note, self.identity = path, path.with_name(path.name + ".json"), identity
@@ -61,7 +61,7 @@ class PartialDownload:
     def _find(self) -> None:
         try:
             note = json.loads(self.note.read_text(encoding="utf-8"))
-        except ValueError:  # cut off by a kill
+        except ValueError:  # truncated by a kill
             return
         if note["identity"] == self.identity:
             self.validator, self.file = note["validator"], self.path.open("r+b")
@@ -89,7 +89,7 @@ class PartialDownload:
             self.buffer = bytearray()
 
     def deliver(self, uri: str) -> None:
-        """Puts the file in its place, whole."""
+        """Moves the complete file to its destination."""
         if self.file:
             self.file.close()
             storage.move_in(self.path, uri)
@@ -115,7 +115,7 @@ class PartialDownload:
 def fetch_file(
     source: Source, remote: Remote, uri: str, spool: Path, policy: RetryPolicy, throttle: Throttle
 ) -> tuple[int, str]:
-    """Copies one file to `uri`; returns its size and sha256. Raises FetchError, and then `uri` is as it was."""
+    """Copies one file to `uri` and returns its size and sha256. Raises FetchError, and leaves `uri` unchanged."""
     arrived = PartialDownload(spool / hashlib.sha256(remote.path.encode()).hexdigest()[:32], remote.identity)
     attempts, most = 0, arrived.size
 
@@ -134,10 +134,10 @@ def fetch_file(
         raise error
 
     def wait_for_storage_s(error: Exception, failures: int) -> float:
-        if isinstance(error, NotFoundError):  # a name that cannot be one there
+        if isinstance(error, NotFoundError):  # a name that is not valid at the destination
             arrived.discard()
             raise FetchError("name", str(error), transient=False) from error
-        # storage that is down is the whole run's trouble, not this file's
+        # an outage of the storage is not an error of this file
         if not isinstance(error, StorageError) or failures == policy.attempts:
             raise error
         return policy.wait_s(failures)
@@ -148,7 +148,7 @@ def fetch_file(
 
 
 def _transfer(source: Source, remote: Remote, arrived: PartialDownload, throttle: Throttle) -> None:
-    # without a validator nobody can say whether the rest belongs to what has arrived
+    # without a validator it is unknown whether the rest belongs to the received bytes
     start = arrived.size if arrived.validator else 0
     try:
         body = source.open(remote, start, arrived.validator)
@@ -162,7 +162,7 @@ def _transfer(source: Source, remote: Remote, arrived: PartialDownload, throttle
         throttle.take(len(chunk))
         arrived.write(chunk)
     if body.size is not None and arrived.size != body.size:
-        detail = f"{body.size} bytes were announced, {arrived.size} came"
+        detail = f"{body.size} bytes were announced, {arrived.size} received"
         if arrived.size > body.size:
             arrived.restart("")
         raise FetchError("truncated", detail, transient=True)
@@ -171,9 +171,9 @@ def _transfer(source: Source, remote: Remote, arrived: PartialDownload, throttle
 def _check(remote: Remote, arrived: PartialDownload) -> None:
     found = arrived.hash.hexdigest()
     if remote.size is not None and arrived.size != remote.size:
-        detail = f"the list says {remote.size} bytes, {arrived.size} came"
+        detail = f"{remote.size} bytes are listed, {arrived.size} received"
     elif remote.sha256 and found != remote.sha256:
-        detail = f"the list says {remote.sha256}, {found} came"
+        detail = f"sha256 {remote.sha256} is listed, got {found}"
     else:
         return
     arrived.restart("")

@@ -1,4 +1,4 @@
-"""GET with resumption. The only file that imports urllib3; what a server says is checked."""
+"""Resumable GET requests that verify the response headers. The only file that imports urllib3."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -23,11 +23,11 @@ pool = urllib3.PoolManager(
 
 
 NO_ANSWER = {"timeout", "connection", "storage", *(f"http_{status}" for status in TRANSIENT)}
-"""Reasons that a source which answers again does not give."""
+"""Failure reasons of an outage."""
 
 
 class FetchError(OSError):
-    """A file did not arrive; `reason` is short and for statistics."""
+    """A file was not received. `reason` is a short code for statistics."""
 
     def __init__(self, reason: str, detail: str, *, transient: bool, wait_s: float = 0.0) -> None:
         super().__init__(f"{reason}: {detail}"[:300])
@@ -35,30 +35,30 @@ class FetchError(OSError):
 
     @property
     def is_outage(self) -> bool:
-        """Whether the source may give the file once it answers again."""
+        """Whether the file may be available after the outage of the source."""
         return self.transient and self.reason in NO_ANSWER
 
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """What a source answered."""
+    """The response of a source."""
 
     start: int
-    """Of the file; 0 where the source did not go on from where it was asked to."""
+    """Offset of the first byte; 0 if the source ignored the requested offset."""
     size: int | None
-    """Of the whole file, if the source says so."""
+    """Size of the whole file, if known."""
     validator: str
-    """Stays the same while the file does. Empty: a broken transfer has to begin anew."""
+    """Identifies the version of the file. Empty: a broken transfer must start again."""
     chunks: Iterator[bytes]
 
 
 def redact_url(url: str) -> str:
-    """An address without what may be secret in it: a signature behind `?`, a user and password."""
+    """A URL without its secrets: query string (signatures), user and password."""
     return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
 
 
 def save(url: str, path: Path, headers: Mapping[str, str] | None = None) -> None:
-    """Fetches a list that has to be read before anything else. Raises FetchError."""
+    """Downloads a small file to `path`. Raises FetchError."""
 
     def transfer() -> None:
         with path.open("wb") as file:
@@ -74,7 +74,7 @@ def save(url: str, path: Path, headers: Mapping[str, str] | None = None) -> None
 
 
 def get(url: str, *, start: int = 0, validator: str = "", headers: Mapping[str, str] | None = None) -> Body:
-    """The file from `start` on, or from 0 where it has changed or the server knows no ranges. Raises FetchError."""
+    """The file from `start`, or from 0 if it has changed or the server does not support ranges. Raises FetchError."""
     wanted = dict(headers or {})
     if start:
         wanted |= {"Range": f"bytes={start}-", "If-Range": validator}
@@ -94,7 +94,7 @@ def _checked(response: urllib3.response.BaseHTTPResponse, start: int, validator:
     if status == 206 and start:
         span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
         if span is None or int(span[1]) != start or (found and found != validator):
-            raise FetchError("changed", "the server sent another part than was asked for", transient=True)
+            raise FetchError("changed", "the server sent another range than requested", transient=True)
         size = None if span[3] == "*" else int(span[3])
         return Body(start=start, size=size, validator=validator, chunks=_chunks(response))
     if status == 200:
@@ -102,33 +102,33 @@ def _checked(response: urllib3.response.BaseHTTPResponse, start: int, validator:
         size = int(length) if length.isdigit() else None
         return Body(start=0, size=size, validator=found, chunks=_chunks(response))
     if status == 416:
-        raise FetchError("changed", "the file is shorter than what has arrived of it", transient=True)
+        raise FetchError("changed", "the file is shorter than the received bytes", transient=True)
     after = response.headers.get("Retry-After", "")
     wait_s = float(after) if after.isdigit() else 0.0
     raise FetchError(f"http_{status}", response.reason or "", transient=status in TRANSIENT, wait_s=min(wait_s, 120.0))
 
 
 def _validator(headers: Mapping[str, str]) -> str:
-    """A strong ETag, or the date of the last change: what If-Range takes."""
+    """A strong ETag or Last-Modified, which If-Range accepts."""
     tag = headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
 
 
 def _chunks(response: urllib3.response.BaseHTTPResponse) -> Iterator[bytes]:
     try:
-        while chunk := response.read1(CHUNK):  # `read` would lose what came before a connection broke
+        while chunk := response.read1(CHUNK):  # `read` would lose bytes received before a broken connection
             yield chunk
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise _broken(error) from error
     finally:
-        # a connection whose body was not read to its end cannot be used again
+        # a connection cannot be reused if the body was not read to its end
         response.release_conn() if response.closed else response.close()
 
 
 def _broken(error: Exception) -> FetchError:
     cause = getattr(error, "reason", None) or error
-    refused = isinstance(cause, urllib3.exceptions.NewConnectionError)  # which is a time-out by its class
+    refused = isinstance(cause, urllib3.exceptions.NewConnectionError)  # a subclass of urllib3's timeout error
     timed_out = isinstance(cause, urllib3.exceptions.TimeoutError) and not refused
-    # an address may carry a signature behind its question mark, and this text goes to ledgers and logs
+    # a query string may hold a signature, and this text is written to ledgers and logs
     detail = re.sub(r"\?\S*", "?…", " ".join(str(error).split()))
     return FetchError("timeout" if timed_out else "connection", detail, transient=True)

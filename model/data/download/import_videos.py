@@ -1,6 +1,6 @@
-"""A folder of videos and a CSV become a dataset in the published layout: `mplug data import`.
+"""Imports a folder of videos and a CSV as a dataset in the published layout: `mplug data import`.
 
-The CSV has a column for the video's path below the folder, one for its text, and, as wanted, `label` and `split`.
+The CSV has a column with the path of the video, one with its text, and optionally `label` and `split`.
 """
 
 import csv
@@ -32,16 +32,16 @@ class Row:
 
 
 class ImportedVideos:
-    """Videos of a folder (or bucket) with annotation files made of the user's own."""
+    """Videos of a folder or bucket, with annotation files generated from the user's CSV."""
 
     def __init__(self, videos: str, rows: list[Row], dataset: str, made: Path) -> None:
-        """`made` is an empty local folder for the annotation files."""
+        """`made` is an empty local folder for the generated annotation files."""
         self.videos, self.made = videos, made
         self.rows = rows
         self._annotate(dataset)
 
     def validate_same(self, raw: str) -> None:
-        """Raises DataError where `raw` holds annotations that are not these: rows of two datasets would mix."""
+        """Raises DataError if `raw` holds other annotations: the rows of two datasets would be mixed."""
         for dataset, split in itertools.product(COLUMNS, SPLITS):
             name = f"{dataset}/{split}.csv"
             theirs, ours = storage.join(raw, name), self.made / name
@@ -60,7 +60,7 @@ class ImportedVideos:
     def _remote(self, path: str, location: str) -> Remote:
         entry = storage.head(location)
         if entry is None:
-            raise DataError(f"{location} was there a moment ago and is gone.")
+            raise DataError(f"{location} was removed during the import.")
         return Remote(path=path, location=location, size=entry.size, version=entry.version)
 
     def _annotate(self, dataset: str) -> None:
@@ -81,7 +81,7 @@ class ImportedVideos:
 
 
 def read_rows(table: str, videos: str, dataset: str) -> list[Row]:
-    """The user's CSV. Raises DataError with a line for each row that cannot be used."""
+    """Reads the user's CSV. Raises DataError with one line per unusable row."""
     if dataset not in COLUMNS:
         raise DataError(f"dataset must be one of {', '.join(COLUMNS)}, got {dataset}.")
     with read_csv(table) as reader:
@@ -134,7 +134,7 @@ def _problem(row: Row, videos: str, dataset: str) -> str:
 
 
 def _drawn(video: str, dataset: str) -> str:
-    """The split of a video whose CSV names none: always the same, a tenth each for validation and test."""
+    """The split of a video if the CSV has none: deterministic, 10 % each for validation and test."""
     if dataset == "pretrain":
         return "train"
     share = int.from_bytes(hashlib.sha256(video.encode()).digest()[:4]) / 2**32
@@ -142,7 +142,7 @@ def _drawn(video: str, dataset: str) -> str:
 
 
 def _published(dataset: str, split: str, rows: list[Row]) -> Iterator[tuple[str, ...]]:
-    """Rows of an annotation file; captions to be judged by come together, one row per video."""
+    """Rows of an annotation file. For evaluation, all captions of a video are in one row."""
     if dataset != "captioning" or split == "train":
         for row in rows:
             yield (row.video, row.text, row.label) if dataset == "classification" else (row.video, row.text)

@@ -1,7 +1,7 @@
-"""What has been downloaded: <raw>/.ledger/*.parquet, one row for every outcome of every file.
+"""The download ledger: <raw>/.ledger/*.parquet, one row for every outcome of every file.
 
-Rows are only added, in files of some thousand, by any number of machines; the last row of a path counts. Ten million
-rows are read in pieces, and what is kept of each is a hash.
+The ledger is append-only and has many writers; each of its files holds some thousand rows, and the last row of a path
+is valid. Ten million rows are streamed, and only a hash of each is kept in memory.
 """
 
 import threading
@@ -25,8 +25,8 @@ FLUSH_S = 5.0
 DONE, FAILED = "done", "failed"
 SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # below the raw dataset
-        ("identity", pa.string()),  # of the source's file: another one is another file
+        ("path", pa.string()),  # relative to the raw dataset
+        ("identity", pa.string()),  # version of the file at the source
         ("size", pa.int64()),
         ("sha256", pa.string()),
         ("status", pa.string()),
@@ -49,7 +49,7 @@ class Outcome:
 
 
 class Ledger:
-    """Writes outcomes. What is not written when the process is killed is downloaded again."""
+    """Writes outcomes. Outcomes that were not yet written when the process is killed are downloaded again."""
 
     def __init__(self, raw: str, writer: str) -> None:
         self.base = storage.join(raw, LEDGER, f"{int(time.time() * 1000):013d}-{writer}")
@@ -63,7 +63,7 @@ class Ledger:
             if len(self.rows) >= SEGMENT_ROWS or time.monotonic() - self.flushed > FLUSH_S:
                 try:
                     self._flush()
-                except StorageError:  # down for a moment: the rows stay, `close` has to succeed
+                except StorageError:  # a short outage: the rows are kept, and `close` must succeed
                     self.flushed = time.monotonic()
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Ledger:
 
 
 class Done:
-    """Which files need not be fetched again."""
+    """The set of files that are done."""
 
     def __init__(self, raw: str) -> None:
         paths, files, done = [], [], []
@@ -102,16 +102,16 @@ class Done:
 
 
 def outcomes(raw: str) -> Iterator[Outcome]:
-    """The last outcome of every file, of those that were there when this began. Raises DataError where none are."""
+    """The last outcome of every file in the ledger. Raises DataError if there is no ledger."""
     paths, lengths = [], {}
     for name, table in _segments(raw, ["path"]):
         paths.append(np.array([hashed(path) for path in table["path"].to_pylist()], np.uint64))
         lengths[name] = len(table)
     if not paths:
-        raise DataError(f"{raw} has no {LEDGER}/: `mplug data download` has not been here.")
+        raise DataError(f"{raw} has no download ledger ({LEDGER}/); run `mplug data download` first.")
     last, row = _last(paths), 0
     for name, length in lengths.items():
-        table = _read(raw, name)[:length]  # a writer may have added rows since
+        table = _read(raw, name)[:length]  # a writer may have appended rows since
         for item in table.drop_columns(["time_ms"]).to_pylist():
             if last[row]:
                 yield Outcome(**item)
@@ -120,12 +120,12 @@ def outcomes(raw: str) -> Iterator[Outcome]:
 
 @dataclass(kw_only=True)
 class Status:
-    """A raw dataset in numbers."""
+    """Counts of a raw dataset."""
 
     files: int
     bytes: int
     failed: Counter[str]
-    """Files that are missing, by reason."""
+    """Number of failed files by reason."""
     examples: list[Outcome]
     """Some of them."""
 
@@ -155,7 +155,7 @@ def _read(raw: str, name: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def _last(paths: list[NDArray[np.uint64]]) -> NDArray[np.bool_]:
-    """Which rows are the last of their path."""
+    """The rows that are the last of their path."""
     whole = np.concatenate(paths) if paths else np.empty(0, np.uint64)
     is_last = np.zeros(len(whole), bool)
     _, first = np.unique(whole[::-1], return_index=True)

@@ -1,8 +1,8 @@
 """A dataset of ModelScope: `mplug data download modelscope://modelscope/Youku-AliceMind ROOT`.
 
-Annotation files lie in the dataset's repository. Videos lie in its object storage (Alibaba OSS), whose listing of ten
-million names times out; so their names are read from the annotation files, and their addresses are signed with the
-short-lived key that ModelScope gives to everybody (private datasets: MODELSCOPE_API_TOKEN).
+Annotation files are in the dataset's repository, videos in its object storage (Alibaba OSS). Listing ten million videos
+times out, so their names are read from the annotation files. Their URLs are signed with the short-lived key that
+ModelScope hands out to anyone (private datasets need MODELSCOPE_API_TOKEN).
 """
 
 import base64
@@ -29,13 +29,13 @@ SCHEME = "modelscope://"
 OSS_HOST = "https://{bucket}.{region}.aliyuncs.com"
 PAGE = 200
 KEY_S = 900.0
-"""Seconds after which the storage key is asked for anew; it lives longer."""
+"""Seconds after which the storage key is renewed, before it expires."""
 STORED = "oss:"
-"""Marks the location of a file that lies in object storage, by its path."""
+"""Prefix of the location of a file in object storage."""
 
 
 class ModelScopeSource:
-    """All files of a dataset's repository, and all videos that its annotation files name."""
+    """All files of a dataset's repository, and all videos named in its annotation files."""
 
     def __init__(self, name: str, revision: str = "master") -> None:
         if name.count("/") != 1:
@@ -74,7 +74,7 @@ class ModelScopeSource:
             return http.get(signed_url(key, key["Dir"], remote.path), start=start, validator=validator)
         except FetchError as error:
             if error.reason == "http_403":
-                self.key_since = 0.0  # expired: the next attempt brings another
+                self.key_since = 0.0  # expired: the next attempt requests a new one
                 raise FetchError(error.reason, "the storage key was refused", transient=True) from error
             if error.reason != "http_404" or not key.get("BackupDir"):
                 raise
@@ -112,7 +112,7 @@ class ModelScopeSource:
             try:
                 answer = json.loads((Path(folder) / "answer").read_bytes())
             except ValueError as error:
-                raise DataError(f"ModelScope's answer for {self.name} is no JSON: {error}.") from error
+                raise DataError(f"ModelScope's response for {self.name} is not JSON: {error}.") from error
         if answer.get("Code") != 200 or answer.get("Data") is None:
             hint = "" if self.headers else " Private datasets need MODELSCOPE_API_TOKEN."
             raise DataError(f"ModelScope refused {self.name}: {answer.get('Message', 'no data')}.{hint}")
@@ -120,7 +120,7 @@ class ModelScopeSource:
 
 
 def _named(tables: list[tuple[str, Path]]) -> Iterator[str]:
-    """The paths in the columns of annotation files whose names end in :FILE, as published."""
+    """The paths in the annotation columns whose names end in :FILE."""
     problems: list[str] = []
     for name, local in tables:
         with read_csv(str(local), name) as reader:
@@ -139,7 +139,7 @@ def _named(tables: list[tuple[str, Path]]) -> Iterator[str]:
 
 
 def signed_url(key: dict[str, str], folder: str, path: str, now: float | None = None) -> str:
-    """The address of an object for an hour (OSS signature version 1, in the query)."""
+    """A URL of an object that is valid for an hour (OSS signature version 1 in the query)."""
     name = f"{folder.strip('/')}/{path}"
     expires = int(now or time.time()) + 3600
     resource = f"/{key['Bucket']}/{name}?security-token={key['SecurityToken']}"

@@ -1,4 +1,4 @@
-"""Where a dataset comes from: a folder or bucket, a list of URLs, or ModelScope (model/data/download/modelscope.py)."""
+"""Sources of a dataset: a folder or bucket, a list of URLs, or ModelScope (model/data/download/modelscope.py)."""
 
 import csv
 import json
@@ -33,27 +33,27 @@ class Remote:
     """A file of a source."""
 
     path: str
-    """Below the dataset's root, there and here."""
+    """Relative to the root of the dataset, at the source and in the copy."""
     location: str
-    """What the source opens."""
+    """Location that the source opens."""
     size: int | None = None
     sha256: str = ""
     version: str = ""
-    """Another one after every change, where the source tells."""
+    """Changes with the file, if the source provides it."""
 
     @property
     def identity(self) -> str:
         if self.version or self.sha256 or self.size is not None:
             return self.version or self.sha256 or str(self.size)
-        return http.redact_url(self.location)  # a signature in it is another one every time, and secret
+        return http.redact_url(self.location)  # a signature is secret, and different every time
 
 
 class Source(Protocol):
     def files(self) -> Iterator[Remote]:
-        """Every file, in the same order every time. Raises DataError where names cannot be used."""
+        """All files in a fixed order. Raises DataError for unusable names."""
 
     def open(self, remote: Remote, start: int, validator: str) -> Body:
-        """The file from `start` on, if it is still the one that `validator` names. Raises FetchError."""
+        """The file from `start`, if `validator` still identifies it. Raises FetchError."""
 
 
 class StorageSource:
@@ -77,9 +77,9 @@ class StorageSource:
 
 
 def open_stored(remote: Remote, start: int, validator: str) -> Body:
-    """A file of a folder or a bucket, as a source opens it."""
+    """Opens a file of a folder or a bucket."""
     size, version = remote.size or 0, remote.version
-    if validator and validator != version:  # begun, and changed since it was listed
+    if validator and validator != version:  # partly read, and changed since it was listed
         start = 0
     return Body(start=start, size=size, validator=version, chunks=_chunks(remote.location, start, size, version))
 
@@ -99,7 +99,7 @@ def _chunks(uri: str, start: int, size: int, version: str) -> Iterator[bytes]:
 
 
 class ManifestSource:
-    """A list of URLs: CSV, TSV or JSON lines with `url` and, as known, `path`, `size`, `sha256`; or one URL a line."""
+    """A list of URLs: CSV, TSV or JSON lines with `url` and maybe `path`, `size`, `sha256`; or one URL per line."""
 
     def __init__(self, location: str) -> None:
         self.location, self.name = location, http.redact_url(location)
@@ -117,7 +117,7 @@ class ManifestSource:
         return http.get(remote.location, start=start, validator=validator)
 
     def _check(self, local: Path) -> set[int]:
-        """Reads all of it before anything is fetched; returns the rows that repeat an earlier one word for word."""
+        """Validates the whole list before any download. Returns the rows that repeat an earlier one exactly."""
         paths, whole = array("Q"), array("Q")
         for remote in self._rows(local):
             paths.append(hashed(remote.path))
@@ -179,7 +179,7 @@ class ManifestSource:
 
 
 def _relative(url: str, base: str) -> str:
-    """A URL below the manifest's folder keeps its place, any other its host's path."""
+    """The path relative to the folder of the list, or else the path on its host."""
     path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
     folder = urllib.parse.unquote(urllib.parse.urlsplit(base).path).rpartition("/")[0] + "/"
     return path.removeprefix(folder) if base and path.startswith(folder) else path.lstrip("/")
@@ -190,7 +190,7 @@ def is_http(location: str) -> bool:
 
 
 def fetch_small(url: str, path: Path, headers: dict[str, str] | None = None) -> None:
-    """A list that has to be read before anything else. Raises DataError."""
+    """Downloads a small file to `path`. Raises DataError."""
     try:
         http.save(url, path, headers)
     except FetchError as error:

@@ -1,1 +1,1 @@
-"""From shards to batches, in an order that is computed."""
+"""From shards to batches."""

@@ -1,6 +1,7 @@
-"""For the fork server of loader processes alone, which imports this first: it leaves its process group.
+"""Makes the fork server of loader processes leave its process group when it imports this module, which it does first.
 
-torchrun asks the whole group of a training process to end; loader processes end with the one that they read for.
+torchrun sends SIGTERM to the whole process group of a training process. Loader processes must outlive it until the
+training process has saved.
 """
 
 import os
@@ -9,6 +10,6 @@ import signal
 from model.parent import signal_at_its_end
 
 os.setpgid(0, 0)
-# loader processes hold the pipe by which the server would see the end, and look only for the server themselves
+# loader processes keep open the pipe whose end stops the server, and only check whether the server is alive
 signal_at_its_end(signal.SIGKILL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -1,7 +1,7 @@
-"""From shards to batches: picks frames, augments, hands annotation and clip to the task's collate function.
+"""From shards to batches: selects frames, augments them, and passes annotation and clip to the task's collate function.
 
-Every loader process works out by itself which clips its batches need, and reads them ahead. All randomness of a clip is
-keyed by (seed, epoch, position), so neither the number of processes nor of workers changes anything.
+Every loader process computes which clips its batches need and reads them ahead. All randomness of a clip is keyed by
+(seed, epoch, position), so the numbers of processes and workers do not matter.
 """
 
 import logging
@@ -38,18 +38,18 @@ from model.mplug_video.processing import MPlugVideoProcessor
 log = logging.getLogger("mplug")
 Batch = dict[str, Any]
 FIRST_CLIPS = 1000
-"""The share of unreadable clips is taken of at least so many: one early failure is no trend."""
+"""The share of unreadable clips is computed over at least this many, so that one early failure does not end a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One clip and what is said about it."""
+    """One clip and its annotation."""
 
     annotation: Annotation
     clip: Tensor | None
-    """Frames of the model's size, uint8 (T, H, W, C); None where only the text is read."""
+    """Frames of the model's size, uint8 (T, H, W, C); None for tasks that only read text."""
     seed: str
-    """Keys all randomness of this example: the same in any worker and on any process."""
+    """Keys all randomness of this example, independent of worker and process."""
 
 
 Fetched = Record | Annotation | VideoError
@@ -57,7 +57,7 @@ Fetched = Record | Annotation | VideoError
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSource:
-    """Examples of one split by draw."""
+    """Makes the examples of one split."""
 
     reader: ShardReader
     processor: MPlugVideoProcessor
@@ -66,14 +66,14 @@ class ClipSource:
     read_video: bool = True
 
     def fetch(self, position: int) -> Fetched:
-        """What has to come from storage, or why it is of no use; several threads do this ahead of time."""
+        """Reads a clip from storage; called ahead of time by several threads. Errors of the clip are returned."""
         try:
             return self.reader.record(position) if self.read_video else self.reader.annotation(position)
         except (ValueError, KeyError) as error:
             return VideoError("damaged", f"clip {position} is no record: {error}")
 
     def example(self, draw: Draw, fetched: Fetched) -> Example:
-        """Raises VideoError where the clip cannot be read or decoded."""
+        """Raises VideoError if the clip cannot be read or decoded."""
         if isinstance(fetched, VideoError):
             raise fetched
         seed = f"{self.seed}/{draw[0]}/{draw[1]}"
@@ -92,13 +92,13 @@ class ClipSource:
 
 Order = BatchSampler | EverySample
 Loaded = tuple[Batch, int, list[str]] | RemoteError
-"""A batch, the number of its clips, and what could not be read of it; or what ends the run. As a value: of what a
-loader process raises, DataLoader passes on neither the kind nor the message."""
+"""A batch, its number of clips, and messages about unreadable clips; or an error that ends the run. It is a value,
+because DataLoader loses type and message of an exception raised in a loader process."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class BatchStream(IterableDataset[Loaded]):
-    """Collated batches in the order's sequence. With several workers, each makes every n-th."""
+    """Collated batches in the given order. With n workers, each makes every n-th batch."""
 
     def __init__(
         self, source: ClipSource, order: Order, collate: Callable[[list[Example]], Batch], read_ahead: int
@@ -113,7 +113,7 @@ class BatchStream(IterableDataset[Loaded]):
         try:
             for batch, clips, failures in self._batches():
                 yield _shared(batch), clips, failures
-        except Exception as error:  # of any kind: it is raised again where the batches are used
+        except Exception as error:  # of any kind: it is raised again in the training process
             yield RemoteError.of(error)
 
     def _batches(self) -> Iterator[tuple[Batch, int, list[str]]]:
@@ -134,7 +134,7 @@ class BatchStream(IterableDataset[Loaded]):
             fetched = in_order(begin(), self.read_ahead)
             for future in fetched:
                 whole = chain([future], islice(fetched, sizes.pop(0) - 1))
-                # one by one: what follows is fetched while a clip is decoded
+                # one by one: later clips are fetched while a clip is decoded
                 yield self._batch(item.result() for item in whole)
 
     def _fetch(self, draw: Draw) -> tuple[Draw, Fetched]:
@@ -159,15 +159,15 @@ class BatchStream(IterableDataset[Loaded]):
 
 
 def _filled(examples: list[Example | None], last: Example) -> list[Example]:
-    """The batch in its full size, since processes exchange features of equal shape: what could not be read is replaced
-    by others of the batch that could, or by the `last` one before it."""
+    """Replaces unreadable clips by others of the batch, or by the `last` one before it: processes exchange features of
+    equal shape, so every batch must be full."""
     read = [example for example in examples if example is not None] or [last]
     following = cycle(read[1:] + read[:1])
     return [example or next(following) for example in examples]
 
 
 def _shared(batch: Batch) -> Batch:
-    """The batch as it can be sent. Otherwise the thread that sends it would do this, of whose errors nobody hears."""
+    """Moves a batch to shared memory. DataLoader would do it in a thread that does not report errors."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     pickle.dumps([value for value in batch.values() if not isinstance(value, Tensor)])
     try:
@@ -184,12 +184,12 @@ def _shared(batch: Batch) -> Batch:
 
 
 class Batches:
-    """Batches of a run, and a watch over what could not be read: logged, counted, and too many of it end the run."""
+    """Batches of a run. Unreadable clips are logged and counted; too many of them end the run."""
 
     def __init__(self, stream: BatchStream, *, workers: int, max_failures: float) -> None:
         self.max_failures = max_failures
         self.read, self.failed, self.reported = 0, 0, 0
-        # forkserver: forking a process that holds threads (DeepSpeed, S3) can deadlock, and spawning imports torch anew
+        # forkserver: forking a process with threads (DeepSpeed, S3) can deadlock, and spawning imports torch each time
         context = get_context("forkserver") if workers else None
         if workers:
             start_fork_server(stream.collate.__module__)
@@ -202,7 +202,7 @@ class Batches:
         )
 
     def take_failures(self) -> int:
-        """Clips that could not be read since this was last asked."""
+        """Number of unreadable clips since the last call."""
         failures, self.reported = self.failed - self.reported, self.failed
         return failures
 
@@ -214,7 +214,7 @@ class Batches:
             self.read += clips
             self.failed += len(failures)
             for failure in failures:
-                log.warning("unreadable, another clip of the batch takes its place: %s", failure)
+                log.warning("unreadable clip, replaced by another of the batch: %s", failure)
             if self.failed > self.max_failures * max(self.read, FIRST_CLIPS):
                 raise DataError(
                     f"at most {self.max_failures:.2%} of clips may be unreadable (data.max_read_failures), got "
@@ -223,7 +223,7 @@ class Batches:
             yield batch
 
     def _loaded(self) -> Iterator[Loaded]:
-        """Raises ProcessFailedError where a loader process ends by an error before it can say which."""
+        """Raises ProcessFailedError if a loader process fails before it can send its error."""
         iterator = iter(self.loader)
         try:
             yield from iterator
@@ -232,17 +232,17 @@ class Batches:
             if not any(code > 0 for code in codes):
                 raise
             raise ProcessFailedError(
-                f"a loader process has ended with exit code {max(codes)}; what it printed says why."
+                f"a loader process has ended with exit code {max(codes)}; see its output above."
             ) from error
 
 
 def start_fork_server(*modules: str) -> None:
-    """Loader processes are forked from it, once it has imported what they need: the sooner it is started, the better.
+    """Starts the process that loader processes are forked from. Starting it early hides its imports.
 
-    Nobody can ask it to end before it has left the process group (model.data.loading.leave_process_group).
+    SIGTERM is blocked until it has left the process group (model.data.loading.leave_process_group).
     """
     get_context("forkserver").set_forkserver_preload(["model.data.loading.leave_process_group", __name__, *modules])
-    resource_tracker.ensure_running()  # started later, it would let the signal through
+    resource_tracker.ensure_running()  # started by the fork server, it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()
@@ -258,7 +258,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def open_split(uri: str, config: DataConfig) -> ShardReader:
-    """A split as a run's configuration wants it read."""
+    """Opens a split with the settings of a run."""
     cache = open_cache(cache_folder() / "clips", int(config.cache_gb * 1e9)) if config.cache_gb else None
     return ShardReader(uri, cache=cache, decoder=config.decoder, deadline_s=config.decode_deadline_s)
 
@@ -274,5 +274,5 @@ def training_batches(
 def evaluation_batches(
     source: ClipSource, order: EverySample, collate: Callable[[list[Example]], Batch], read_ahead: int = 32
 ) -> Batches:
-    """Every example once, in the split's order; one that cannot be read ends the evaluation."""
+    """Every example once, in the order of the split. An unreadable clip ends the evaluation."""
     return Batches(BatchStream(source, order, collate, read_ahead), workers=0, max_failures=0)

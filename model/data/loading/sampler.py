@@ -1,8 +1,8 @@
-"""Which clip comes when: a pure function of (seed, epoch, position), whatever the number of processes.
+"""The order of samples: a pure function of (seed, epoch, position), independent of the number of processes.
 
-Positions count clips from the start of training. A permutation of the dataset per epoch maps them to clips, so every
-clip comes exactly once per epoch, on any number of processes, and a run can go on from any step. The permutation is
-computed, not stored: ten million clips cost no memory, and the next one is found in constant time.
+Positions count clips from the start of training. A permutation per epoch maps them to clips, so every clip is read
+exactly once per epoch on any number of processes, and a run can resume from any step. The permutation is computed, not
+stored: it needs no memory for ten million clips, and constant time per clip.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ ROUNDS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSampler:
-    """This process's share of each global micro-batch of a run."""
+    """This process's part of each global micro-batch of a run."""
 
     size: int
     seed: int
     batch_size: int
-    """Clips per micro-batch over all processes."""
+    """Clips per micro-batch, summed over all processes."""
     steps: int
     """Micro-batches of the whole run."""
     rank: int = 0
@@ -31,12 +31,12 @@ class BatchSampler:
     start_step: int = 0
 
     def batch(self, step: int) -> list[Draw]:
-        """The clips of micro-batch `step`, 0 being the first of the run."""
+        """The clips of micro-batch `step`, counted from 0 at the start of the run."""
         first = step * self.batch_size
         positions = np.arange(first + self.rank, first + self.batch_size, self.world_size)
         epochs, offsets = np.divmod(positions, self.size)
         draws: list[Draw] = []
-        for epoch in np.unique(epochs).tolist():  # a batch may straddle two epochs
+        for epoch in np.unique(epochs).tolist():  # a batch may span two epochs
             order = epoch_order(self.seed, epoch, self.size, offsets[epochs == epoch])
             draws += [(epoch, position) for position in order.tolist()]
         return draws
@@ -44,7 +44,7 @@ class BatchSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class EverySample:
-    """All clips of a split once, in its order; of several processes each has every n-th batch."""
+    """Every clip of a split once, in order. With n processes, each has every n-th batch."""
 
     size: int
     batch_size: int
@@ -63,10 +63,10 @@ class EverySample:
 
 
 def epoch_order(seed: int, epoch: int, size: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where the clips that come at `offsets` of an epoch stand in the dataset: a permutation of range(size).
+    """Positions in the dataset of the clips at `offsets` of an epoch: a permutation of range(size).
 
-    A Feistel network permutes the smallest power of four that holds `size`; what falls outside walks on along its
-    cycle until it is inside (Black and Rogaway, CT-RSA 2002).
+    A Feistel network permutes the smallest power of four that is at least `size`. Results outside of the range are
+    permuted again until they are inside: cycle walking (Black and Rogaway, CT-RSA 2002).
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), np.uint64)
@@ -86,7 +86,7 @@ def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: every bit of the input moves half of the output's."""
+    """The finaliser of splitmix64: every input bit changes each output bit with probability 1/2."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

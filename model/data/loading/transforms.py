@@ -1,4 +1,4 @@
-"""The training transform: one random crop, mirror image and change of colour or geometry for all frames of a clip."""
+"""The training transform: a random crop, flip and augmentation, the same for all frames of a clip."""
 
 import math
 import random
@@ -17,16 +17,17 @@ Operation = Callable[[Image.Image, float], Image.Image]
 
 CROP_ATTEMPTS = 10
 FILL = (128, 128, 128)
-"""What shows where a frame was moved away."""
+"""Colour of the area that a geometric operation uncovers."""
 MAX_SHEAR, MAX_SHIFT, MAX_ANGLE, MAX_ENHANCEMENT = 0.3, 10 / 224, 30.0, 0.9
-"""At level 10: tangent, share of the side, degrees, and distance of an enhancement's factor from 1."""
+"""Strength at level 10: tangent of a shear, share of the side, degrees, difference of an enhancement factor from 1."""
 
 
 def training_transform(frames: Tensor, size: int, config: DataConfig, rng: random.Random) -> Tensor:
     """Frames of any size (T, H, W, C) -> (T, size, size, C), uint8. All randomness comes from `rng`, once per clip.
 
-    As published: a random resized crop, a flip, then `augment_ops` different operations at `augment_level`. Mended
-    where upstream is wrong: pixels do not wrap around, enhancements change something, geometry goes both ways.
+    As in the original code: a random resized crop, a flip, then `augment_ops` different operations at `augment_level`.
+    Three bugs of the original are fixed: pixel values do not wrap around, enhancements have an effect, and geometric
+    operations go in both directions.
     """
     left, top, right, bottom = (round(edge) for edge in crop_box(frames.shape[2], frames.shape[1], config, rng))
     clip = resized(frames[:, top : max(bottom, top + 1), left : max(right, left + 1)], size)
@@ -48,9 +49,9 @@ def _changed(frame: NDArray[np.uint8], changes: list[tuple[str, float]]) -> NDAr
 
 
 def crop_box(width: int, height: int, config: DataConfig, rng: random.Random) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom): a share of the area from `crop_area` up, with a log-uniform aspect ratio.
+    """(left, top, right, bottom): at least `crop_area` of the area, with a log-uniform aspect ratio.
 
-    Where no drawn crop fits, the largest one in the middle with an allowed aspect ratio.
+    If no sampled crop fits, the largest central crop with an allowed aspect ratio.
     """
     own = width / height if config.crop_relative else 1.0
     narrowest, widest = (bound * own for bound in config.crop_aspect)
@@ -90,4 +91,4 @@ OPERATIONS: dict[str, Operation] = {
         MAX_ANGLE * strength, resample=Image.Resampling.BILINEAR, fillcolor=FILL
     ),
 }
-"""Frame and strength, -1 to 1 -> frame. Upstream's nine operations (arXiv 1909.13719, applied alike to all frames)."""
+"""Frame and strength from -1 to 1 -> frame. The nine operations of the original code (arXiv 1909.13719)."""

@@ -1,1 +1,1 @@
-"""Clips, decoded once and stored in tar shards that training reads."""
+"""Writes and reads tar shards. Every clip is decoded once, when its shard is written."""

@@ -1,14 +1,14 @@
-"""Decodes every clip once and writes shards that training reads: `mplug data shard`.
+"""Decodes every clip once and writes shards for training: `mplug data shard`.
 
-    <root>/shards/<dataset>@<digest>/dataset.json              what it is, class names, counts
-    <root>/shards/<dataset>@<digest>/<split>/shard-00000.tar   clips, as model/data/shards/format.py says
-    <root>/shards/<dataset>@<digest>/<split>/quarantine.jsonl  rows whose clip is not in it, each with the reason
-    <root>/shards/<dataset>@<digest>/<split>/index.parquet     written last: no index = no split
+    <root>/shards/<dataset>@<digest>/dataset.json              form, class names, counts
+    <root>/shards/<dataset>@<digest>/<split>/shard-00000.tar   clips, in the format of model/data/shards/format.py
+    <root>/shards/<dataset>@<digest>/<split>/quarantine.jsonl  rows without a usable clip, each with a reason
+    <root>/shards/<dataset>@<digest>/<split>/index.parquet     written last: a split without an index does not exist
 
-Work is done in parts of consecutive rows. A part is a function of its rows and clips alone, is built below
-<root>/shards/.building, and counts once its own index is there: any number of machines may build parts, be killed and
-go on. When all parts are there they become the dataset (model/data/shards/commit.py). The digest names the content; a
-dataset never changes.
+The work is divided into parts of consecutive rows. A part depends only on its rows and clips. It is built below
+<root>/shards/.building and is complete once its index exists, so any number of machines can build parts, be killed and
+resume. Complete parts are joined by model/data/shards/commit.py. The digest identifies the content: a dataset is
+immutable.
 """
 
 import hashlib
@@ -50,23 +50,23 @@ from model.progress import progress
 PART_CLIPS = {"frames": 1024, "original": 256}
 SHARD_BYTES = 256 * 2**20
 COMMIT_MARKER = "commit.json"
-"""Beside the parts: they were whole, and some of their shards have been moved already. They stay as they are."""
+"""File next to the parts: all parts were complete, and some shards were already moved. The parts are not rebuilt."""
 READERS = 8
 """Threads that fetch clips."""
 GRACE_S = 5.0
-"""Between the deadline that a decoder keeps itself and the moment when it is killed."""
+"""Time between a decoder's own deadline and its kill."""
 EARLY_CHECK_CLIPS = 1024
-"""Clips after which a broken download is noticed before everything has been read."""
+"""Number of clips after which the share of broken ones is checked for the first time."""
 VERSION = 1
-"""Of the stored form: another one is another plan."""
+"""Version of the stored format, which is part of the digest."""
 
 Row = tuple[int, Annotation]
-"""Number of a row in its file, from 0, and what it says."""
+"""Row number, from 0, and its annotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSettings:
-    """What a sharded dataset is made of."""
+    """Inputs and settings of a sharded dataset."""
 
     raw: str
     root: str
@@ -74,11 +74,11 @@ class ShardSettings:
     form: Form = field(default_factory=Form)
     decoder: str = "pyav"
     deadline_s: float = DEADLINE_S
-    """For reading one clip's frames; it is killed a moment later."""
+    """Time limit for decoding one clip; the process is killed shortly after."""
     available_only: bool = False
-    """Clips that are not there yet are listed as missing and do not count as broken."""
+    """Record clips that are not downloaded yet as missing, without counting them as broken."""
     max_quarantined: float = 0.05
-    """Share of a split's clips that may be broken. So many mean a broken download, not broken clips."""
+    """Share of a split's clips that may be broken. A higher share indicates a broken download."""
 
     def __post_init__(self) -> None:
         if self.decoder not in DECODERS:
@@ -87,17 +87,17 @@ class ShardSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One annotation file, read once."""
+    """One annotation file."""
 
     name: str
     rows: int
     duplicates: dict[int, int] = field(repr=False)
-    """Row -> the earlier row that says the same."""
+    """Row -> the earlier row with the same content."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """All parts of a dataset and where they are built."""
+    """All parts of a dataset, and the folder where they are built."""
 
     settings: ShardSettings
     splits: list[Split]
@@ -109,7 +109,7 @@ class ShardPlan:
 
 
 def plan_shards(settings: ShardSettings) -> ShardPlan:
-    """Reads the annotation files. Raises DataError for every bad row of them."""
+    """Reads the annotation files. Raises DataError with one line per bad row."""
     names = [name for name in SPLITS if annotation_file(settings.raw, settings.dataset, name)]
     if not names:
         where = storage.join(settings.raw, settings.dataset)
@@ -141,7 +141,7 @@ def class_names(settings: ShardSettings) -> list[str]:
 
 
 def build_parts(plan: ShardPlan, *, index: int = 0, count: int = 1, workers: int | None = None) -> None:
-    """Builds every `count`-th part, beginning with number `index`; those that are there already stay."""
+    """Builds every `count`-th part, starting with number `index`. Complete parts are kept."""
     if storage.exists(storage.join(plan.staging, COMMIT_MARKER)):
         return
     workers, settings = workers or os.cpu_count() or 1, plan.settings
@@ -149,7 +149,7 @@ def build_parts(plan: ShardPlan, *, index: int = 0, count: int = 1, workers: int
     total = sum(min(size, split.rows - start) for split in plan.splits for start in range(0, split.rows, size)
                 if start // size % count == index)  # fmt: skip
     name = f"{index + 1}/{count}" if count > 1 else ""
-    # spawn: forking a process that holds threads (boto3, torch) can deadlock
+    # spawn: forking a process with threads (boto3, torch) can deadlock
     pool = ProcessPool(workers, context=get_context("spawn"), initializer=limit_memory)
     bar: tqdm[Any] = progress(total=total, desc=f"sharding {settings.dataset} {name}".strip(), unit="clip")
     try:
@@ -178,7 +178,7 @@ class PartBuilder:
         self.pool, self.readers, self.ahead, self.done = pool, readers, ahead, done
 
     def build(self, split: Split, index: int, count: int) -> None:
-        """The parts of one split whose turn it is."""
+        """Builds the parts of one split that belong to this partition."""
         size, seen = PART_CLIPS[self.settings.form.kind], 0
         finished = finished_parts(self.plan, split)
         broken = FailureBudget(self.settings, split.name)
@@ -190,14 +190,14 @@ class PartBuilder:
                 broken.add(self._part(split, uri, part, is_finished=uri in finished))
                 seen += len(part)
                 if seen >= EARLY_CHECK_CLIPS:
-                    broken.refuse(seen)
+                    broken.check(seen)
 
     def _part(self, split: Split, uri: str, rows: list[Row], *, is_finished: bool) -> list[dict[str, Any]]:
         """Builds one part; returns its quarantine."""
         quarantine: list[dict[str, Any]]
         if is_finished:
             quarantine = list(read_quarantine(uri))
-            # what could be stored is; what could not may have been mended since
+            # stored clips stay valid; broken ones may have been downloaded again since
             if part_index(uri).schema.metadata[b"inputs"].decode() == self._versions(quarantine):
                 self.done(len(rows))
                 return quarantine
@@ -222,13 +222,13 @@ class PartBuilder:
         return quarantine
 
     def _versions(self, quarantine: list[dict[str, Any]]) -> str:
-        """Changes when one of the lost clips does, or appears."""
+        """A hash that changes when one of the quarantined clips changes or appears."""
         videos = [item["video"] for item in quarantine if item["reason"] != "duplicate"]
         entries = self.readers.map(lambda video: storage.head(storage.join(self.settings.raw, video)), videos)
         return hashlib.sha256(json.dumps([entry.version if entry else "" for entry in entries]).encode()).hexdigest()
 
     def _examined(self, split: Split, rows: list[Row]) -> Iterator[StoredClip | tuple[str, str]]:
-        """What became of each row, in order; clips are fetched and decoded ahead."""
+        """The stored clip or the error of each row, in order. Clips are fetched and decoded ahead."""
         fetched = in_order((self.readers.submit(self._fetch, split, *row) for row in rows), self.ahead)
         for future in in_order((self._decode(item.result()) for item in fetched), self.ahead):
             try:
@@ -264,30 +264,30 @@ def part_uri(plan: ShardPlan, split: Split, number: int) -> str:
 
 
 def finished_parts(plan: ShardPlan, split: Split) -> set[str]:
-    """URIs of the parts of a split that are whole: listed at once, for there may be ten thousand."""
+    """URIs of the complete parts of a split. One listing, since there may be ten thousand."""
     base = storage.join(plan.staging, split.name)
     found = (entry.path.rpartition("/") for entry in storage.walk(base))
     return {storage.join(base, part) for part, _, name in found if name == INDEX}
 
 
 def part_index(uri: str) -> pa.Table:
-    """The index of one part; the numbers of its shards begin at 0."""
+    """The index of one part. Its shards are numbered from 0."""
     return pq.read_table(pa.BufferReader(storage.read(storage.join(uri, INDEX))))
 
 
 def quarantine_lines(quarantine: Iterable[dict[str, Any]]) -> bytes:
-    """As `read_quarantine` reads it."""
+    """The format that `read_quarantine` reads."""
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in quarantine).encode()
 
 
 def read_quarantine(uri: str) -> Iterator[dict[str, Any]]:
-    """What a part or a split does not hold: video, row, reason, detail."""
+    """The quarantined rows of a part or a split: video, row, reason, detail."""
     for line in storage.read(storage.join(uri, QUARANTINE)).decode().splitlines():
         yield json.loads(line)
 
 
 class FailureBudget:
-    """Counts the broken clips of a split. So many mean a broken download, not broken clips."""
+    """Counts the broken clips of a split against the allowed share."""
 
     def __init__(self, settings: ShardSettings, split: str) -> None:
         self.settings, self.split = settings, split
@@ -301,8 +301,8 @@ class FailureBudget:
                 self.reasons[reason] += 1
                 self.first = self.first or f"{item['video']}: {item['detail']}"
 
-    def refuse(self, seen: int) -> None:
-        """Raises DataError where more of `seen` clips are broken than allowed."""
+    def check(self, seen: int) -> None:
+        """Raises DataError if more of `seen` clips are broken than allowed."""
         most, found = self.settings.max_quarantined, self.reasons.total()
         if found > most * seen:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())

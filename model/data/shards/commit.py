@@ -1,4 +1,4 @@
-"""Makes a dataset of finished parts: numbers their shards, joins their indices, names the whole by its content."""
+"""Joins complete parts into a dataset: numbers their shards, joins their indices, computes the digest."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ MOVERS = 16
 
 
 def build_shards(settings: ShardSettings, *, workers: int | None = None) -> str:
-    """Builds what parts are missing and returns the dataset's URI, <root>/shards/<dataset>@<digest>."""
+    """Builds missing parts, joins all of them and returns the URI, <root>/shards/<dataset>@<digest>."""
     planned = plan_shards(settings)
     build_parts(planned, workers=workers)
     return commit_shards(planned)
@@ -45,20 +45,20 @@ def build_shards(settings: ShardSettings, *, workers: int | None = None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """A split whose parts were put together."""
+    """The joined parts of a split."""
 
     name: str
     folder: Path
     clips: int
     quarantined: int
     digest: str
-    """Of all its clips and of what is not in it, in order."""
+    """Hash of all clips and all quarantined rows, in order."""
     moves: list[tuple[str, str]]
-    """Where each shard is, and its name in the dataset."""
+    """Current URI of each shard, and its name in the dataset."""
 
 
 def commit_shards(planned: ShardPlan) -> str:
-    """Moves all parts to where their content says; may be killed and repeated."""
+    """Moves all parts into the dataset. Can be killed and repeated."""
     settings = planned.settings
     with tempfile.TemporaryDirectory() as folder:
         splits = [join_parts(planned, split, Path(folder) / split.name) for split in planned.splits]
@@ -82,13 +82,13 @@ def commit_shards(planned: ShardPlan) -> str:
         storage.write(storage.join(uri, DATASET), described)
         for file in (QUARANTINE, INDEX):
             for split in splits:
-                storage.upload(split.folder / file, storage.join(uri, split.name, file))
+                storage.upload_file(split.folder / file, storage.join(uri, split.name, file))
     storage.remove(planned.staging)
     return uri
 
 
 def join_parts(planned: ShardPlan, split: Split, folder: Path) -> Joined:
-    """Joins the indices of all parts of a split, in memory that does not grow with them."""
+    """Joins the indices of all parts of a split in constant memory."""
     folder.mkdir()
     state, broken, clips, quarantined = hashlib.sha256(), FailureBudget(planned.settings, split.name), 0, 0
     moves: list[tuple[str, str]] = []
@@ -116,7 +116,7 @@ def join_parts(planned: ShardPlan, split: Split, folder: Path) -> Joined:
             quarantined += len(lost)
         if sum(map(len, group)):
             index.write_table(pa.concat_tables(group))
-    broken.refuse(split.rows)
+    broken.check(split.rows)
     return Joined(
         name=split.name, folder=folder, clips=clips, quarantined=quarantined, digest=state.hexdigest(), moves=moves
     )
@@ -128,8 +128,8 @@ def _parts(planned: ShardPlan, split: Split) -> Iterator[tuple[str, pa.Table]]:
     missing = [str(number) for number, uri in enumerate(uris, start=1) if uri not in finished]
     if missing:
         raise DataError(
-            f"all {count} parts of {split.name} must be there, {len(missing)} are not: {', '.join(missing[:10])}. Run "
-            "the partitions that build them first."
+            f"all {count} parts of {split.name} must exist, {len(missing)} are missing: {', '.join(missing[:10])}. Run "
+            "their partitions first."
         )
     for uri in uris:
         yield uri, part_index(uri)

@@ -1,7 +1,7 @@
-"""Looks at one clip: decodes it, and either encodes what is to be stored or says why it cannot be.
+"""Decodes one clip and encodes it for storage, or returns the reason why it is unusable.
 
-Runs in a process of its own that is killed at a deadline and may not take more memory than it is given, so that no
-file, however broken, stops or fills the machine.
+Runs in a separate process with a deadline and a memory limit, so that a broken file can neither hang nor exhaust the
+machine.
 """
 
 import io
@@ -14,18 +14,18 @@ from model.data.video import Pixels, VideoError, frame_indices, open_clip
 
 JPEG_QUALITY = 88
 MEMORY = 4 * 2**30
-"""Bytes that a decoding process may add to what it starts with."""
+"""Bytes that a decoding process may allocate after its start."""
 
 
 def limit_memory() -> None:
-    """For the start of a decoding process."""
+    """Sets the memory limit of this process; called when a decoding process starts."""
     with open("/proc/self/statm", encoding="ascii") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
 
 
 def examine_clip(data: bytes, form: Form, decoder: str, deadline_s: float) -> StoredClip | tuple[str, str]:
-    """What is to be stored, or (reason, detail) where first, middle and last frames cannot all be decoded."""
+    """The clip to store, or (reason, detail) if its first, middle and last frames cannot all be decoded."""
     try:
         reader = open_clip(data, decoder, deadline_s)
         last = reader.num_frames - 1
@@ -43,7 +43,7 @@ def examine_clip(data: bytes, form: Form, decoder: str, deadline_s: float) -> St
         return error.reason, error.detail
     except MemoryError:
         return "too_large", f"decoding took more than {MEMORY >> 30} GiB of memory"
-    except Exception as error:  # whatever a strange file leads to is the file's fault here, and is listed
+    except Exception as error:  # a malformed file can cause any error, which is recorded for the clip
         return "unreadable", f"{type(error).__name__}: {error}"
     original = form.kind == "original"
     return StoredClip(

@@ -1,11 +1,11 @@
-"""The form of a stored clip: one JSON file and its frames (or its original bytes), side by side in a tar shard.
+"""The format of a stored clip: a JSON file and its frames, or its original file, in a tar shard.
 
-    00001234.json      annotation, facts of the source, numbers of the stored frames, lengths of the files that follow
+    00001234.json      annotation, properties of the source, numbers of the stored frames, lengths of the next files
     00001234.00.jpg …  F uniformly spaced frames                                       (form "frames")
     00001234.mp4       the clip as published                                           (form "original")
 
-The files of a clip follow each other without a gap, so one read fetches it whole, and its JSON says where in it each
-frame lies. Every tar is one that `tar` and WebDataset read.
+The files of a clip are contiguous, so one read fetches all of them, and the JSON gives the offset of each frame. `tar`
+and WebDataset can read the shards.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ INDEX, QUARANTINE, DATASET = "index.parquet", "quarantine.jsonl", "dataset.json"
 
 SCHEMA = pa.schema(
     [
-        ("key", pa.string()),  # number of the row in the split's annotation file
+        ("key", pa.string()),  # row number in the annotation file of the split
         ("video", pa.string()),
         ("text", pa.string()),
         ("label", pa.string()),
         ("references", pa.list_(pa.string())),
         ("shard", pa.int32()),
-        ("offset", pa.int64()),  # of the clip's first tar header in its shard
-        ("length", pa.int64()),  # of all its files with their headers
-        ("sha256", pa.binary(32)),  # of those bytes
-        ("num_frames", pa.int32()),  # of the source, as the next five
+        ("offset", pa.int64()),  # of the first tar header of the clip in its shard
+        ("length", pa.int64()),  # of all its files, including headers
+        ("sha256", pa.binary(32)),  # of these bytes
+        ("num_frames", pa.int32()),  # of the source, like the next five
         ("fps", pa.float32()),
         ("duration_s", pa.float32()),
         ("width", pa.int32()),
@@ -47,14 +47,14 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What is stored of each clip."""
+    """The form in which clips are stored."""
 
     kind: str = "frames"
-    """"frames", or "original" for the published bytes."""
+    """"frames", or "original" for the published file."""
     num_frames: int = 16
-    """Uniformly spaced frames per clip, in the form "frames"."""
+    """Uniformly spaced frames per clip, for "frames"."""
     short_side: int = 256
-    """Of stored frames, in pixels; smaller ones are not enlarged."""
+    """Shorter side of stored frames, in pixels. Smaller frames are not enlarged."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("frames", "original"):
@@ -63,26 +63,26 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredClip:
-    """What is stored of one clip."""
+    """The stored data of one clip."""
 
     files: list[bytes]
-    """JPEG frames, or one file as published."""
+    """JPEG frames, or the published file."""
     frames: list[int]
-    """Number in the source of each stored frame; empty where the source itself is stored."""
+    """Frame number in the source of each stored frame; empty for the form "original"."""
     num_frames: int
     fps: float
     duration_s: float
     width: int
     height: int
     bytes: int
-    """Size of the source."""
+    """Size of the source file."""
 
     def facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("num_frames", "fps", "duration_s", "width", "height", "bytes")}
 
 
 def encode_record(key: str, annotation: Annotation, clip: StoredClip) -> bytes:
-    """The clip as a piece of a tar file."""
+    """The clip as a section of a tar file."""
     if clip.frames:
         names = [f"{key}.{number:02d}.jpg" for number in range(len(clip.files))]
     else:
@@ -94,13 +94,13 @@ def encode_record(key: str, annotation: Annotation, clip: StoredClip) -> bytes:
 
 
 def _member(name: str, data: bytes) -> bytes:
-    info = tarfile.TarInfo(name)  # no time, no owner: the same clips give the same bytes
+    info = tarfile.TarInfo(name)  # without time and owner, so that the same clips give the same bytes
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
 
 
 class Record:
-    """A stored clip as it was read back. Raises ValueError where the bytes are not those of one."""
+    """A stored clip, parsed. Raises ValueError if the bytes are not a record."""
 
     def __init__(self, data: bytes) -> None:
         end = self.needed(data)
@@ -115,19 +115,19 @@ class Record:
         )
 
     def file(self, number: int) -> memoryview:
-        """A stored frame, or the clip itself as number 0."""
+        """A stored frame, or the original file as number 0."""
         lengths = self.meta["lengths"]
         start = self.start + BLOCK + sum(length + -length % BLOCK + BLOCK for length in lengths[:number])
         return memoryview(self.data)[start : start + lengths[number]]
 
     @staticmethod
     def needed(head: bytes) -> int:
-        """How many bytes of a record hold its JSON file."""
+        """Number of bytes at the start of a record that hold its JSON file."""
         return BLOCK + int(head[124:135], 8)  # the size field of a tar header
 
 
 class TarWriter:
-    """Writes clips one after another into tar files of about `limit` bytes, and says where each went."""
+    """Writes clips to tar files of about `limit` bytes, and records the position of each."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit

@@ -1,7 +1,6 @@
-"""Reads a sharded split: any clip by its position, from local disk or by ranged requests to S3.
+"""Reads a sharded split: random access to clips on local disk, or on S3 by ranged requests.
 
-Opening reads one number per clip, so ten million clips take 40 MB of memory; everything else of a clip is
-fetched with it.
+Opening a split loads one number per clip, 40 MB for ten million. The rest of the metadata is read with the clip.
 """
 
 import bisect
@@ -25,26 +24,26 @@ from model.errors import DataError, NotFoundError
 from model.progress import progress
 
 HEAD = 4096
-"""Bytes that nearly always hold a record's JSON file."""
+"""Bytes that almost always include the JSON file of a record."""
 PIECE = 2**18
-"""Bytes of one request. SeaweedFS takes 0.8 ms of processor time up to here, and above it 3 ms for any size."""
+"""Bytes per request. SeaweedFS uses 0.8 ms of CPU time up to this size, and 3 ms above it."""
 
 
 class ShardReader:
-    """Random access to one split. Safe to use from several threads."""
+    """Random access to one split. Thread-safe."""
 
     def __init__(
         self, uri: str, *, cache: Cache | None = None, decoder: str = "pyav", deadline_s: float = DEADLINE_S
     ) -> None:
         self.uri, self.cache, self.decoder, self.deadline_s = uri, cache, decoder, deadline_s
         if storage.head(storage.join(uri, INDEX)) is None:
-            raise DataError(f"{uri} holds no {INDEX}: not a split, or it was not finished.")
+            raise DataError(f"{uri} has no {INDEX}: it is not a split, or it was not finished.")
         with self._index() as index:
             self.blocks, self.first, self.ends = _places(index)
 
     def _index(self) -> pq.ParquetFile:
         uri = storage.join(self.uri, INDEX)
-        if storage.is_s3(uri):  # the columns of a group in one request
+        if storage.is_s3(uri):  # reads the columns of a row group in one request
             return pq.ParquetFile(pa.PythonFile(storage.RandomAccess(uri), mode="r"), pre_buffer=True)
         return pq.ParquetFile(uri)
 
@@ -74,12 +73,12 @@ class ShardReader:
             yield from batch.to_pylist()
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The same, some thousand at a time."""
+        """The rows of the index in batches of some thousand."""
         with self._index() as index:
             yield from index.iter_batches(batch_size=8192, columns=columns)
 
     def frames(self, record: Record, indices: list[int]) -> list[Pixels]:
-        """Frames of the source by number, ascending; of stored frames the nearest ones. Raises VideoError."""
+        """Frames with these ascending numbers in the source, or the nearest stored ones. Raises VideoError."""
         stored = record.meta["frames"]
         if not stored:
             reader = open_clip(bytes(record.file(0)), self.decoder, self.deadline_s)
@@ -97,7 +96,7 @@ class ShardReader:
         return shard, start * BLOCK, (end - start) * BLOCK
 
     def read(self, position: int) -> bytes:
-        """A clip's files as they stand in the shard."""
+        """The bytes of a clip in its shard."""
         return self._range(*self._place(position))
 
     def _range(self, shard: int, start: int, length: int) -> bytes:
@@ -108,20 +107,20 @@ class ShardReader:
 
 
 def _in_pieces(uri: str, start: int, length: int) -> bytes:
-    """A range in requests of at most PIECE bytes each."""
+    """A range, read in requests of at most PIECE bytes."""
     if length <= PIECE or not storage.is_s3(uri):
         return storage.read_range(uri, start, length)
     return b"".join(storage.read_pieces(uri, start, length, PIECE))
 
 
 def _places(index: pq.ParquetFile) -> tuple[NDArray[np.uint32], list[int], list[int]]:
-    """Start of every clip in its shard, in tar blocks; first clip of every shard, and the block where it ends."""
+    """Start of every clip in its shard, in tar blocks; and of every shard its first clip and its end, in blocks."""
     blocks = np.empty(index.metadata.num_rows, np.uint32)
     first: list[int] = []
     ends: list[int] = []
     position = 0
     for group in range(index.num_row_groups):
-        # without threads: each would keep memory of its own
+        # without threads: each of them would keep its own memory pool
         table = index.read_row_group(group, ["shard", "offset", "length"], use_threads=False)
         shards, offsets, lengths = (column.to_numpy() for column in table.columns)
         blocks[position : position + len(shards)] = offsets // BLOCK
@@ -129,7 +128,7 @@ def _places(index: pq.ParquetFile) -> tuple[NDArray[np.uint32], list[int], list[
             continue
         heads = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist()]
         for head, tail in zip(heads, [*heads[1:], len(shards)], strict=True):
-            if shards[head] == len(first):  # else the shard of the last group goes on in this one
+            if shards[head] == len(first):  # else the last shard of the previous row group continues
                 first.append(position + head)
                 ends.append(0)
             ends[-1] = int(offsets[tail - 1] + lengths[tail - 1]) // BLOCK
@@ -142,11 +141,12 @@ def _pixels(jpeg: memoryview) -> Pixels:
     try:
         return simplejpeg.decode_jpeg(jpeg)
     except ValueError as error:
-        raise VideoError("damaged", f"a stored frame is no whole JPEG: {error}") from error
+        raise VideoError("damaged", f"a stored frame is not a complete JPEG: {error}") from error
 
 
 def verify_shards(uri: str, *, index: int = 0, count: int = 1) -> tuple[int, list[str]]:
-    """Reads every `count`-th clip of a sharded dataset; returns how many are as written, and a line for each other."""
+    """Hashes every `count`-th clip of a sharded dataset. Returns the number of intact clips, and a line for each
+    damaged one."""
     right, wrong = 0, []
     for split, clips in read_dataset_info(uri)["clips"].items():
         reader = ShardReader(storage.join(uri, split))
@@ -160,11 +160,11 @@ def verify_shards(uri: str, *, index: int = 0, count: int = 1) -> tuple[int, lis
                 is_right = False
             right += is_right
             if not is_right:
-                wrong.append(f"{split} {row['key']} {row['video']}: its bytes are not those that were written")
+                wrong.append(f"{split} {row['key']} {row['video']}: its bytes differ from those that were written")
     return right, wrong
 
 
 def read_dataset_info(uri: str) -> dict[str, Any]:
-    """dataset.json of a sharded dataset (the parent of its splits)."""
+    """dataset.json of a sharded dataset, which is next to its splits."""
     facts: dict[str, Any] = json.loads(storage.read(storage.join(uri, DATASET)))
     return facts

@@ -1,1 +1,1 @@
-"""The synthetic corpus of the demo."""
+"""The synthetic corpus of demo and tests."""

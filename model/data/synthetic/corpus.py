@@ -1,9 +1,9 @@
-"""A small Youku-mPLUG in the published format: `mplug data synthesize OUT`.
+"""A small synthetic Youku-mPLUG in the published format: `mplug data synthesize OUT`.
 
-The pre-training split and the three benchmarks are CSV files beside `videos/`, with the columns that the published
-files have. Every word of a title is visible in its clip; what moves where, and in which order, only by looking at
-several frames. Titles of the category benchmark name the background and the colour alone, so that the category
-(decided by the subject and, for two pairs of categories, by the motion) has to be seen.
+The pre-training split and the three benchmarks are CSV files with the published columns, next to `videos/`. Every word
+of a title is visible in its clip; motions and their order only across several frames. Titles of the category benchmark
+mention only background and colour, so that a model must see the category: it depends on the subject and, for two pairs
+of categories, on the motion.
 """
 
 import csv
@@ -77,13 +77,13 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "科技": ("火箭", VERTICAL),
     "旅游": ("帆船", tuple(MOTIONS)),
 }
-"""Category -> (subject, motions): the names are eight of the published 45. The balls and the dancers differ only in
-how they move."""
+"""Category -> (subject, motions). The names are eight of the published 45. Balls and dancers differ only in their
+motion."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticClip:
-    """One clip of the corpus: where it goes, what it shows, and its row of the annotation file."""
+    """One clip of the corpus: path, content, and row of the annotation file."""
 
     video: str
     scene: Scene
@@ -91,8 +91,9 @@ class SyntheticClip:
     row: dict[str, str]
 
 
-def synthesize(out: Path, *, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> Path:
-    """Writes the corpus to `out`: one CSV per split, videos/, classname.json and scenes.jsonl (what each clip shows).
+def synthesize_corpus(out: Path, *, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> Path:
+    """Writes the corpus to `out`: one CSV per split, videos/, classname.json, and scenes.jsonl with the content of each
+    clip.
 
     The same seed and scale give the same bytes. `scale` multiplies the number of clips of every split.
     """
@@ -168,13 +169,13 @@ def _row(
             return video, words, category or ""
         case "retrieval":
             return video, sentence(rng, scene)
-        case _:  # the published captioning files: plain text to train on, a list of references to be judged by
+        case _:  # the published captioning files: one text for training, a list of references for evaluation
             references = [sentence(rng, scene) for _ in range(3)]
             return video, references[0] if split == "train" else repr(references)
 
 
 def sentence(rng: random.Random, scene: Scene) -> str:
-    """A Chinese sentence that says what the clip shows."""
+    """A Chinese sentence that describes the clip."""
     motions = [rng.choice(MOTION_PHRASES[motion]) for motion in scene.motions]
     return rng.choice(SENTENCES).format(
         subject=rng.choice(SUBJECT_PHRASES[scene.subject]).format(scene.colour),
@@ -184,7 +185,7 @@ def sentence(rng: random.Random, scene: Scene) -> str:
 
 
 def title(rng: random.Random, scene: Scene) -> str:
-    """A sentence in the dress of a video site's title."""
+    """A sentence in the style of a video title."""
     return rng.choice(TITLE_FRAMES).format(sentence(rng, scene), n=rng.randint(1, 60))
 
 

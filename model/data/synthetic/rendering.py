@@ -1,7 +1,7 @@
-"""Draws one synthetic scene as an H.264 clip: what moves, in which colour, on which background, how.
+"""Renders a synthetic scene as an H.264 clip: a subject of some colour that moves over a background.
 
-A scene is drawn from a handful of flat shapes so that a 64-pixel network can tell them apart, and every word of
-its caption is visible: the colour and the subject in any frame, the motion only by comparing frames.
+Scenes consist of a few flat shapes that a network can distinguish at 64 pixels. Every word of the caption is visible:
+colour and subject in any frame, the motion only across frames.
 """
 
 import math
@@ -26,23 +26,23 @@ COLOURS: dict[str, RGB] = {
     "紫": (140, 50, 170),
     "白": (250, 250, 250),
 }
-SUPERSAMPLING = 2  # sprites are drawn at twice their size: smooth edges without an anti-aliasing rasteriser
+SUPERSAMPLING = 2  # sprites are drawn at twice their size, for smooth edges without an anti-aliasing rasteriser
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a clip shows. The words are the caption's own: keys of COLOURS, SUBJECTS, BACKGROUNDS and MOTIONS."""
+    """The content of a clip, in words of the caption: keys of COLOURS, SUBJECTS, BACKGROUNDS and MOTIONS."""
 
     subject: str
     colour: str
     background: str
     motions: tuple[str, ...]
-    """One motion, or two that follow each other: each takes an equal part of the clip."""
+    """One motion, or two consecutive ones of equal length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How a clip is encoded. Real corpora vary in all of these."""
+    """Encoding of a clip. Real corpora vary in all of these."""
 
     width: int
     height: int
@@ -53,7 +53,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the subject is: centre as a fraction of the frame, scale relative to its size, rotation in degrees."""
+    """Pose of the subject: centre as a fraction of the frame, scale relative to its size, rotation in degrees."""
 
     x: float
     y: float
@@ -62,7 +62,7 @@ class Pose:
 
 
 def render_clip(scene: Scene, encoding: Encoding, seed: str, path: Path) -> None:
-    """Draws `scene` and writes it to `path`. The same arguments give the same bytes (one encoder thread)."""
+    """Renders `scene` to `path`. The same arguments give the same bytes (one encoder thread)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(encoding.fps))
@@ -110,7 +110,7 @@ Path_ = Callable[[float], Pose]
 
 def _slide(start: tuple[float, float], end: tuple[float, float]) -> Callable[[random.Random], Path_]:
     def motion(rng: random.Random) -> Path_:
-        drift = rng.uniform(-0.1, 0.1)  # off the middle line, across the direction of travel
+        drift = rng.uniform(-0.1, 0.1)  # offset from the middle line, across the direction of travel
         dx, dy = (0.0, drift) if start[1] == end[1] else (drift, 0.0)
 
         def at(p: float) -> Pose:
@@ -224,7 +224,7 @@ def _shaded(colour: RGB, by: int) -> RGB:
 def _ball(draw: ImageDraw.ImageDraw, s: int, colour: RGB) -> None:
     box = (s * 0.04, s * 0.04, s * 0.96, s * 0.96)
     draw.ellipse(box, fill=colour, outline=DARK, width=s // 20)
-    draw.pieslice(box, 0, 90, fill=DARK)  # two dark quarters: a spin shows
+    draw.pieslice(box, 0, 90, fill=DARK)  # two dark quarters make a rotation visible
     draw.pieslice(box, 180, 270, fill=DARK)
 
 

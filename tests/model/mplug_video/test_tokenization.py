@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from model.mplug_video.processing import clean_caption
-from model.mplug_video.tokenization import encode_pair, encode_sentence, load_tokenizer, train_tokenizer
+from model.mplug_video.tokenization import encode_pair, encode_sentence, load_tokenizer, train_bpe_tokenizer
 from tests.helpers.paths import FIXTURES
 
 GOLDEN = json.loads((FIXTURES / "tokenizer_golden.json").read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def test_captions_are_cleaned_as_upstream_does(case: dict) -> None:
 
 
 def test_a_trained_tokenizer_has_the_published_special_tokens_and_survives_saving(tmp_path: Path) -> None:
-    trained = train_tokenizer(["红色的小猫在草地上", "蓝色的汽车在公路上"] * 20, vocab_size=300)
+    trained = train_bpe_tokenizer(["红色的小猫在草地上", "蓝色的汽车在公路上"] * 20, vocab_size=300)
     trained.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     ids = encode_sentence(loaded, "红色的汽车 iPhone", 100)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from model.data.annotations import COLUMNS, read_annotations
-from model.data.synthetic.corpus import CATEGORIES, HORIZONTAL, SPLIT_SIZES, plan_corpus, synthesize
+from model.data.synthetic.corpus import CATEGORIES, HORIZONTAL, SPLIT_SIZES, plan_corpus, synthesize_corpus
 from model.data.synthetic.rendering import SUBJECTS
 from model.errors import LOST, DataError
 from tests.helpers.killing import MPLUG
@@ -34,7 +34,7 @@ def test_categories_are_published_names() -> None:
 
 def test_one_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     first, again, other = (
-        synthesize(tmp_path / name, seed=seed, scale=0.001) for name, seed in (("a", 5), ("b", 5), ("c", 6))
+        synthesize_corpus(tmp_path / name, seed=seed, scale=0.001) for name, seed in (("a", 5), ("b", 5), ("c", 6))
     )
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
@@ -86,7 +86,7 @@ def test_captions_of_an_evaluation_split_have_three_references(corpus: Path) -> 
 def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(DataError, match="must be empty or new"):
-        synthesize(tmp_path)
+        synthesize_corpus(tmp_path)
 
 
 def test_a_killed_rendering_process_is_worth_a_restart(tmp_path: Path) -> None:
