@@ -1,1 +1,1 @@
-"""The command line `mplug`. Each command is a call into the packages below."""
+"""The command line `mplug`. Each command is a call into pipelines, components or model."""

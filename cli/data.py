@@ -1,4 +1,4 @@
-"""The commands `mplug data …`: make, fetch, shard, check and look at datasets. Each is a call into the package."""
+"""The commands `mplug data …`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,12 +8,12 @@ import typer
 from model.errors import ConfigError
 
 data = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Make, fetch, shard, check and look at datasets."
+    no_args_is_help=True, rich_markup_mode="markdown", help="Generate, download, shard, verify and inspect datasets."
 )
 Dataset = Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")]
 NumFrames = Annotated[int, typer.Option(min=1, help="Frames stored per clip.")]
 ShortSide = Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")]
-Partition = Annotated[str, typer.Option(help="i/n: the i-th of n equal shares of the work, from 1/n to n/n.")]
+Partition = Annotated[str, typer.Option(help="i/n: the i-th of n equal parts of the work, from 1/n to n/n.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server. Empty: no tracking.")]
 
 
@@ -24,7 +24,7 @@ def synthesize(
     scale: Annotated[float, typer.Option(help="Factor on the number of clips; 1 gives about 2,250.")] = 1.0,
     workers: Annotated[int | None, typer.Option(help="Rendering processes. Default: one per core.")] = None,
 ) -> None:
-    """Make a small Youku-mPLUG in the published format.
+    """Generate a small synthetic Youku-mPLUG in the published format.
 
     Example: `mplug data synthesize corpus --scale 0.1`
     """
@@ -43,15 +43,15 @@ def download(
     ] = None,
     partition: Partition = "1/1",
     threads: Annotated[int, typer.Option(min=1, help="Transfers at a time.")] = 32,
-    rate_limit: Annotated[float, typer.Option(min=0, help="MB per second; 0 is no limit.")] = 0,
-    attempts: Annotated[int, typer.Option(min=1, help="Tries in a row without a byte of progress.")] = 6,
+    rate_limit: Annotated[float, typer.Option(min=0, help="MB per second; 0: no limit.")] = 0,
+    attempts: Annotated[int, typer.Option(min=1, help="Consecutive attempts without progress.")] = 6,
     max_failed: Annotated[float, typer.Option(min=0, max=1, help="Share of files that may fail.")] = 0.0,
 ) -> None:
-    """Copy a dataset into object storage; prints its URI.
+    """Copy a dataset into object storage and print its URI.
 
-    A list is CSV or TSV with a column `url` (and `path`, `size`, `sha256` where known), JSON lines with the same keys,
-    or one URL a line. An interrupted command goes on where it was, inside large files too; training may start on what
-    is there (`mplug data shard --available`).
+    A list of URLs is CSV or TSV with a column `url` (and optionally `path`, `size`, `sha256`), JSON lines with the same
+    keys, or one URL per line. An interrupted command resumes, also within large files. Training can start on partial
+    downloads (`mplug data shard --available`).
 
     Example: `mplug data download modelscope://modelscope/Youku-AliceMind s3://mplug/work --partition 3/64`
     """
@@ -72,7 +72,7 @@ def download(
 def status(
     raw: Annotated[str, typer.Argument(help="Folder or URI of a raw dataset, complete or not.")],
 ) -> None:
-    """Say what of a dataset has been downloaded, and why the rest has not.
+    """Show how much of a dataset is downloaded, and why other files failed.
 
     Example: `mplug data status s3://mplug/work/raw/youku-mplug`
     """
@@ -91,9 +91,9 @@ def verify(
     uri: Annotated[str, typer.Argument(help="Folder or URI of a raw or a sharded dataset.")],
     partition: Partition = "1/1",
 ) -> None:
-    """Read a dataset again and compare every file (or clip) with the hash that was taken when it was written.
+    """Compare every file or clip of a dataset with the hash that was recorded when it was written.
 
-    Files of a raw dataset that differ are marked, and the next download fetches them again.
+    Damaged files of a raw dataset are recorded, and the next download fetches them again.
 
     Example: `mplug data verify work/raw/youku-mplug`
     """
@@ -122,19 +122,19 @@ def shard(
     short_side: ShortSide = 256,
     partition: Partition = "1/1",
     available: Annotated[
-        bool, typer.Option("--available", help="Shard what is there; clips that are not are listed as missing.")
+        bool, typer.Option("--available", help="Shard the downloaded clips, and record the others as missing.")
     ] = False,
     max_quarantined: Annotated[
         float, typer.Option(min=0, max=1, help="Share of a split's clips that may be broken.")
     ] = 0.05,
     decoder: Annotated[str, typer.Option(help="pyav or decord.")] = "pyav",
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds after which decoding a clip is given up.")] = 60,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Time limit for decoding a clip, in seconds.")] = 60,
     workers: Annotated[int | None, typer.Option(help="Decoding processes. Default: one per core.")] = None,
 ) -> None:
-    """Decode every clip once and write shards; prints their URI.
+    """Decode every clip once, write shards and print their URI.
 
-    Many machines share the work: each runs `--partition i/n`, and the command without it puts the parts together. An
-    interrupted command goes on where it was. Clips that cannot be decoded are listed with the reason.
+    Machines can share the work: each runs `--partition i/n`, and a final command without it joins the parts. An
+    interrupted command resumes. Clips that cannot be decoded are recorded with a reason.
 
     Example: `mplug data shard work/raw/youku-mplug work --dataset retrieval --short-side 72`
     """
@@ -157,18 +157,18 @@ def shard(
 @data.command("import")
 def import_own(
     videos: Annotated[str, typer.Argument(help="Folder or s3:// URI of the videos.")],
-    table: Annotated[str, typer.Argument(help="CSV with columns video and text, and as wanted label and split.")],
+    table: Annotated[str, typer.Argument(help="CSV with columns video and text, and optionally label and split.")],
     root: Annotated[str, typer.Argument(help="Folder or s3:// URI under which raw/ and shards/ are written.")],
     dataset: Dataset = "pretrain",
     name: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "own",
-    form: Annotated[str, typer.Option(help="frames, or original for the clips as they are.")] = "frames",
+    form: Annotated[str, typer.Option(help="frames, or original for the unchanged clips.")] = "frames",
     num_frames: NumFrames = 16,
     short_side: ShortSide = 256,
 ) -> None:
-    """Make a dataset of your own videos; prints the URI of its shards.
+    """Make a dataset from your own videos and print the URI of its shards.
 
-    The CSV names each video by its path below VIDEOS. Without a column `split` a tenth of the videos each goes to val
-    and test, always the same ones; a pre-training dataset is all train.
+    The CSV has the path of each video relative to VIDEOS. Without a column `split`, 10 % of the videos each are
+    assigned to val and test, always the same ones. All videos of a pre-training dataset are in train.
 
     Example: `mplug data import videos captions.csv work --dataset captioning`
     """
@@ -197,7 +197,7 @@ def stats(
     tracking_uri: TrackingUri = "",
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "mplug-video",
 ) -> None:
-    """Show what a dataset holds: categories, durations, resolutions, sizes, titles, and why clips are not in it.
+    """Show statistics of a dataset: categories, durations, resolutions, sizes, titles, and quarantined clips.
 
     Example: `mplug data stats work/shards/classification@… --out stats.html`
     """
@@ -224,7 +224,7 @@ def tokenizer(
     root: Annotated[str, typer.Argument(help="Folder or URI under which models/tokenizer is written.")],
     vocab_size: Annotated[int, typer.Option(min=264, help="Tokens, 264 of them fixed.")] = 448,
 ) -> None:
-    """Learn a GPT-3 style tokenizer on the titles; prints its URI.
+    """Train a GPT-3 style tokenizer on the titles and print its URI.
 
     Example: `mplug data tokenizer work/raw/youku-mplug work`
     """
@@ -235,10 +235,10 @@ def tokenizer(
 
 @data.command()
 def copy(
-    source: Annotated[str, typer.Argument(help="A file here, or its s3:// URI.")],
-    dest: Annotated[str, typer.Argument(help="The s3:// URI to write, or the file here.")],
+    source: Annotated[str, typer.Argument(help="Local file or s3:// URI.")],
+    dest: Annotated[str, typer.Argument(help="s3:// URI or local file to write.")],
 ) -> None:
-    """Copy one file into storage, or out of it.
+    """Copy one file into object storage, or out of it.
 
     Example: `mplug data copy s3://mplug/work/backups/mlflow-20261126T021700Z.dump mlflow.dump`
     """

@@ -1,4 +1,4 @@
-"""The main job on one machine: `mplug demo` takes synthetic clips through the whole platform and shows the result."""
+"""`mplug demo`: runs the whole platform on one machine, from synthetic clips to registered models."""
 
 import json
 import os
@@ -31,7 +31,7 @@ console = Console(highlight=False)
 
 
 def run_demo(folder: Path, *, scale: float, overrides: list[str]) -> int:
-    """Runs the demo in `folder`; returns 0, or 1 where a required result was missed."""
+    """Runs the demo in `folder`. Returns 0, or 1 if a required result was missed."""
     validate_arguments({"root": ROOT, "overrides": overrides})
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
@@ -51,7 +51,7 @@ def run_demo(folder: Path, *, scale: float, overrides: list[str]) -> int:
 
 
 def serve_demo(folder: Path) -> None:
-    """Runs S3 and MLflow on a demo's results until Ctrl-C."""
+    """Runs S3 and MLflow with the results of a demo until Ctrl-C."""
     if not (folder / "mlflow.db").exists():
         raise StageError(f"{folder} holds no demo. Run `mplug demo {folder}` first.")
     with _interruptible(), run_services(folder) as made:
@@ -60,7 +60,7 @@ def serve_demo(folder: Path) -> None:
 
 
 def _corpus(folder: Path, scale: float) -> Path:
-    """The synthetic dataset, made once: it appears when it is whole."""
+    """The synthetic dataset, which is generated once and becomes visible when it is complete."""
     source, partial, note = folder / "source", folder / "source.partial", folder / "scale"
     if source.exists() and note.read_text(encoding="utf-8") != str(scale):
         raise ConfigError(f"--scale must be {note.read_text()} for {folder}, got {scale}. Name another folder.")
@@ -88,17 +88,17 @@ def _run_pipeline(folder: Path, source: Path, made: LocalServices, overrides: li
                 file.flush()
                 _show(line.decode(errors="replace").rstrip())
         if code := child.wait():
-            said = f"the pipeline failed; {log} says why. Run `mplug demo` again to resume."
+            said = f"the pipeline failed; see {log}. Run `mplug demo` again to resume."
             raise ProcessFailedError(said, code)
     finally:
         stop_process(child)
 
 
 def _show(line: str) -> None:
-    """Shows the pipeline's progress; all of its output is in pipeline.log."""
+    """Shows the progress of the pipeline. Its whole output is in pipeline.log."""
     line = COLOUR.sub("", line).strip()
     if stage := STAGE.search(line):
-        if not line.startswith("Task"):  # kfp prints every line twice, once with the time
+        if not line.startswith("Task"):  # kfp prints every line twice, once with a timestamp
             mark = "[green]✓[/]" if stage[3] == "SUCCESS" else "[red]✗[/]"
             console.print(f"{mark} {stage[1]}")
     elif PROGRESS.search(line) or line.startswith("error: "):
@@ -106,7 +106,7 @@ def _show(line: str) -> None:
 
 
 def _fetch_report(folder: Path, made: LocalServices) -> tuple[Path, list[dict[str, Any]]]:
-    """Copies the report of this run out of S3, which stops with the demo."""
+    """Copies the report of this run out of S3, which is stopped with the demo."""
     uri = storage.join(ROOT, "reports", RUN_NAME)
     storage.download_file(storage.join(uri, "report.html"), folder / "report.html")
     return folder / "report.html", json.loads(storage.read(storage.join(uri, "results.json")))
@@ -138,7 +138,7 @@ def _mplug() -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ends on SIGTERM or a closed terminal as on Ctrl-C: contexts inside have closed, no process stays behind."""
+    """Handles SIGTERM and a closed terminal like Ctrl-C, so that contexts close and no process stays behind."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -147,7 +147,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        console.print("\nstopped; the same command goes on where this one was")
+        console.print("\nstopped; run the same command to resume")
         sys.exit(INTERRUPTED)
     finally:
         for number, handler in previous.items():

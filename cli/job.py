@@ -1,4 +1,4 @@
-"""The commands `mplug job …`: a command of `mplug` as a job on a cluster. Each is a call into components/."""
+"""The commands `mplug job …`, which run a command of `mplug` as a job on a cluster."""
 
 import sys
 from pathlib import Path
@@ -11,25 +11,26 @@ if TYPE_CHECKING:
 
 job = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
-    help="Run a command of `mplug` on a Kubernetes cluster: training as a PyTorchJob, all else as a Job of one pod.",
+    help="Run a command of `mplug` on a Kubernetes cluster: training as a PyTorchJob, others as a Job with one pod.",
 )  # fmt: skip
-# what follows the options is another command line, with options of its own
+# the arguments after the options are another command line with its own options
 COMMAND_LINE = {"allow_interspersed_args": False}
 Command = Annotated[
-    list[str], typer.Argument(help="As on a laptop: train, evaluate, data, convert, with what follows.")
+    list[str], typer.Argument(help="Command of mplug with its arguments: train, evaluate, data, convert.")
 ]
-Name = Annotated[str, typer.Argument(help="The job's name, as `mplug job apply` printed it.")]
-Namespace = Annotated[str, typer.Option(help="Without: the overlay's, or that of the current context.")]
+Name = Annotated[str, typer.Argument(help="Name of the job, as printed by `mplug job apply`.")]
+Namespace = Annotated[str, typer.Option(help="Default: that of the overlay, or of the current context.")]
 Overlay = Annotated[
-    Path | None, typer.Option(help="Folder below k8s/overlays whose shape of a pod to take; without: the cluster's.")
+    Path | None,
+    typer.Option(help="Folder below k8s/overlays with the PodTemplate to use. Default: that of the cluster."),
 ]
-Title = Annotated[str, typer.Option("--name", help="Without: made of the command, the same for the same job.")]
+Title = Annotated[str, typer.Option("--name", help="Default: derived from the command, the same for the same job.")]
 Nodes = Annotated[int, typer.Option(min=1, help="Pods of a training job.")]
-Processes = Annotated[int, typer.Option(min=0, help="Per node. 0: as many as the shape has GPUs, or one.")]
-Image = Annotated[str, typer.Option(help="Without: the shape's.")]
-Deadline = Annotated[float, typer.Option(min=0, help="Hours after which the operator ends the job; 0: none.")]
+Processes = Annotated[int, typer.Option(min=0, help="Per node. 0: one per GPU of the PodTemplate, or one.")]
+Image = Annotated[str, typer.Option(help="Default: that of the PodTemplate.")]
+Deadline = Annotated[float, typer.Option(min=0, help="Deadline of the job in hours; 0: none.")]
 Api = Literal["pytorchjob", "trainjob"]
-ApiName = Annotated[Api, typer.Option("--api", help="Of Training Operator 1, or Trainer 2.")]
+ApiName = Annotated[Api, typer.Option("--api", help="pytorchjob of Training Operator 1, or trainjob of Trainer 2.")]
 
 
 @job.command(context_settings=COMMAND_LINE)
@@ -37,7 +38,7 @@ def render(
     command: Command, overlay: Overlay = None, namespace: Namespace = "", name: Title = "", nodes: Nodes = 1,
     processes: Processes = 0, image: Image = "", deadline_hours: Deadline = 0, api: ApiName = "pytorchjob",
 ) -> None:  # fmt: skip
-    """Print a job's manifest, for `kubectl apply -f -` or a repository. With --overlay it needs no cluster.
+    """Print the manifest of a job, for `kubectl apply -f -` or a repository. Needs no cluster with --overlay.
 
     Example: `mplug job render --overlay k8s/overlays/production --nodes 8 train pretrain_1.3b data.shards=s3://…`
     """
@@ -53,7 +54,7 @@ def apply(
     command: Command, overlay: Overlay = None, namespace: Namespace = "", name: Title = "", nodes: Nodes = 1,
     processes: Processes = 0, image: Image = "", deadline_hours: Deadline = 0, api: ApiName = "pytorchjob",
 ) -> None:  # fmt: skip
-    """Create a job; prints its name. One that is there already and has not failed stays, one that has is replaced.
+    """Create a job and print its name. An existing job is kept, or replaced if it has failed.
 
     Example: `mplug job apply --nodes 8 train pretrain_1.3b data.shards=s3://… model.decoder=s3://…`
     """
@@ -88,7 +89,7 @@ def _manifests(launch: "Launch", overlay: Path | None, namespace: str, api: Api)
 
 @job.command()
 def watch(name: Name, namespace: Namespace = "") -> None:
-    """Follow a job to its end: its log, its restarts, and why its pods wait. Exit code 0 says that it has succeeded.
+    """Follow a job to its end: its log, its restarts, and why its pods wait. Exits with 0 if it succeeds.
 
     Example: `mplug job watch pretrain-1-3b`
     """
@@ -103,9 +104,9 @@ def watch(name: Name, namespace: Namespace = "") -> None:
 def logs(
     name: Name,
     namespace: Namespace = "",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for what is still to come.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new lines.")] = False,
 ) -> None:
-    """Print the log of a job's first pod.
+    """Print the log of the first pod of a job.
 
     Example: `mplug job logs pretrain-1-3b --follow`
     """
@@ -123,7 +124,7 @@ def logs(
 
 @job.command()
 def cancel(name: Name, namespace: Namespace = "") -> None:
-    """Remove a job. A run saves a checkpoint first, and the same job goes on from it.
+    """Remove a job. A training saves a checkpoint first, and the same job resumes from it.
 
     Example: `mplug job cancel pretrain-1-3b`
     """

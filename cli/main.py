@@ -1,4 +1,4 @@
-"""The command line `mplug`: data, train, evaluate, pipeline, demo. Each command is a call into the package."""
+"""The command line `mplug`: the main commands, and the groups data, pipeline and job."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as dotted.
 
 @app.command()
 def presets() -> None:
-    """List the run configurations that come with the package.
+    """List the presets of the package.
 
     Example: `mplug presets`
     """
@@ -51,15 +51,13 @@ def convert(
     class_names: Annotated[
         Path | None, typer.Option(help="JSON of a head's categories: a list, or name: number.")
     ] = None,
-    drop: Annotated[
-        list[str] | None, typer.Option(help="Leave out tensors of this name or pattern; repeatable.")
-    ] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Skip tensors of this name or pattern; repeatable.")] = None,
 ) -> None:
-    """Convert published weights into a folder that `from_pretrained` loads.
+    """Convert published weights into a folder that `from_pretrained` can load.
 
-    What SOURCE is, its tensors tell: a ModelScope GPT-3 folder (also in tensor-parallel pieces) becomes a decoder, CLIP
-    or a timm ViT a vision encoder, `1_3B_mp_rank_00_model_states.pt` a whole model. DEST/conversion.json lists what
-    became of every tensor.
+    The format of SOURCE is detected from its tensors: a ModelScope GPT-3 folder (also tensor-parallel) becomes a
+    decoder, CLIP or a timm ViT a vision encoder, `1_3B_mp_rank_00_model_states.pt` a whole model. DEST/conversion.json
+    records the conversion of every tensor.
 
     Example: `mplug convert 1_3B_mp_rank_00_model_states.pt work/mplug-1.3b --decoder nlp_gpt3_text-generation_1.3B`
     """
@@ -79,13 +77,13 @@ def train(
     config: Config,
     overrides: Overrides = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Training processes on this machine; without: one per GPU, or one.")
+        int | None, typer.Option(min=1, help="Training processes on this machine. Default: one per GPU, or one.")
     ] = None,
     profile: Annotated[bool, typer.Option(help="Write a torch profile of three steps.")] = False,
 ) -> None:
-    """Train one run, on one process or several; in a pod, as one node of its PyTorchJob.
+    """Train one run on one or more processes. In a pod of a PyTorchJob, this machine is one of its nodes.
 
-    Started again, a run goes on from its last checkpoint; `trial=2` starts the same one from nothing.
+    A run that is started again resumes from its last checkpoint. `trial=2` starts it from scratch.
 
     Example: `mplug train tiny_pretraining --processes 2 data.shards=work/shards/pretrain@… model.decoder=work/models/…`
     """
@@ -93,7 +91,7 @@ def train(
     from model.training.launch import launch
 
     settings = [*(overrides or []), *(["training.profile=true"] if profile else [])]
-    load_config(config, settings)  # refused here, before any process starts
+    load_config(config, settings)  # fails before any process starts
     sys.exit(launch(config, settings, processes))
 
 
@@ -102,17 +100,15 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs per node; 0: one process per node, on its CPU.")] = 8,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs per node. 0: one process per node, on its CPU.")] = 8,
     gpu: Annotated[str, typer.Option(help="B200, H200, H100, A100, L40S or A10G.")] = "H100",
-    price: Annotated[float, typer.Option(min=0, help="Of one GPU for an hour.")] = 0,
-    clips: Annotated[int, typer.Option(min=0, help="Clips of an epoch, where data.shards is not there yet.")] = 0,
-    measure: Annotated[
-        bool, typer.Option(help="Take a few steps on this machine, and count with what they show.")
-    ] = False,
+    price: Annotated[float, typer.Option(min=0, help="Price of a GPU hour.")] = 0,
+    clips: Annotated[int, typer.Option(min=0, help="Clips per epoch, if data.shards does not exist yet.")] = 0,
+    measure: Annotated[bool, typer.Option(help="Measure a few steps on this machine for the estimate.")] = False,
 ) -> None:
-    """Say what a run will take before it is launched: memory, checkpoints, data, time and cost.
+    """Estimate memory, checkpoints, data, time and cost of a run before it is launched.
 
-    Needs neither weights nor data. Exit code 1 says that it would not fit.
+    Needs neither weights nor data. Exits with 1 if the run does not fit.
 
     Example: `mplug plan pretrain_1.3b --nodes 4 --gpus 8 --gpu H100 --clips 10000000 --price 2.5`
     """
@@ -130,12 +126,12 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or URI of a trained model.")],
     shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
-    preset: Annotated[str, typer.Option(help="The task's preset, for a model that `mplug convert` made.")] = "",
+    preset: Annotated[str, typer.Option(help="Preset of the task, for a converted model.")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 32,
     out: Annotated[str, typer.Option(help="Where to write scores and predictions as JSON.")] = "",
     tracking_uri: TrackingUri = "",
 ) -> None:
-    """Score a model on a benchmark; prints its metrics.
+    """Score a model on a benchmark and print its metrics.
 
     Example: `mplug evaluate work/models/tiny-retrieval work/shards/retrieval@… --out scores.json`
     """
@@ -159,16 +155,18 @@ def evaluate(
 def doctor(
     root: Annotated[str, typer.Option(help="Folder or s3:// URI to write to and read from.")] = "",
     tracking_uri: TrackingUri = "",
-    cluster: Annotated[bool, typer.Option(help="Look at the cluster of the current context.")] = False,
+    cluster: Annotated[bool, typer.Option(help="Check the cluster of the current context.")] = False,
     pod: Annotated[
-        bool, typer.Option(help="Look from inside: pull the image and ask all this in a pod there.")
+        bool, typer.Option(help="Also run the checks in a pod of the cluster, with the training image.")
     ] = False,
-    namespace: Annotated[str, typer.Option(help="Without: that of the current context.")] = "",
-    nodes: Annotated[int, typer.Option(min=1, help="Pods of the job that is to fit.")] = 1,
-    processes: Annotated[int, typer.Option(min=0, help="Of each. 0: as many as the shape has GPUs, or one.")] = 0,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs that this machine is to have.")] = 0,
+    namespace: Annotated[str, typer.Option(help="Default: that of the current context.")] = "",
+    nodes: Annotated[int, typer.Option(min=1, help="Pods of the job that must fit.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes per pod. 0: one per GPU of the PodTemplate, or one.")
+    ] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs that this machine must have.")] = 0,
 ) -> None:
-    """Say what works here, or on a cluster, and what to do about the rest. Exit code 1 says that something does not.
+    """Check this machine or a cluster, and suggest remedies. Exits with 1 if a check fails.
 
     Example: `mplug doctor --cluster --pod --namespace mplug --nodes 8`
     """
@@ -188,11 +186,11 @@ def doctor(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Everything the demo makes is kept here.")] = Path("demo"),
+    folder: Annotated[Path, typer.Argument(help="Folder for all results.")] = Path("demo"),
     scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
     overrides: Overrides = None,
 ) -> None:
-    """The main job on this machine: synthetic clips, S3 server, pipeline, MLflow, report.
+    """Run the whole platform on this machine: synthetic clips, S3 server, pipeline, MLflow, report.
 
     Example: `mplug demo`
     """
@@ -205,7 +203,7 @@ def demo(
 def ui(
     folder: Annotated[Path, typer.Argument(help="The folder of a demo.")] = Path("demo"),
 ) -> None:
-    """Open MLflow's page on what a demo made; Ctrl-C stops it.
+    """Serve MLflow's page with the results of a demo until Ctrl-C.
 
     Example: `mplug ui`
     """

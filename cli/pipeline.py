@@ -1,4 +1,4 @@
-"""The commands `mplug pipeline …`: run here, compile, submit. Each is a call into the package."""
+"""The commands `mplug pipeline …`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 pipeline = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",
-    help="Run a pipeline here, or on Kubeflow Pipelines: pretrain, finetune, benchmark, or all of it as mplug-video.",
+    help="Run a pipeline on this machine or on Kubeflow Pipelines: pretrain, finetune, benchmark, or mplug-video.",
 )  # fmt: skip
 Name = Annotated[str, typer.Argument(help="pretrain, finetune, benchmark or mplug-video.")]
 Arguments = Annotated[
@@ -44,8 +44,8 @@ def run(
     items: Arguments = None,
     folder: Annotated[Path, typer.Option(help="Where kfp keeps step outputs and its cache.")] = Path("kfp"),
 ) -> None:
-    """Run a pipeline on this machine; finished stages are not run again. Training runs here too, unless `nodes` says
-    how many pods of the current cluster it takes.
+    """Run a pipeline on this machine. Finished stages are not repeated. With `nodes` above 0, training runs as a job on
+    the current cluster.
 
     Example: `mplug pipeline run mplug-video source=corpus root=s3://mplug/work tracking_uri=http://127.0.0.1:5000`
     """
@@ -59,7 +59,7 @@ def run(
 def compile_all(
     folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("pipelines/compiled"),
 ) -> None:
-    """Compile all pipelines, as they are sent to Kubeflow Pipelines or uploaded in its page.
+    """Compile all pipelines for Kubeflow Pipelines.
 
     Example: `mplug pipeline compile pipelines/compiled`
     """
@@ -72,18 +72,16 @@ def compile_all(
 Url = Annotated[str, typer.Option("--host", envvar="KFP_HOST", help="URL of Kubeflow Pipelines.")]
 Token = Annotated[str, typer.Option(envvar="KFP_TOKEN", help="Sent as a bearer token.")]
 Headers = Annotated[
-    list[str] | None, typer.Option("--header", help="'name: value', sent with every request; repeatable.")
+    list[str] | None, typer.Option("--header", help="'name: value', added to every request; repeatable.")
 ]
-Profile = Annotated[str, typer.Option("--namespace", help="Profile, in a Kubeflow that has them.")]
+Profile = Annotated[str, typer.Option("--namespace", help="Profile namespace, for a Kubeflow with profiles.")]
 Wait = Annotated[
     bool,
     typer.Option(
-        help="Wait for the end: show the current steps, why they wait, what has failed. Exit code 0: it has succeeded."
+        help="Wait for the end, and show current steps, why they wait, and failures. Exits with 0 if the run succeeds."
     ),
 ]
-Retries = Annotated[
-    int, typer.Option(min=0, help="While waiting, run what has failed again so often; what is permanent never.")
-]
+Retries = Annotated[int, typer.Option(min=0, help="While waiting, retry transient failures this many times.")]
 LOCAL = "http://localhost:8888"
 
 
@@ -92,22 +90,25 @@ def submit(
     name: Name,
     items: Arguments = None,
     overlay: Annotated[
-        Path | None, typer.Option(help="Folder below k8s/overlays whose defaults to take; without: the cluster's.")
+        Path | None,
+        typer.Option(help="Folder below k8s/overlays with the defaults to use. Default: those of the cluster."),
     ] = None,
     url: Url = LOCAL,
     token: Token = "",
     headers: Headers = None,
     profile: Profile = "",
     experiment: Annotated[str, typer.Option(help="Experiment in Kubeflow Pipelines.")] = "mplug-video",
-    service_account: Annotated[str, typer.Option(help="Of the steps; without, the backend's default.")] = "",
+    service_account: Annotated[
+        str, typer.Option(help="Service account of the steps. Default: that of the backend.")
+    ] = "",
     cache: Annotated[bool, typer.Option(help="Take finished steps from the cache.")] = True,
     wait: Wait = False,
     retries: Retries = 0,
 ) -> None:
-    """Start a pipeline on Kubeflow Pipelines; prints the link to its run.
+    """Start a pipeline on Kubeflow Pipelines and print the link to its run.
 
-    What is not given are the defaults of the cluster: image, addresses, and what each step takes (ConfigMap
-    mplug-pipelines).
+    Parameters that are not given have the defaults of the cluster: image, addresses, and resources of each step
+    (ConfigMap mplug-pipelines).
 
     Example: `mplug pipeline submit pretrain source=modelscope://… decoder=s3://… --wait --retries 3`
     """
@@ -132,7 +133,7 @@ def submit(
 
 @pipeline.command()
 def retry(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, the end of the link to it.")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="ID of a run, which is the end of its link.")],
     url: Url = LOCAL,
     token: Token = "",
     headers: Headers = None,
@@ -156,13 +157,13 @@ def retry(
 
 @pipeline.command()
 def cancel(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, the end of the link to it.")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="ID of a run, which is the end of its link.")],
     url: Url = LOCAL,
     token: Token = "",
     headers: Headers = None,
     profile: Profile = "",
 ) -> None:
-    """Cancel a run, and wait until its training jobs have saved a checkpoint and are gone.
+    """Cancel a run, and wait until its training jobs have saved a checkpoint.
 
     Example: `mplug pipeline cancel 0c2f5c8e-…`
     """

@@ -1,4 +1,4 @@
-"""`mplug plan`: what a run will take, as a page to read before anything is launched."""
+"""`mplug plan`: prints the estimated resources of a run."""
 
 import json
 import subprocess
@@ -16,11 +16,11 @@ from model.training.flops import GPUS
 from model.training.planning.estimate import Measurement, Memory, RunPlan, plan_run
 
 USABLE = 0.92
-"""Of a GPU's memory; the rest is fragments."""
+"""Usable share of a GPU's memory; the rest is lost to fragmentation."""
 MFU_RANGE = (0.25, 0.45)
-"""Of a vendor's peak: what published trainers of this size reach. Not measured here."""
+"""Share of the peak that published trainers of this size reach. Not measured here."""
 CLIP_S = {"frames": (0.004, 0.02), "original": (0.1, 0.6)}
-"""One core's seconds per clip in training, by the form of the shards (docs/data.md)."""
+"""CPU seconds per clip in training, by the form of the shards (docs/data.md)."""
 CLIP_BYTES = {"frames": (0.1e6, 0.4e6), "original": (0.6e6, 4e6)}
 
 
@@ -39,7 +39,7 @@ class Hardware:
 
 
 def print_plan(config: str, overrides: list[str], hardware: Hardware, *, clips: int, measured: bool) -> bool:
-    """Prints the plan; False where the run would not fit."""
+    """Prints the plan. Returns False if the run does not fit."""
     run, overrides = _loaded(config, overrides)
     form, clips = _dataset(run, clips)
     run = count_in_steps(run, clips) if clips or run.training.steps else run
@@ -52,14 +52,14 @@ def print_plan(config: str, overrides: list[str], hardware: Hardware, *, clips: 
     limit = GPUS[hardware.gpu].memory * USABLE if hardware.gpus else None
     if limit is None or memory <= limit:
         return True
-    has = f"{limit / 1e9:.1f} GB that this GPU ({hardware.gpu}) has to give"
+    has = f"{limit / 1e9:.1f} GB that are usable on this GPU ({hardware.gpu})"
     console.print(f"[bold red]does not fit[/]: {memory / 1e9:.1f} GB of the {has}.")
     console.print(_remedy(run, hardware, limit), markup=False)
     return False
 
 
 def _loaded(config: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
-    """A configuration whose weights and data need not be there yet, and the overrides that make it one."""
+    """A configuration whose weights and data need not exist yet, and its overrides."""
     try:
         return load_config(config, overrides), overrides
     except ConfigError:
@@ -74,7 +74,7 @@ def _dataset(run: RunConfig, clips: int) -> tuple[str, int]:
         return facts["form"]["kind"], clips or facts["clips"]["train"]
     except StorageError:
         if not clips and not run.training.steps:
-            raise ConfigError("data.shards is not there yet: --clips must say how many clips an epoch has.") from None
+            raise ConfigError("data.shards does not exist yet: give the number of clips with --clips.") from None
         return "frames", clips
 
 
@@ -89,7 +89,7 @@ def _measure(config: str, overrides: list[str], micro_batch: int) -> Measurement
 
 
 def _memory_bytes(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measurement | None) -> float:
-    """Of one process: as computed, or as one process measured here and sharing its state with the others."""
+    """Memory of one process: the estimate, or a measurement on this machine, adapted to sharded state."""
     on_cpu = not hardware.gpus
     host = found.memory.host if on_cpu else 0.0
     if not measured:
@@ -114,7 +114,7 @@ def _memory_table(memory: Memory, total: float, measured: Measurement | None, *,
     for name, size in parts.items():
         table.add_row(name, f"{size / 1e9:.2f}")
     if measured:
-        table.add_row("beside that, measured here", f"{(total - sum(parts.values())) / 1e9:+.2f}")
+        table.add_row("other, measured here", f"{(total - sum(parts.values())) / 1e9:+.2f}")
     table.add_section()
     table.add_row("[bold]together[/]", f"[bold]{total / 1e9:.2f}[/]")
     return table
@@ -171,18 +171,18 @@ def _shared_bytes(run: RunConfig, hardware: Hardware, found: RunPlan) -> float:
 def _step_seconds(
     run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measurement | None
 ) -> tuple[float, float]:
-    """The fastest and the slowest to expect; exchange between processes is part of the range, not measured."""
+    """Expected range. It includes communication between processes, which is not measured."""
     if measured:
         seconds = measured.step_s * run.training.gradient_accumulation
         return seconds, seconds
     if not hardware.gpus:
-        raise ConfigError("how fast this processor is must be measured: add --measure.")
+        raise ConfigError("the speed of a CPU must be measured: add --measure.")
     peak = GPUS[hardware.gpu].bf16_peak * found.processes
     return found.step_flops / (peak * MFU_RANGE[1]), found.step_flops / (peak * MFU_RANGE[0])
 
 
 def _remedy(run: RunConfig, hardware: Hardware, limit: float) -> str:
-    """The mildest change with which it fits."""
+    """The smallest change that makes the run fit."""
     parts = ["vision", "abstractor", "decoder"]
     accumulation = run.training.gradient_accumulation
     tries: list[dict[str, object]] = [{"zero_stage": 2}, {"activation_checkpointing": tuple(parts)}]
@@ -198,7 +198,7 @@ def _remedy(run: RunConfig, hardware: Hardware, limit: float) -> str:
         if size <= limit:
             settings = " ".join(f"training.{key}={_yaml(value)}" for key, value in changes.items())
             return f"It fits ({size / 1e9:.1f} GB) with: {settings}"
-    return "No setting makes it fit; take more GPUs, larger ones, or a smaller data.batch_size."
+    return "No setting makes it fit; use more or larger GPUs, or a smaller data.batch_size."
 
 
 def _yaml(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The demo's own S3 server and MLflow: started and stopped with it, with credentials, on this machine only."""
+"""The S3 server and MLflow of the demo. Both listen on this machine only, with credentials, and stop with the demo."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WEED_PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
 
 @dataclass(frozen=True, kw_only=True)
 class LocalServices:
-    """Ports and credentials of one demo folder. Kept, since addresses are part of what finished stages are known by."""
+    """Ports and credentials of a demo folder. They are kept, because cached stages depend on the addresses."""
 
     weed_port: int
     """First of four consecutive ports."""
@@ -51,7 +51,7 @@ class LocalServices:
 
 
 def local_services(folder: Path) -> LocalServices:
-    """The folder's settings, made up the first time; only the user may read them."""
+    """The settings of a folder, generated on first use and readable by the user only."""
     path = folder / "services.json"
     if path.exists():
         return LocalServices(**json.loads(path.read_text(encoding="utf-8")))
@@ -71,19 +71,19 @@ def local_services(folder: Path) -> LocalServices:
 
 @contextmanager
 def object_storage(folder: Path) -> Iterator[LocalServices]:
-    """Runs the S3 server while the context lasts; this process's environment points at it."""
+    """Runs the S3 server during the block, and points the environment of this process to it."""
     made = local_services(folder)
     os.environ.update(made.environment())
     log = folder / "s3.log"
     with run_process(_weed(folder, made), log, {"GOMEMLIMIT": "400MiB"}) as server:
-        # its health page answers before it can store anything
+        # the health page answers before the server can store objects
         _wait(server, lambda: storage.write(f"s3://{BUCKET}/ready", b""), log)
         yield made
 
 
 @contextmanager
 def run_services(folder: Path) -> Iterator[LocalServices]:
-    """Runs S3 and MLflow while the context lasts."""
+    """Runs S3 and MLflow during the block."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = folder / "mlflow.log"
     with object_storage(folder) as made, run_process(_mlflow(folder, made), log, quiet) as server:
@@ -112,7 +112,7 @@ def _mlflow(folder: Path, made: LocalServices) -> list[str]:
 
 @contextmanager
 def run_process(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in a session of its own; it and all its descendants are gone when the context ends."""
+    """Runs a child process in a new session. Ends it and all its descendants after the block."""
     with log.open("ab") as file:
         child = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
@@ -124,9 +124,9 @@ def run_process(command: list[str], log: Path, environment: dict[str, str]) -> I
 
 
 def stop_process(child: subprocess.Popen[bytes]) -> None:
-    """Asks the whole tree to end, then makes it; a second Ctrl-C does not cut that short.
+    """Sends SIGTERM to the process tree, and SIGKILL after a while. A second Ctrl-C does not interrupt this.
 
-    The tree, not the group: a worker of torchrun is in a session of its own.
+    The tree and not the process group: workers of torchrun are in another session.
     """
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -151,24 +151,24 @@ def _signal(member: psutil.Process, number: signal.Signals) -> None:
 
 
 def _wait(server: subprocess.Popen[bytes], ready: Callable[[], None], log: Path) -> None:
-    """Calls `ready` until it no longer raises, while the server lives."""
+    """Calls `ready` until it succeeds, while the server runs."""
     deadline = time.monotonic() + START_S
     while True:
         if server.poll() is not None:
-            raise StageError(f"{log.stem} ended at once, perhaps because its port is taken; {log} says why.")
+            raise StageError(f"{log.stem} failed to start, perhaps because its port is in use; see {log}.")
         try:
             ready()
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise StageError(f"{log.stem} did not start within {START_S:.0f} s; {log} says why.") from error
+                raise StageError(f"{log.stem} did not start within {START_S:.0f} s; see {log}.") from error
             time.sleep(0.3)
 
 
 def free_ports(count: int) -> int:
-    """First of `count` consecutive ports that are free, with the gRPC ports that belong to them."""
+    """First of `count` consecutive free ports whose gRPC ports are free as well."""
     for _ in range(100):
-        # with their gRPC ports below 32768, where the system takes its own ports from, for any connection at any time
+        # gRPC ports below 32768, where the ephemeral ports of the system start
         first = 10_000 + secrets.randbelow(12_000)
         if all(_is_free(port + offset) for port in range(first, first + count) for offset in (0, GRPC_OFFSET)):
             return first

@@ -1,1 +1,1 @@
-"""KFP steps: each a signature and one call into the package, which the image and the laptop have installed alike."""
+"""KFP components. Each is a signature and one call into the package, which is installed in the image."""

@@ -1,4 +1,4 @@
-"""Copies a published dataset, or a share of it, into object storage."""
+"""Copies a published dataset, or a partition of it, into object storage."""
 
 from components.image import component
 
@@ -8,7 +8,7 @@ def download(
     source: str, source_version: str, root: str, dataset: str, partition: str, tracking: dict[str, str],
     code_version: str,
 ) -> str:  # fmt: skip
-    """Returns the URI of the raw data, <root>/raw/<dataset>. `partition` i/n fetches the i-th of n shares."""
+    """Returns the URI of the raw data, <root>/raw/<dataset>. `partition` i/n downloads the i-th of n partitions."""
     from model.data.download.dataset import Options
     from model.data.download.dataset import download_dataset as run
     from model.data.download.http import redact_url

@@ -1,4 +1,4 @@
-"""Scores a trained model on a benchmark's test split."""
+"""Scores a trained model on the test split of a benchmark."""
 
 from kfp.dsl import Metrics, Output
 
@@ -27,6 +27,6 @@ def evaluate(
         evaluation = evaluate_model(trained, shards=shards[preset_dataset(config)], tracking=tracking)
         for name, value in evaluation.scores.items():
             metrics.log_metric(name, value)
-        # an artifact without a file does not count as made, and the local cache would judge the model again
+        # without a file the local runner does not cache the artifact, and would repeat the evaluation
         Path(metrics.path).write_text(json.dumps(evaluation.scores))
         return save_evaluation(evaluation, f"{trained}.test.json")

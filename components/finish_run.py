@@ -1,13 +1,13 @@
-"""Ends a run: stops what it has started and still runs, and closes its run in MLflow."""
+"""The exit handler: stops the remaining jobs of a pipeline run, and closes its MLflow run."""
 
 from components.image import component
 
 
 @component()
 def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: str, namespace: str) -> str:
-    """Returns what became of the run, and why steps failed; Kubeflow's page shows it as the step's output.
+    """Returns the outcome of the run and the reasons of failed steps, which Kubeflow's page shows as the step's output.
 
-    kfp's own PipelineTaskFinalStatus does not say that a run was cancelled.
+    kfp's PipelineTaskFinalStatus does not report that a run was cancelled.
     """
     from components.jobs.run_end import end_run
     from model.errors import exit_codes

@@ -1,4 +1,4 @@
-"""Lets models into the registry that are as good as those in use."""
+"""The gate before the registry: fails if a model is worse than the champion of its task."""
 
 from components.image import component
 
@@ -8,7 +8,7 @@ def gate(
     evaluations: list[str], root: str, minimum: dict[str, float], tolerance: float, tracking: dict[str, str],
     code_version: str,
 ) -> list[str]:  # fmt: skip
-    """Returns the evaluations, all of which have passed; fails where one has not."""
+    """Returns the evaluations if all of them pass; fails otherwise."""
     from model.evaluation.gate import check_gate
     from model.tracking import stage
 

@@ -5,7 +5,7 @@ from components.image import component
 
 @component()
 def register(evaluations: list[str], promote: bool, tracking: dict[str, str], code_version: str) -> list[str]:
-    """Returns name/version of each registered model. Models without pre-training are the yardstick, not candidates."""
+    """Returns name/version of each registered model. Models without pre-training are baselines, not candidates."""
     from model.evaluation.registration import register_candidates
     from model.tracking import stage
 

@@ -1,4 +1,4 @@
-"""Writes the report that people read: every task beside chance and beside the same model without pre-training."""
+"""Writes the report, which compares every task with chance and with the same model without pre-training."""
 
 from components.image import component
 

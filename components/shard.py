@@ -1,4 +1,4 @@
-"""Decodes every clip once and writes shards that training reads."""
+"""Decodes every clip once and writes shards for training."""
 
 from components.image import component
 
@@ -8,9 +8,9 @@ def shard(
     raw: str, raw_version: str, root: str, datasets: list[str], num_frames: int, short_side: int, partition: str,
     tracking: dict[str, str], code_version: str,
 ) -> dict[str, str]:  # fmt: skip
-    """Returns the URI of each dataset's shards by name. `partition` i/n only makes the i-th of n parts, and no URI.
+    """Returns the URIs of the shards by dataset. `partition` i/n only builds the i-th of n partitions, without a URI.
 
-    `datasets` may hold presets: their datasets are meant. Other data have another `raw_version`.
+    A preset in `datasets` stands for the dataset of its task. `raw_version` must change with the data.
     """
     from model.config.load import preset_dataset
     from model.data.partition import parse_partition

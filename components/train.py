@@ -1,4 +1,4 @@
-"""Trains one run: the same command line as `mplug train`, in this step or as a job of several nodes."""
+"""Trains one run like `mplug train`, in this step or as a job on several nodes."""
 
 from components.image import component
 
@@ -11,8 +11,9 @@ def train(
 ) -> str:  # fmt: skip
     """Returns the URI of the trained model, <root>/models/<name>-<init>/<version>.
 
-    `init` is "pretrained" to start from `pretrained`, or anything else to start from fresh visual weights. With 0
-    `nodes` it trains in this step, on so many `processes`; else as a PyTorchJob with so many per node, 0: one per GPU.
+    `init` is "pretrained" to start from `pretrained`; any other value starts from fresh visual weights. With 0 `nodes`
+    it trains in this step on `processes` processes, otherwise as a PyTorchJob with `processes` per node (0: one per
+    GPU).
     """
     from components.jobs.launcher import train_on_cluster
     from model.config.load import load_config, preset_dataset
@@ -34,5 +35,5 @@ def train(
         if nodes:
             train_on_cluster(config, arguments, nodes, processes, image, namespace, deadline_hours)
         elif code := launch(config, arguments, processes):
-            raise ProcessFailedError(f"{settings['name']} ended with exit code {code}; its log says why.", code)
+            raise ProcessFailedError(f"{settings['name']} ended with exit code {code}; see its log.", code)
         return published_model(load_config(config, arguments))

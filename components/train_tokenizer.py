@@ -1,4 +1,4 @@
-"""Learns a GPT-3 style tokenizer on the titles of the corpus."""
+"""Trains a GPT-3 style tokenizer on the titles of the corpus."""
 
 from components.image import component
 
@@ -7,7 +7,7 @@ from components.image import component
 def train_tokenizer(
     raw: str, raw_version: str, root: str, vocab_size: int, tracking: dict[str, str], code_version: str
 ) -> str:
-    """Returns the URI of the tokenizer, <root>/models/tokenizer/<version>. Other data have another `raw_version`."""
+    """Returns the URI of the tokenizer, <root>/models/tokenizer/<version>. `raw_version` must change with the data."""
     from model.tasks.language_modeling import publish_tokenizer
     from model.tracking import stage
 

@@ -1,1 +1,1 @@
-"""Steps wired into pipelines, and the command line `mplug`."""
+"""Pipelines of KFP components, and what runs them: the local runner and Kubeflow Pipelines."""

@@ -1,4 +1,4 @@
-"""The pipelines by name, and the arguments that a person gives one."""
+"""The pipelines by name, and their arguments."""
 
 import difflib
 import importlib
@@ -27,7 +27,7 @@ YAML_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def load_pipeline(name: str) -> Any:
-    """A pipeline as kfp knows it."""
+    """The kfp pipeline of this name."""
     module, _, attribute = PIPELINES[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
@@ -38,14 +38,14 @@ def compile_to(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{name}.yaml"
     compiler.Compiler().compile(load_pipeline(name), str(out))
-    # kfp's comment above it repeats the defaults in an order that changes from process to process
+    # remove kfp's comment, which repeats the defaults in an order that differs between processes
     lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
     out.write_text("".join(dropwhile(lambda line: line.startswith("#"), lines)), encoding="utf-8")
     return out
 
 
 def compiled_documents(name: str) -> list[dict[str, Any]]:
-    """The compiled pipeline: what runs, and what of it is Kubernetes'. Raises ConfigError for a name that is none."""
+    """The compiled pipeline: its specification and its Kubernetes settings. Raises ConfigError for an unknown name."""
     if name not in PIPELINES:
         raise ConfigError(f"no pipeline named {name}: there are {', '.join(PIPELINES)}.")
     return list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
@@ -53,13 +53,13 @@ def compiled_documents(name: str) -> list[dict[str, Any]]:
 
 @cache
 def pipeline_parameters(name: str) -> dict[str, Any]:
-    """Type, default and meaning of each of a pipeline's parameters."""
+    """Type, default and description of each parameter of a pipeline."""
     found: dict[str, Any] = compiled_documents(name)[0]["root"]["inputDefinitions"]["parameters"]
     return found
 
 
 def parse_arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
-    """`parameter=value` as the pipeline's arguments, values as YAML. Raises ConfigError, with every problem."""
+    """Parses `parameter=value` with YAML values. Raises ConfigError with all problems."""
     known = pipeline_parameters(name)
     found: dict[str, Any] = {}
     problems: list[str] = []
@@ -82,7 +82,7 @@ def parse_arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
 
 
 def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a run. Raises ConfigError where something is missing that has no default."""
+    """All arguments of a run. Raises ConfigError if a parameter without a default is missing."""
     known = pipeline_parameters(name)
     missing = [key for key, parameter in known.items() if not parameter.get("isOptional") and key not in given]
     if missing:

@@ -1,4 +1,4 @@
-"""Defaults of a pipeline's parameters on a cluster: what the overlay says that is installed there, or will be."""
+"""Defaults of pipeline parameters on a cluster, read from the cluster or from an overlay of k8s/."""
 
 import logging
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from pipelines.local import code_version
 log = logging.getLogger("mplug")
 CONFIG, DEFAULTS = "mplug-config", "mplug-pipelines"
 ADDRESSES = {"root": "MPLUG_ROOT", "tracking_uri": "MLFLOW_TRACKING_URI"}
-"""Parameters, and the keys of the ConfigMap with a cluster's addresses that hold them."""
+"""Parameters, and their keys in the ConfigMap with the addresses of a cluster."""
 PATIENCE_S = 5.0
 
 
 def arguments_on_cluster(name: str, items: Sequence[str], overlay: Path | None = None) -> dict[str, Any]:
-    """All arguments of a run of pipeline `name` that differ from the compiled defaults: given, or the cluster's."""
+    """All arguments of pipeline `name` that differ from the compiled defaults: given ones, and defaults of the
+    cluster."""
     given, known = parse_arguments(name, items), pipeline_parameters(name)
     values = {"code_version": code_version(), **cluster_defaults(name, given.get("namespace", ""), overlay), **given}
     if "cpu_image" in known and "image" in given and "cpu_image" not in given:
@@ -28,14 +29,14 @@ def arguments_on_cluster(name: str, items: Sequence[str], overlay: Path | None =
 
 
 def cluster_defaults(name: str, namespace: str, overlay: Path | None) -> dict[str, Any]:
-    """Arguments of pipeline `name` that an overlay knows, or else the current cluster, in the namespace of its context.
+    """Arguments of pipeline `name` from an overlay, or else from the namespace of the current context.
 
-    Empty, with a warning, where no cluster can be asked. Raises ConfigError for a value that is none of the parameter.
+    Empty, with a warning, if no cluster is reachable. Raises ConfigError for a value of the wrong type.
     """
     try:
         found, namespace = _of_overlay(overlay) if overlay else _of_cluster(namespace)
     except (StageError, OutageError) as error:
-        log.warning("the cluster's defaults cannot be read, the pipeline's own are used: %s", error)
+        log.warning("the defaults of the cluster cannot be read, using those of the pipeline: %s", error)
         return {}
     addresses, defaults = found[CONFIG]["data"], found[DEFAULTS]["data"]
     known = pipeline_parameters(name)

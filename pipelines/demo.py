@@ -1,8 +1,8 @@
 """The whole platform as one pipeline: download -> shards -> pre-training -> three benchmarks -> registry and report.
 
-The same definition runs in kfp's local runner (`mplug pipeline run`) and on a cluster (`mplug pipeline submit`).
-Stages pass URIs; data and weights stay in object storage. At a scale that two cores can bear; the real sizes are in
-pretrain.py, finetune.py and benchmark.py.
+The same definition runs in kfp's local runner (`mplug pipeline run`) and on a cluster (`mplug pipeline submit`). Stages
+pass URIs; data and weights stay in object storage. The models are tiny; pretrain.py, finetune.py and benchmark.py train
+the full sizes.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ BENCHMARKS = [
     for init in ("pretrained", "random")
     for task in ("classification", "retrieval", "captioning")
 ]
-"""Each benchmark is fine-tuned twice: from the pre-trained model, and from fresh weights to show what that is worth."""
+"""Each benchmark is fine-tuned twice: from the pre-trained model, and from fresh weights for comparison."""
 IN_THE_STEP = {"nodes": 0, "namespace": "", "deadline_hours": 0.0}
-"""Trains where the step runs, without a job of its own."""
+"""Arguments to train in the step itself, without a job."""
 
 
 class DemoParameters(Parameters):
@@ -38,7 +38,7 @@ class DemoParameters(Parameters):
     tracking_uri: str
     """MLflow tracking server."""
     source_version: str = ""
-    """Names the state of the source; a new one copies what has changed."""
+    """Version of the source; a new one copies changed files."""
     dataset: str = "youku-mplug"
     """Name of the dataset under <root>/raw."""
     processes: int = 2
@@ -48,17 +48,17 @@ class DemoParameters(Parameters):
     num_frames: int = 16
     """Frames stored per clip."""
     short_side: int = 72
-    """Height or width of stored frames, whichever is shorter, in pixels."""
+    """Shorter side of stored frames, in pixels."""
     vocab_size: int = 448
     """Tokens of the tokenizer."""
     cpu: str = "500m"
-    """Cores of each step that computes, as Kubernetes writes them."""
+    """CPU of each computing step, as a Kubernetes quantity."""
     memory: str = "4Gi"
-    """Memory of each step that computes."""
+    """Memory of each computing step."""
 
 
 def compute(step: Any, p: DemoParameters) -> Any:
-    """Gives a step its image, cores and memory."""
+    """Sets image, CPU and memory of a step."""
     return set_resources(place(step, p.image), cpu=p.cpu, memory=p.memory)
 
 
@@ -66,15 +66,15 @@ def compute(step: Any, p: DemoParameters) -> Any:
 def benchmarks(
     p: DemoParameters, shards: dict[str, str], decoder: str, pretrained: str, tracking: dict[str, str]
 ) -> None:
-    """Fine-tunes and judges every benchmark, registers the candidates and writes the report."""
+    """Fine-tunes and evaluates every benchmark, registers the candidates and writes the report."""
     given = {"shards": shards, "tracking": tracking}
-    # one process each, two at a time: on two cores this is faster than two processes one after the other
+    # one process each, two at a time: on two cores this is faster than one run with two processes
     with dsl.ParallelFor(BENCHMARKS, parallelism=2) as benchmark:
         start = {"decoder": decoder, "pretrained": pretrained, "init": benchmark.init, "processes": 1, **IN_THE_STEP}
         tuned = compute(call_step(train, p, config=benchmark.config, **start, **given), p)
         judged = compute(call_step(evaluate, p, trained=tuned.output, config=benchmark.config, **given), p)
 
-    # one Collected per consumer: the compiler rewrites it in place
+    # a separate Collected for each consumer: the compiler modifies it
     found = dsl.Collected(judged.outputs["Output"])
     place(call_step(register, p, evaluations=found, promote=False, tracking=tracking), p.image)
     compute(call_step(report, p, evaluations=dsl.Collected(judged.outputs["Output"]), **given), p)
@@ -82,7 +82,7 @@ def benchmarks(
 
 @tracked_pipeline(
     "",
-    "Pre-trains mPLUG-Video, fine-tunes and judges it on three benchmarks.",
+    "Pre-trains mPLUG-Video, fine-tunes and evaluates it on three benchmarks.",
     source="source",
     last_stages="register report",
     run_name="mplug-video",

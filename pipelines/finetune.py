@@ -23,54 +23,54 @@ class FinetuneParameters(Parameters):
     cpu_image: str
     """Image of the other steps: the same, or the smaller one without CUDA."""
     raw_version: str = ""
-    """Names the state of the dataset; a new one decodes it again."""
+    """Version of the dataset; a new one decodes it again."""
     configs: list[str]
     """Presets, one for each task."""
     decoder: str = ""
-    """Folder or URI of another language model; empty is the pre-trained model's own."""
+    """Folder or URI of another language model; empty: that of the pre-trained model."""
     num_frames: int = 16
     """Frames stored per clip."""
     short_side: int = 256
-    """Height or width of stored frames, whichever is shorter, in pixels."""
+    """Shorter side of stored frames, in pixels."""
     overrides: list[str] = []
-    """dotted.key=value settings of the training."""
+    """dotted.key=value settings for training."""
     nodes: int = 1
-    """Pods of each training job; 0 trains in the step itself."""
+    """Pods of each training job; 0: train in the step itself."""
     processes: int = 0
-    """Training processes per node; 0 is one per GPU of the cluster's shape of a pod."""
+    """Training processes per node; 0: one per GPU of the PodTemplate."""
     namespace: str = "mplug"
-    """Where the training job runs."""
+    """Namespace of the training jobs."""
     deadline_hours: float = 0.0
-    """Hours after which the training job is given up; 0 is never."""
+    """Deadline of a training job in hours, after which it is suspended; 0: none."""
     minimum: dict[str, float] = {}
-    """What a task's metric must reach, as {"classification": 0.75}."""
+    """Minimum score by task, such as {"classification": 0.75}."""
     tolerance: float = 0.0
-    """How far below the champion's value it may stay."""
+    """Allowed distance below the score of the champion."""
     promote: bool = False
-    """Make champions of the models in the registry when all have passed."""
+    """Promote the models to champions if all of them pass the gate."""
     shard_cpu: str = SIZES["shard_cpu"]
-    """Cores of the step that decodes, as Kubernetes writes them."""
+    """CPU of the decoding step, as a Kubernetes quantity."""
     shard_memory: str = SIZES["shard_memory"]
-    """Memory of the step that decodes."""
+    """Memory of the decoding step."""
     train_cpu: str = SIZES["train_cpu"]
-    """Cores of the step that follows a training job, or that trains itself with 0 nodes."""
+    """CPU of the step that follows a training job, or that trains itself with 0 nodes."""
     train_memory: str = SIZES["train_memory"]
     """Memory of that step."""
     evaluate_cpu: str = SIZES["evaluate_cpu"]
-    """Cores of each evaluation."""
+    """CPU of each evaluation."""
     evaluate_memory: str = SIZES["evaluate_memory"]
     """Memory of each evaluation."""
     gpus: int = 1
     """GPUs of each evaluation."""
     node_selector: dict[str, str] = {}
-    """Labels of the nodes that have them."""
+    """Labels of the nodes for evaluations."""
     tolerations: list[dict[str, str]] = []
-    """Of those nodes' taints, as in a pod."""
+    """Tolerations of evaluations, as in a pod."""
 
 
 @inner_pipeline("finetune-tasks")
 def finetune_tasks(p: FinetuneParameters, shards: dict[str, str], tracking: dict[str, str]) -> None:
-    """Every task beside the others, then all of them before the gate."""
+    """Trains and evaluates all tasks in parallel, then passes them through the gate together."""
     given = {"shards": shards, "tracking": tracking}
     with dsl.ParallelFor(p.configs, name="tasks") as config:
         tuned = call_step(train, p, config=config, init="pretrained", **given)
@@ -79,12 +79,12 @@ def finetune_tasks(p: FinetuneParameters, shards: dict[str, str], tracking: dict
         set_resources(place(judged, p.image), cpu=p.evaluate_cpu, memory=p.evaluate_memory, gpus=p.gpus)
         set_nodes(judged, p.node_selector, p.tolerations)
     passed = call_step(gate, p, evaluations=dsl.Collected(judged.outputs["Output"]), tracking=tracking)
-    place(passed, p.cpu_image).set_caching_options(False)  # who is champion changes
+    place(passed, p.cpu_image).set_caching_options(False)  # the champion changes
     place(call_step(register, p, evaluations=passed.output, tracking=tracking), p.cpu_image)
 
 
 def tune(p: FinetuneParameters, tracking: Any) -> None:
-    """The stages of the pipelines `finetune` and `benchmark`, which differ in their tasks."""
+    """The stages of the pipelines `finetune` and `benchmark`, which have different tasks."""
     shards = call_step(shard, p, datasets=p.configs, partition="1/1", tracking=tracking)
     set_resources(place(shards, p.cpu_image), cpu=p.shard_cpu, memory=p.shard_memory)
     finetune_tasks(p, shards=shards.output, tracking=tracking)
@@ -92,7 +92,7 @@ def tune(p: FinetuneParameters, tracking: Any) -> None:
 
 finetune = tracked_pipeline(
     "finetune",
-    "Fine-tunes and judges a pre-trained mPLUG-Video on a task.",
+    "Fine-tunes and evaluates a pre-trained mPLUG-Video on a task.",
     source="pretrained",
     last_stages="gate register",
     configs=["classification"],

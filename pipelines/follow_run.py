@@ -1,4 +1,4 @@
-"""Follows a run of Kubeflow Pipelines to its end, and retries failures that are not permanent."""
+"""Follows a Kubeflow Pipelines run to its end, and retries transient failures."""
 
 import logging
 import time
@@ -23,12 +23,12 @@ ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 LOOK_EVERY_S = 5.0
 RESTARTED_WITHIN_S = 120.0
 KUBEFLOW = "kubeflow"
-"""Where steps run in a Kubeflow without profiles."""
+"""Namespace of the steps in a Kubeflow without profiles."""
 
 
 @dataclass
 class Followed:
-    """A run, and where its pods are; without a `cluster` only Kubeflow Pipelines itself is asked."""
+    """A run and the cluster of its pods. Without a `cluster` only Kubeflow Pipelines is queried."""
 
     host: Host
     run_id: str
@@ -36,7 +36,7 @@ class Followed:
     """Names of steps."""
     cluster: Cluster | None
     jobs: Cluster | None = None
-    """The namespace of its training jobs."""
+    """The namespace of the training jobs."""
     said: set[str] = field(default_factory=set)
     running: str = ""
 
@@ -49,10 +49,12 @@ class Followed:
         try:
             found = workflow_of_run(self.cluster, self.run_id)
             if not found:
-                self.say(f"namespace {self.cluster.namespace} has no workflow of run {self.run_id}: another cluster?")
+                self.say(
+                    f"namespace {self.cluster.namespace} has no workflow of run {self.run_id}; it may be on another cluster"
+                )
             return found
         except (ClusterError, OutageError) as error:
-            self.say(f"reasons and logs are on Kubeflow's page alone: {error}")
+            self.say(f"reasons and logs are only on Kubeflow's page: {error}")
             return None
 
     def say(self, line: str) -> None:
@@ -63,9 +65,9 @@ class Followed:
 
 
 def follow_run(host: Host, run_id: str, retries: int = 0) -> None:
-    """Returns when the run has succeeded. Raises ProcessFailedError with the step that has failed, and why.
+    """Returns when the run has succeeded. Raises ProcessFailedError with the failed step and its reason.
 
-    A failure that is not permanent is repeated up to `retries` times: what has succeeded is not run again.
+    A transient failure is retried up to `retries` times, without repeating succeeded steps.
     """
     followed = Followed(host, run_id, step_names(), _cluster(host.namespace or KUBEFLOW))
     followed.jobs = _cluster(_job_namespace(followed.run()))
@@ -80,18 +82,20 @@ def follow_run(host: Host, run_id: str, retries: int = 0) -> None:
                 stop_jobs(followed.jobs, run_id)
             failure = _failure(followed, run, workflow)
             if retries and not workflow:
-                log.warning("nothing is run again: without the run's workflow it is unknown whether that may help")
+                log.warning(
+                    "not retried: without the workflow of the run it is unknown whether the failure is transient"
+                )
             if not retries or not is_restartable(failure.exit_code):
                 raise failure
             retries -= 1
             log.warning("%s", failure)
-            log.warning("what has failed is run again, %d more times", retries)
+            log.warning("retrying failed steps, %d retries left", retries)
             retry_run(host, run_id)
         time.sleep(LOOK_EVERY_S)
 
 
 def retry_run(host: Host, run_id: str) -> None:
-    """Retries the failed steps of a run; returns when the run is active again."""
+    """Retries the failed steps of a run, and returns when the run is active again."""
     service = kfp_server_api.RunServiceApi(host.api())
     call_api(service.run_service_retry_run, run_id, patience_s=0)
     deadline = time.monotonic() + RESTARTED_WITHIN_S
@@ -102,9 +106,9 @@ def retry_run(host: Host, run_id: str) -> None:
 
 
 def cancel_run(host: Host, run_id: str) -> None:
-    """Cancels a run; returns when it has ended, and its training jobs have saved a checkpoint and are gone.
+    """Cancels a run, and returns when it has ended and its training jobs have saved a checkpoint.
 
-    The exit handler of a run that was retried does not run again: there it is this command that stops the jobs.
+    The exit handler of a retried run does not run again, so this command stops the jobs itself.
     """
     service = kfp_server_api.RunServiceApi(host.api())
     call_api(service.run_service_terminate_run, run_id)
@@ -115,7 +119,7 @@ def cancel_run(host: Host, run_id: str) -> None:
 
 
 def _job_namespace(run: Any) -> str:
-    """The parameter `namespace` of a run; its default is the same for all pipelines that have it."""
+    """The parameter `namespace` of a run. All pipelines have the same default."""
     given = (run.runtime_config.parameters if run.runtime_config else None) or {}
     return str(given.get("namespace") or pipeline_parameters("pretrain")["namespace"]["defaultValue"])
 
@@ -136,12 +140,12 @@ def _cluster(namespace: str) -> Cluster | None:
     try:
         return Cluster(namespace, patience_s=5)
     except ClusterError as error:
-        log.info("reasons and logs are on Kubeflow's page alone: %s", error)
+        log.info("reasons and logs are only on Kubeflow's page: %s", error)
         return None
 
 
 def _report(followed: Followed, run: Any, workflow: Manifest | None) -> None:
-    """Logs the current steps when they change, and why pods wait."""
+    """Logs the current steps when they change, and the reasons why pods wait."""
     if workflow:
         found = list(workflow_steps(workflow))
         names = sorted({step.name for step in found if step.phase in ("Running", "Pending")} & followed.known)
@@ -161,7 +165,7 @@ def _report(followed: Followed, run: Any, workflow: Manifest | None) -> None:
 
 
 def _waiting_jobs(followed: Followed) -> Iterator[str]:
-    """Why pods of the run's training jobs wait."""
+    """Reasons why pods of the run's training jobs wait."""
     if not followed.jobs:
         return
     try:
@@ -171,7 +175,7 @@ def _waiting_jobs(followed: Followed) -> Iterator[str]:
             for pod in followed.jobs.pods("PyTorchJob", name):
                 yield from waiting_reasons(pod)
     except (ClusterError, OutageError) as error:
-        yield f"training jobs cannot be looked at: {error}"
+        yield f"training jobs cannot be listed: {error}"
 
 
 def _failure(followed: Followed, run: Any, workflow: Manifest | None) -> ProcessFailedError:
@@ -184,7 +188,7 @@ def _failure(followed: Followed, run: Any, workflow: Manifest | None) -> Process
         names = sorted({task.display_name for task in details if task.state == "FAILED"} & followed.known)
         said = f"Failed: {', '.join(names)}." if names else ""
         return ProcessFailedError(f"run {followed.run_id} has ended as {run.state}. {said} {link}")
-    worst = min(failed, key=lambda step: (is_restartable(step.code), step.node))  # what is permanent is the cause
+    worst = min(failed, key=lambda step: (is_restartable(step.code), step.node))  # a permanent failure is the cause
     for step in failed:
         _show_log(followed, workflow, step)
     reasons = "\n".join(f"{step.name}: {step.reason}" for step in failed)

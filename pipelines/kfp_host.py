@@ -1,4 +1,4 @@
-"""Kubeflow Pipelines' API: calls that survive outages, and the check of the server's version."""
+"""The API of Kubeflow Pipelines: calls that survive outages, and a check of the server version."""
 
 import json
 import logging
@@ -18,21 +18,22 @@ from model.retry import exponential_s, retry
 log = logging.getLogger("mplug")
 T = TypeVar("T")
 PATIENCE_S = 300.0
-"""With a host that does not answer."""
+"""Time for which calls are repeated if the host does not answer."""
 OLDEST = (2, 16)
-"""The newest features that compiled pipelines use: `runAsNonRoot` of a step (2.16), optional secrets (2.15)."""
+"""Oldest version with the features of the compiled pipelines: `runAsNonRoot` of a step (2.16), optional secrets (2.15).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """Where Kubeflow Pipelines is, and who asks."""
+    """Address and credentials of Kubeflow Pipelines."""
 
     url: str
     token: str = ""
     """Sent as a bearer token."""
     headers: Mapping[str, str] = field(default_factory=dict)
     namespace: str = ""
-    """Of a Kubeflow with profiles; empty where there are none."""
+    """Profile namespace; empty for a Kubeflow without profiles."""
 
     def api(self) -> kfp_server_api.ApiClient:
         settings = kfp_server_api.Configuration(host=self.url.rstrip("/"))
@@ -68,7 +69,7 @@ def check_version(host: Host) -> None:
 
 
 def call_api(function: Callable[..., T], *arguments: Any, patience_s: float | None = None, **options: Any) -> T:
-    """A call that is made again while the host does not answer."""
+    """Calls the API, and repeats the call while the host does not answer."""
     options = {key: value for key, value in options.items() if value is not None}
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
 
@@ -78,14 +79,14 @@ def call_api(function: Callable[..., T], *arguments: Any, patience_s: float | No
         status = getattr(error, "status", 0) or 0
         said = f"{status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}"
         if status in (401, 403):
-            raise StageError(f"Kubeflow Pipelines refuses who asks: {said}. Give --token or --header.") from error
+            raise StageError(f"Kubeflow Pipelines denies access: {said}. Give --token or --header.") from error
         if 400 <= status < 500 and status != 429:
             body = " ".join(str(getattr(error, "body", "")).split())[:300]
             raise StageError(f"Kubeflow Pipelines: {said}: {body}") from error
         if time.monotonic() >= deadline:
             raise OutageError(f"Kubeflow Pipelines does not answer: {said}.") from error
         seconds = exponential_s(failures, 1.0, 30.0)
-        log.warning("Kubeflow Pipelines does not answer, tried again in %g s: %s", seconds, said)
+        log.warning("Kubeflow Pipelines does not answer, retrying in %g s: %s", seconds, said)
         return seconds
 
     return retry(lambda: function(*arguments, _request_timeout=(5, 60), **options), wait_s)

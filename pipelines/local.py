@@ -1,4 +1,4 @@
-"""Runs a pipeline with kfp's local runner: the cluster's definition, one subprocess per step, on this machine."""
+"""Runs a pipeline with kfp's local runner: the same definition as on a cluster, with one subprocess per step."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ from pipelines.catalog import load_pipeline, pipeline_parameters, with_defaults
 DEMO_PRESETS = ("tiny_decoder", "tiny_pretraining", "tiny_classification", "tiny_retrieval", "tiny_captioning")
 FIXED = {"name", "task", "output", "data.shards", "model.decoder", "model.init_from"}
 LOCAL_DEFAULTS = {"nodes": 0, "processes": 2, "tracking_uri": "", "gpus": 0, "image": "", "cpu_image": ""}
-"""Defaults of a pipeline's parameters on one machine."""
+"""Defaults of pipeline parameters on one machine."""
 
 
 def run_pipeline(name: str, folder: Path, given: Mapping[str, Any]) -> None:
-    """Runs pipeline `name`; stages that finished before with the same inputs and code come from the cache."""
+    """Runs pipeline `name`. Stages that finished earlier with the same inputs and code are taken from the cache."""
     known = pipeline_parameters(name)
     values = {
         **{key: value for key, value in LOCAL_DEFAULTS.items() if key in known},
@@ -36,10 +36,10 @@ def run_pipeline(name: str, folder: Path, given: Mapping[str, Any]) -> None:
         if data in values and version not in values:
             values[version] = source_version(values[data])
     validate_arguments(with_defaults(name, values))
-    from kfp import local  # a second of imports: only where a pipeline runs
+    from kfp import local  # not at the top: the import takes a second
 
     folder.mkdir(parents=True, exist_ok=True)
-    for category in (UserWarning, RuntimeWarning):  # what has no effect here, and the name of the image
+    for category in (UserWarning, RuntimeWarning):  # about settings that the local runner ignores
         warnings.filterwarnings("ignore", category=category, module="kfp")
     local.init(
         local.SubprocessRunner(use_venv=False),
@@ -58,7 +58,7 @@ def run_pipeline(name: str, folder: Path, given: Mapping[str, Any]) -> None:
 
 
 def pipeline_failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> ProcessFailedError:
-    """What kfp says, with what the steps have noted: what is permanent decides, and of that the first."""
+    """kfp's error with message and code of the failed step: the first permanent failure, else the first failure."""
     said = " ".join(str(error).split())
     if not noted:  # killed
         return ProcessFailedError(said)
@@ -67,10 +67,10 @@ def pipeline_failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> P
 
 
 def validate_arguments(values: Mapping[str, Any]) -> None:
-    """Refuses before anything starts what some stage would refuse later. Raises ConfigError."""
+    """Raises the ConfigError that a stage would raise later."""
     root, overrides = values.get("root", ""), values.get("overrides", [])
     if values.get("tracking_uri") and not storage.is_s3(root):
-        raise ConfigError(f"root must be an s3:// URI where MLflow is used: its registry takes no folders, got {root}.")
+        raise ConfigError(f"root must be an s3:// URI with MLflow, whose registry accepts no folders, got {root}.")
     fixed = [key for key in (str(item).partition("=")[0] for item in overrides) if key in FIXED]
     if fixed:
         raise ConfigError(
@@ -82,9 +82,9 @@ def validate_arguments(values: Mapping[str, Any]) -> None:
 
 
 def source_version(source: str) -> str:
-    """A digest of names and sizes below `source`, or of a list's own bytes: other data run every stage again.
+    """A digest of names and sizes below `source`, or of the content of a list. Changed data run every stage again.
 
-    Empty where looking would be a download.
+    Empty if computing it would need a download.
     """
     if not storage.is_s3(source) and not Path(source).exists():
         return ""
@@ -95,7 +95,7 @@ def source_version(source: str) -> str:
 
 
 def code_version() -> str:
-    """A digest of our packages' files: new code runs every stage again, a new commit of the README none."""
+    """A digest of the files of our packages: changed code runs every stage again."""
     state = hashlib.sha256()
     for package in (model, components, pipelines):
         root = Path(package.__file__ or "").parent

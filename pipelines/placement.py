@@ -1,7 +1,7 @@
-"""Where the steps of a pipeline run on a cluster, and with what; the local runner leaves all of it aside.
+"""Kubernetes settings of pipeline steps: image, environment, resources, nodes. The local runner ignores them.
 
-Settings, credentials and user are those of k8s/: see its README. The size of a step is a parameter of its pipeline; the
-defaults on a cluster are in the ConfigMap `mplug-pipelines` of its overlay (cluster_defaults.py).
+Configuration, credentials and user are those of k8s/ (see its README). The resources of a step are parameters of its
+pipeline, with defaults in the ConfigMap `mplug-pipelines` of an overlay (cluster_defaults.py).
 """
 
 from kfp import kubernetes
@@ -19,15 +19,11 @@ SIZES = {
     "download_cpu": "4", "download_memory": "8Gi", "shard_cpu": "30", "shard_memory": "60Gi",
     "train_cpu": "500m", "train_memory": "2Gi", "evaluate_cpu": "8", "evaluate_memory": "48Gi",
 }  # fmt: skip
-"""Defaults where a run names no others, and no cluster does."""
+"""Defaults if neither the run nor the cluster sets them."""
 
 
 def place(task: PipelineTask, image: str) -> PipelineTask:
-    """A step in `image` that reaches the bucket.
-
-    Without `set_retry`: Kubeflow Pipelines merges Argo's policy OnError into it, which repeats no exit code; with the
-    policy Always it repeats what is permanent as well. `mplug pipeline retry` repeats a step that has failed.
-    """
+    """Runs a step in `image`, with access to the bucket. Steps have no retries (model.restart_policy.STEP_RETRIES)."""
     task.set_container_image(image)
     task.set_env_variable("HOME", "/tmp")
     task.set_env_variable("MPLUG_CACHE", "/cache")
@@ -43,20 +39,20 @@ def place(task: PipelineTask, image: str) -> PipelineTask:
 
 
 def set_resources(task: PipelineTask, *, cpu: str, memory: str, gpus: int | None = None) -> PipelineTask:
-    """Cores, memory and GPUs of a step, as values or parameters; its loaders may fill /dev/shm up to its memory."""
+    """Sets CPU, memory and GPUs of a step, and mounts /dev/shm for its loaders, up to its memory."""
     task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
     if gpus is not None:
         task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
     kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory")
-    # kfp 2.17 does not pass a parameter into a loop that only resources use, and the driver ends with "parent DAG does
-    # not have input parameter"
+    # kfp 2.17 does not pass a parameter into a loop if only resources use it; the driver then fails with "parent DAG
+    # does not have input parameter"
     channels = [value for value in (cpu, memory, gpus) if isinstance(value, PipelineChannel)]
     task.register_pipeline_channels(channels)
     return task
 
 
 def set_nodes(task: PipelineTask, node_selector: dict[str, str], tolerations: list[dict[str, str]]) -> PipelineTask:
-    """On nodes with these labels, whose taints are tolerated."""
+    """Sets node selector and tolerations of a step."""
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)
     return task

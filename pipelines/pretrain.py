@@ -15,50 +15,50 @@ class PretrainParameters(Parameters):
     source: str
     """Folder, s3:// URI, list of URLs or modelscope://owner/name of the dataset as published."""
     decoder: str
-    """Folder or URI of the language model, as `mplug convert` makes it."""
+    """Folder or URI of the language model, made by `mplug convert`."""
     image: str
     """Image of the training pods."""
     cpu_image: str
-    """Image of the steps, none of which takes a GPU: the same, or the smaller one without CUDA."""
+    """Image of the steps, which need no GPU: the same, or the smaller one without CUDA."""
     source_version: str = ""
-    """Names the state of the source; a new one copies what has changed."""
+    """Version of the source; a new one copies changed files."""
     dataset: str = "youku-mplug"
     """Name of the dataset under <root>/raw."""
     partitions: list[str] = ["1/1"]
-    """Shares of download and decoding, each a step of its own, as 1/8, 2/8 and so on."""
+    """Partitions of download and decoding, each in a separate step: 1/8, 2/8 and so on."""
     num_frames: int = 16
     """Frames stored per clip."""
     short_side: int = 256
-    """Height or width of stored frames, whichever is shorter, in pixels."""
+    """Shorter side of stored frames, in pixels."""
     config: str = "pretrain_1.3b"
     """Preset of the pre-training."""
     overrides: list[str] = []
-    """dotted.key=value settings of the pre-training."""
+    """dotted.key=value settings for pre-training."""
     nodes: int = 8
-    """Pods of the training job; 0 trains in the step itself."""
+    """Pods of the training job; 0: train in the step itself."""
     processes: int = 0
-    """Training processes per node; 0 is one per GPU of the cluster's shape of a pod."""
+    """Training processes per node; 0: one per GPU of the PodTemplate."""
     namespace: str = "mplug"
-    """Where the training job runs."""
+    """Namespace of the training job."""
     deadline_hours: float = 0.0
-    """Hours after which the training job is given up; 0 is never."""
+    """Deadline of the training job in hours, after which it is suspended; 0: none."""
     download_cpu: str = SIZES["download_cpu"]
-    """Cores of a download step, as Kubernetes writes them."""
+    """CPU of a download step, as a Kubernetes quantity."""
     download_memory: str = SIZES["download_memory"]
     """Memory of a download step."""
     shard_cpu: str = SIZES["shard_cpu"]
-    """Cores of a step that decodes."""
+    """CPU of a decoding step."""
     shard_memory: str = SIZES["shard_memory"]
-    """Memory of a step that decodes."""
+    """Memory of a decoding step."""
     train_cpu: str = SIZES["train_cpu"]
-    """Cores of the step that follows the training job, or that trains itself with 0 nodes."""
+    """CPU of the step that follows the training job, or that trains itself with 0 nodes."""
     train_memory: str = SIZES["train_memory"]
     """Memory of that step."""
 
 
 @inner_pipeline("dataset")
 def make_dataset(p: PretrainParameters, tracking: dict[str, str]) -> dict[str, str]:
-    """Download and decoding in shares, put together at the end."""
+    """Downloads and decodes in partitions, and joins them at the end."""
     raw = f"{p.root}/raw/{p.dataset}"
     stored = {"raw": raw, "raw_version": p.source_version, "datasets": ["pretrain"], "tracking": tracking}
     with dsl.ParallelFor(p.partitions, name="download shares") as partition:
@@ -68,7 +68,7 @@ def make_dataset(p: PretrainParameters, tracking: dict[str, str]) -> dict[str, s
         part = call_step(shard, p, partition=partition, **stored).after(share)
         set_resources(place(part, p.cpu_image), cpu=p.shard_cpu, memory=p.shard_memory)
     whole = call_step(shard, p, partition="1/1", **stored).after(part)
-    set_resources(place(whole, p.cpu_image), cpu=p.download_cpu, memory=p.shard_memory)  # which only joins the shares
+    set_resources(place(whole, p.cpu_image), cpu=p.download_cpu, memory=p.shard_memory)  # only joins the partitions
     return whole.output
 
 

@@ -13,7 +13,7 @@ def submit_run(
     host: Host, name: str, arguments: Mapping[str, Any], *, run_name: str, experiment: str, service_account: str = "",
     caching: bool = True,
 ) -> str:  # fmt: skip
-    """Starts a run of pipeline `name`; returns its id."""
+    """Starts a run of pipeline `name` and returns its ID."""
     check_version(host)
     api = host.api()
     spec, platform = compiled_documents(name)
@@ -26,14 +26,14 @@ def submit_run(
         runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=dict(arguments)),
         service_account=service_account or None,
     )
-    # made again after an answer that was lost, it would be a second run: this one call is not repeated
+    # this call is not repeated: if its response was lost, a second call would start a second run
     made = call_api(kfp_server_api.RunServiceApi(api).run_service_create_run, run=run, patience_s=0)
     run_id: str = made.run_id
     return run_id
 
 
 def _experiment(api: kfp_server_api.ApiClient, name: str, namespace: str) -> str:
-    """Id of the experiment of this name, made where there is none."""
+    """ID of the experiment of this name, which is created if it does not exist."""
     service = kfp_server_api.ExperimentServiceApi(api)
     token = ""
     while True:
@@ -51,7 +51,7 @@ def _experiment(api: kfp_server_api.ApiClient, name: str, namespace: str) -> str
 
 
 def _without_cache(spec: dict[str, Any]) -> None:
-    """Every task of every level; the backend's own switch knows only the outermost."""
+    """Disables the cache of all tasks on all levels. The switch of the backend only covers the outermost level."""
     parts = [spec["root"], *spec.get("components", {}).values()]
     for part in parts:
         for task in part.get("dag", {}).get("tasks", {}).values():

@@ -1,7 +1,7 @@
-"""What all pipelines share: parameters as a class, a run in MLflow, and an exit handler around the stages.
+"""Common parts of all pipelines: parameters as a class, a run in MLflow, and an exit handler around the stages.
 
-kfp reads a pipeline's parameters from the signature of a function. Here they are fields of a class, each declared once
-with its type, default and meaning; the decorators make the signature of them.
+kfp reads the parameters of a pipeline from the signature of a function. Here they are the fields of a class, each
+declared once with type, default and description. The decorators derive the signature from the class.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Parameters(Section):
     root: str = "s3://mplug/work"
     """s3:// URI under which everything is written."""
     code_version: str
-    """Names the code; a new one runs every stage again."""
+    """Version of the code; a new one runs every stage again."""
     image: str
     """Image of every step."""
     tracking_uri: str = CLUSTER_MLFLOW
@@ -32,14 +32,15 @@ class Parameters(Section):
     experiment: str = "mplug-video"
     """MLflow experiment."""
     run_name: str
-    """Names the pipeline's MLflow run; a repeated run with the same name continues it."""
+    """Name of the pipeline's MLflow run. A repeated run with the same name continues it."""
 
 
 def tracked_pipeline(name: str, description: str, *, source: str, last_stages: str, **defaults: Any) -> Any:
-    """Makes a pipeline of a function (parameters, tracking settings) that wires the stages.
+    """Turns a function (parameters, tracking settings), which connects the stages, into a pipeline.
 
-    Opens the run in MLflow before them, with the parameter `source` as what it starts from, and closes it after them,
-    however they end; `last_stages` are those whose runs must be finished then. `defaults` replace those of the class.
+    The pipeline opens its MLflow run first, which records the parameter `source`, and closes it after the stages,
+    whatever the outcome. It has succeeded if the runs of `last_stages` are finished. `defaults` override those of the
+    class.
     """
 
     def decorate(stages: Callable[[Any, Any], None]) -> Any:
@@ -56,7 +57,7 @@ def tracked_pipeline(name: str, description: str, *, source: str, last_stages: s
             place(last, image).set_caching_options(False)
             with dsl.ExitHandler(last, name="stages"):
                 opened = start_run(source=getattr(p, source), root=p.root, **common)
-                # a repeated pipeline opens its run again; the id stays, and with it the cache of what follows
+                # a repeated pipeline reopens its run; the output is the same, so later steps stay cached
                 place(opened, image).set_caching_options(False)
                 stages(p, opened.output)
 
@@ -69,10 +70,11 @@ def tracked_pipeline(name: str, description: str, *, source: str, last_stages: s
 
 
 def inner_pipeline(name: str) -> Any:
-    """Makes a pipeline inside another one of a function (parameters, outputs of other stages …).
+    """Turns a function (parameters, outputs of earlier stages …) into a pipeline that can be nested in another.
 
-    kfp 2.17's local runner hands a loop its item in place of every output of a sibling task, but leaves the inputs of
-    the pipeline around it alone. So a loop that reads outputs has a pipeline of its own, which gets all parameters.
+    In a loop, kfp 2.17's local runner replaces every output of a sibling task by the item of the loop, but not the
+    inputs of the enclosing pipeline. So a loop that uses outputs needs an enclosing pipeline, which gets all
+    parameters.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,13 +94,13 @@ def inner_pipeline(name: str) -> Any:
 
 
 def call_step(component: Any, p: Parameters, **inputs: Any) -> Any:
-    """A step whose inputs are `inputs`, and of the rest the parameters of the same name."""
+    """A step with the given `inputs`. Its other inputs are the parameters of the same name."""
     wanted = component.component_spec.inputs.keys() - inputs.keys()
     return component(**{key: getattr(p, key) for key in wanted}, **inputs)
 
 
 def _parameters(kind: type[Parameters], defaults: dict[str, Any]) -> list[Parameter]:
-    """The fields of a class as parameters, those without a default first."""
+    """The fields of a class as parameters, without defaults first."""
     found = [
         Parameter(
             key,
@@ -112,7 +114,7 @@ def _parameters(kind: type[Parameters], defaults: dict[str, Any]) -> list[Parame
 
 
 def _filled(kind: Any, parameters: list[Parameter], channels: tuple[Any, ...]) -> Any:
-    """The parameters with kfp's channels in place of values."""
+    """The parameters with kfp's channels as values."""
     return kind.model_construct(
         **{parameter.name: value for parameter, value in zip(parameters, channels, strict=False)}
     )

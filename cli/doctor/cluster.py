@@ -1,4 +1,4 @@
-"""What `mplug doctor` looks at on a cluster: rights, definitions, what is installed, and whether a job fits."""
+"""Checks of a cluster: permissions, CRDs, installed objects, and whether a job fits."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from components.jobs.manifests import SHAPE, Launch, gpu_resource, render_job
 from model.errors import ClusterError, ConfigError
 
 OLDEST = (1, 27)
-"""Of Kubernetes: pod failure policies and spreading by job came by then."""
+"""Kubernetes version with pod failure policies and topology spreading by job."""
 RIGHTS = [
     ("create", "kubeflow.org", "pytorchjobs"), ("watch", "kubeflow.org", "pytorchjobs"),
     ("delete", "kubeflow.org", "pytorchjobs"), ("create", "batch", "jobs"), ("get", "", "podtemplates"),
@@ -40,7 +40,7 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
         command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", f"data.batch_size={batch}")
         (job,) = render_job(Launch(command=command, nodes=nodes, processes=processes), shape, cluster.namespace)
     except ConfigError as error:
-        yield failed("shape", " ".join(str(error).split()), "Mend the overlay, and apply it again.")
+        yield failed("shape", " ".join(str(error).split()), "Fix the overlay and apply it again.")
         return
     yield fine("shape", f"{nodes} pods of {processes or gpu_resource(shape)[1] or 1} processes, by every rule")
     pod = next(pod for _, pod in rules.pods(job))
@@ -56,7 +56,9 @@ def _version(cluster: Cluster) -> Finding:
     version = tuple(int("".join(filter(str.isdigit, found[key]))) for key in ("major", "minor"))
     said = f"Kubernetes {found['gitVersion']}"
     return (
-        fine("API server", said) if version >= OLDEST else warned("API server", said, "1.27 is the oldest known to do.")
+        fine("API server", said)
+        if version >= OLDEST
+        else warned("API server", said, "1.27 is the oldest supported version.")
     )
 
 
@@ -66,7 +68,7 @@ def _rights(cluster: Cluster) -> Iterator[Finding]:
     ]
     if missing:
         remedy = f"Ask for them in namespace {cluster.namespace}; Role launcher in k8s/base/rbac lists them."
-        yield failed("rights", f"you may not: {', '.join(missing)}", remedy)
+        yield failed("rights", f"not allowed: {', '.join(missing)}", remedy)
     else:
         yield fine("rights", f"all that a job needs, in namespace {cluster.namespace}")
 
@@ -77,7 +79,7 @@ def _operator(cluster: Cluster) -> Finding:
     except ClusterError:
         kinds = set()
     if "PyTorchJob" not in kinds:
-        return failed("training-operator", "PyTorchJob is not known to this cluster", "Install training-operator 1.9.")
+        return failed("training-operator", "the cluster has no PyTorchJob CRD", "Install training-operator 1.9.")
     return fine("training-operator", "PyTorchJob kubeflow.org/v1")
 
 
@@ -89,9 +91,7 @@ def _installed(cluster: Cluster) -> Iterator[Finding]:
             if error.status == 403:
                 yield warned(name, "may not be looked at", "")
             elif kind == "secrets":
-                yield warned(
-                    name, "is not there", "Fine where the service account has a cloud role; else k8s/secrets.sh."
-                )
+                yield warned(name, "does not exist", "Not needed with a cloud role; otherwise run k8s/secrets.sh.")
             else:
                 yield failed(name, "is not there", APPLY)
         else:
@@ -103,7 +103,7 @@ def _quota(cluster: Cluster, pod: Any, nodes: int) -> Iterator[Finding]:
     try:
         quotas = cluster.read(f"/api/v1/namespaces/{cluster.namespace}/resourcequotas")["items"]
     except ClusterError as error:
-        yield warned("quota", f"may not be looked at: {error}", "")
+        yield warned("quota", f"cannot be read: {error}", "")
         return
     for quota in quotas:
         status = quota.get("status") or {}
@@ -137,7 +137,7 @@ def _nodes(cluster: Cluster, gpus: tuple[str, int], nodes: int) -> Iterator[Find
 
 
 def counted(pod: Any) -> dict[str, float]:
-    """What quotas count of one pod, under the names that they use."""
+    """The resources of one pod by their names in quotas."""
     found: dict[str, float] = {"pods": 1, "count/pods": 1}
     for container in pod["spec"]["containers"]:
         resources = container.get("resources", {})
@@ -151,9 +151,9 @@ def counted(pod: Any) -> dict[str, float]:
 
 
 def ask_in_a_pod(namespace: str) -> None:
-    """The same questions from where a job would ask them: its image, network policies, credentials and volumes.
+    """Runs the checks in a pod with the image, network policies, credentials and volumes of a job.
 
-    Raises JobFailedError where the pod does not come up, or finds something.
+    Raises JobFailedError if the pod does not start, or if a check fails.
     """
     cluster = Cluster(namespace)
     shape = cluster.pod_template(SHAPE)

@@ -1,4 +1,4 @@
-"""What `mplug doctor` asks a cluster's controllers: training-operator, Kueue, and Argo under Kubeflow Pipelines."""
+"""Checks of the controllers of a cluster: training-operator, Kueue, and Argo of Kubeflow Pipelines."""
 
 import copy
 import re
@@ -15,7 +15,7 @@ from model.errors import ClusterError
 
 OPERATOR_NAMESPACE, OPERATOR = "kubeflow", "training-operator"
 CONFIG_FOLDER, TEMPLATE = "/etc/config", "initContainer.yaml"
-"""Where training-operator 1.9 looks for a template of its init container."""
+"""Path where training-operator 1.9 reads the template of its init container."""
 DEFAULT_IMAGE = "alpine:3.10"
 DEFAULT_TEMPLATE = """
 - name: init-pytorch
@@ -24,19 +24,19 @@ DEFAULT_TEMPLATE = """
   resources: {limits: {cpu: 100m, memory: 20Mi}, requests: {cpu: 50m, memory: 10Mi}}
   command: [sh, -c, "nslookup {{.MasterAddr}}"]
 """
-"""The operator's own, as far as admission looks at it."""
+"""The default of the operator, reduced to the fields that admission checks."""
 APPLY = "`kubectl apply -k k8s/operator`, then the patch of k8s/README.md, step 2."
 
 
 def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Finding]:
-    """Asks admission about a worker's pod as the operator will make it."""
+    """Checks by a dry run whether admission accepts the pod of a worker as the operator creates it."""
     if nodes == 1:
         return
     try:
         template, image, said = _template(cluster)
         added = _filled(template, image)
     except ClusterError as error:
-        yield warned("init container", f"the operator's Deployment may not be looked at: {error}", "Ask who may.")
+        yield warned("init container", f"the operator's Deployment cannot be read: {error}", "Ask an administrator.")
         return
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         yield failed("init container", f"the operator's template cannot be read: {' '.join(str(error).split())}", APPLY)
@@ -44,21 +44,21 @@ def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Find
     worker = copy.deepcopy(pod)
     worker["spec"]["initContainers"] = [*(worker["spec"].get("initContainers") or []), *added]
     if not cluster.is_allowed("create", "", "pods"):
-        yield warned("init container", f"{said} Whether admission takes it is unknown: you may not create pods.", "")
+        yield warned("init container", f"{said} Not checked with admission: creating pods is not allowed.", "")
         return
     refused = cluster.admission_error({"apiVersion": "v1", "kind": "Pod", **worker, "metadata": _metadata(worker)})
     if "PodSecurity" in refused:
         yield failed("init container", f"{said} A worker would be refused: {refused}", APPLY)
     elif refused:
-        yield failed("worker pod", f"it would be refused: {refused}", "Mend the overlay, or raise the quota.")
+        yield failed("worker pod", f"it would be refused: {refused}", "Fix the overlay, or raise the quota.")
     elif "nslookup" in template:
-        yield warned("init container", f"{said} It waits for a name, in some images without end.", APPLY)
+        yield warned("init container", f"{said} It waits for a DNS name, without a limit in some images.", APPLY)
     else:
-        yield fine("init container", f"{said} Admission takes a worker with it.")
+        yield fine("init container", f"{said} Admission accepts a worker with it.")
 
 
 def _template(cluster: Cluster) -> tuple[str, str, str]:
-    """The template of the init container that the operator uses, its image, and where it has them from."""
+    """The template of the operator's init container, its image, and their source."""
     path = f"/apis/apps/v1/namespaces/{OPERATOR_NAMESPACE}/deployments/{OPERATOR}"
     spec = cluster.read(path)["spec"]["template"]["spec"]
     (container, *_) = spec["containers"]
@@ -74,7 +74,7 @@ def _template(cluster: Cluster) -> tuple[str, str, str]:
             config = cluster.read(f"/api/v1/namespaces/{OPERATOR_NAMESPACE}/configmaps/{name}")["data"]
             if TEMPLATE in config:
                 return config[TEMPLATE], image[1] if image else DEFAULT_IMAGE, f"{name} is mounted."
-    return DEFAULT_TEMPLATE, image[1] if image else DEFAULT_IMAGE, "The operator has its own, nothing is mounted."
+    return DEFAULT_TEMPLATE, image[1] if image else DEFAULT_IMAGE, "The operator uses its default, nothing is mounted."
 
 
 def _filled(template: str, image: str) -> list[Any]:
@@ -92,7 +92,7 @@ def _metadata(pod: Manifest) -> Manifest:
 
 
 def kueue(cluster: Cluster, shape: Manifest) -> Iterator[Finding]:
-    """Jobs that wait for Kueue wait for ever where it does not know them."""
+    """Checks Kueue: jobs would wait forever if it is not configured for them."""
     queue = (shape["metadata"].get("labels") or {}).get(QUEUE_LABEL)
     if not queue:
         return
@@ -105,7 +105,7 @@ def kueue(cluster: Cluster, shape: Manifest) -> Iterator[Finding]:
             remedy = "Kueue 0.15 or newer, `kubectl apply -k k8s/kueue`, and components/kueue in your overlay."
             yield failed("Kueue", f"the shape names queue {queue}: {error}", remedy)
         else:
-            yield warned("Kueue", f"may not be looked at: {error}", "")
+            yield warned("Kueue", f"cannot be read: {error}", "")
         return
     known = (settings.get("integrations") or {}).get("frameworks") or []
     if "kubeflow.org/pytorchjob" in known:
@@ -116,7 +116,7 @@ def kueue(cluster: Cluster, shape: Manifest) -> Iterator[Finding]:
 
 
 def retry_policy(cluster: Cluster) -> Iterator[Finding]:
-    """What Argo repeats of a pipeline's steps, where there is one."""
+    """Checks which pipeline steps Argo repeats, if it is installed."""
     path = "/api/v1/namespaces/kubeflow/configmaps/workflow-controller-configmap"
     try:
         data = cluster.read(path).get("data") or {}
@@ -124,15 +124,15 @@ def retry_policy(cluster: Cluster) -> Iterator[Finding]:
         return
     policy = next(filter(None, map(_policy, data.values())), "")
     if policy in ("Always", "OnFailure"):
-        said = "Argo repeats every step that fails, also what is permanent, such as a gate that says no"
+        said = "Argo repeats every failed step, including permanent failures such as a failed gate"
         yield warned("pipeline steps", said, "Set retryPolicy OnError in workflow-controller-configmap.")
     else:
-        said = f"Argo's retryPolicy is {policy or 'its default'}: a step that fails is not repeated"
-        yield fine("pipeline steps", f"{said}; `mplug pipeline retry`, or `submit --wait --retries`, does it")
+        said = f"Argo's retryPolicy is {policy or 'its default'}: failed steps are not repeated"
+        yield fine("pipeline steps", f"{said}; use `mplug pipeline retry` or `submit --wait --retries`")
 
 
 def _policy(text: str) -> str:
-    """retryPolicy of the defaults for templates, wherever they stand in Argo's settings."""
+    """retryPolicy of the template defaults in Argo's configuration."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -1,4 +1,4 @@
-"""`mplug doctor`: what works here and on the cluster, what does not, and what to do about it."""
+"""`mplug doctor`: runs and prints the checks; checks of this machine, of storage and of MLflow."""
 
 import hashlib
 import os
@@ -23,29 +23,29 @@ SHM = "/dev/shm"
 LEAST_SHM_GB = 1.0
 LEAST_DISK_GB = 10.0
 MOST_SKEW_S = 60.0
-"""S3 refuses requests whose time is 15 minutes off; clocks that drift get there."""
+"""Allowed clock skew. S3 refuses requests from a clock that is 15 minutes off."""
 PROBE_BYTES = 2**20
 NAME_WIDTH = len("NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of a place."""
+    """Scope of the checks."""
 
     root: str = ""
-    """Where everything is to be written."""
+    """Folder or URI for all results."""
     tracking_uri: str = ""
     cluster: bool = False
     namespace: str = ""
     nodes: int = 1
     processes: int = 0
-    """Of the job that is to fit: per node."""
+    """Processes per node of the job that must fit."""
     gpus: int = 0
-    """That this machine is to have."""
+    """GPUs that this machine must have."""
 
 
 def run_checks(question: Question) -> Iterator[Finding]:
-    """Every finding, as it is made; what goes wrong in a check is its finding."""
+    """Yields the findings of all checks. An error of a check is its finding."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("machine", lambda: _machine(question)),
         ("network", _network),
@@ -64,7 +64,7 @@ def run_checks(question: Question) -> Iterator[Finding]:
 
 
 def print_findings(question: Question) -> bool:
-    """Prints the findings; whether all is well. What to do stands below what it is for: 80 columns are enough."""
+    """Prints the findings within 80 columns, each followed by its remedy. Returns whether there were no failures."""
     console, fits = Console(highlight=False), True
     marks: dict[Literal["ok", "warning", "failure"], str] = {
         "ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"
@@ -104,14 +104,14 @@ def _machine(question: Question) -> Iterator[Finding]:
     cache_folder().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache_folder()).free / 1e9
     if free < LEAST_DISK_GB:
-        remedy = "Set MPLUG_CACHE to a larger disk: weights and clips that are fetched lie there."
+        remedy = "Set MPLUG_CACHE to a larger disk, for downloaded weights and clips."
         yield warned("cache", f"{free:.1f} GB free in {cache_folder()}", remedy)
     else:
         yield fine("cache", f"{free:.0f} GB free in {cache_folder()}")
 
 
 def _network() -> Iterator[Finding]:
-    """NCCL and gloo speak through the interface that these variables name, by prefix."""
+    """Checks the variables that select the network interface of NCCL and gloo by prefix."""
     present = sorted(psutil.net_if_addrs())
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "")
@@ -131,14 +131,14 @@ def _storage(root: str) -> Iterator[Finding]:
     storage.write(uri, data)
     try:
         if hashlib.sha256(storage.read(uri)).digest() != hashlib.sha256(data).digest():
-            yield failed("storage", f"{root} gives back other bytes than it was given", "Do not train on it.")
+            yield failed("storage", f"{root} returns other bytes than were written", "Do not use this storage.")
             return
         skew_s = storage.clock_skew_s(uri)
     finally:
         storage.remove(folder)
     if abs(skew_s) > MOST_SKEW_S:
-        yield failed("clock", f"{skew_s:+.0f} s off the store's", "Run an NTP client on this machine.")
-    yield fine("storage", f"{root} takes, keeps and removes")
+        yield failed("clock", f"{skew_s:+.0f} s off the clock of the storage", "Run an NTP client on this machine.")
+    yield fine("storage", f"{root} can be written, read and removed")
 
 
 def _tracking(uri: str) -> Iterator[Finding]:
@@ -149,9 +149,9 @@ def _tracking(uri: str) -> Iterator[Finding]:
         version = registry.try_out(uri)
     except TrackingError as error:
         said = str(error)
-        remedy = "Check that the server runs, and that a network policy lets this pod through."
+        remedy = "Check that the server runs, and that network policies allow access from this pod."
         if "403" in said or "Invalid Host" in said:
-            remedy = "Add the name it is called by to MLFLOW_SERVER_ALLOWED_HOSTS of the server (k8s/base/mlflow)."
+            remedy = "Add its host name to MLFLOW_SERVER_ALLOWED_HOSTS of the server (k8s/base/mlflow)."
         yield failed("MLflow", said, remedy)
         return
-    yield fine("MLflow", f"{uri} takes runs; client {version}")
+    yield fine("MLflow", f"{uri} accepts runs; client {version}")

@@ -1,1 +1,1 @@
-"""Jobs on a Kubernetes cluster: rendered, created, followed to their end. No kfp here."""
+"""Jobs on a Kubernetes cluster: renders, validates, creates and follows them. Knows no kfp."""

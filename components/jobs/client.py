@@ -1,7 +1,11 @@
-"""One namespace of a Kubernetes cluster, seen through an API that may fail: the only file that imports its client.
+"""Access to one namespace of a Kubernetes cluster. The only file that imports the Kubernetes client.
 
-A call that fails for a reason that may pass (no connection, 429, 5xx) is made again, for `patience_s`; then it is an
-OutageError. What is refused is a ClusterError in one line.
+Calls with a transient error (no connection, 429, 5xx) are repeated for `patience_s`, then they raise OutageError. A
+refused call raises ClusterError with a message of one line.
+
+kubeflow-training's TrainingClient is not used: it raises the same RuntimeError for a missing job (404), a name conflict
+(409) and an outage, does not repeat calls, and has neither a watch from a resource version nor a delete with a UID
+precondition (measured with 1.9.4). Adopting a job, and following it through outages, need all of these.
 """
 
 import json
@@ -27,9 +31,9 @@ log = logging.getLogger("mplug")
 T = TypeVar("T")
 OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT_S = (5, 30)
-"""To connect, and to wait for the next bytes."""
+"""Timeouts for connecting and for the next bytes."""
 LOG_SILENCE_S = 300
-"""After which a log is asked for again."""
+"""Seconds without a log line after which the log is requested again."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 CALL_ERRORS = (ApiException, urllib3.exceptions.HTTPError, OSError)
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:")
@@ -37,17 +41,17 @@ MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:")
 
 @dataclass(frozen=True)
 class Kind:
-    """How jobs of one kind are found, and how they say that they have ended."""
+    """API path, conditions and pod labels of a kind of job."""
 
     group: str
     version: str
     plural: str
     succeeded: str
-    """Condition of a job that has; `Failed` is the other one for all of them."""
+    """Condition of a succeeded job. The condition of a failed one is `Failed` for all kinds."""
     pods: str
-    """Label selector of its pods, for a name."""
+    """Label selector of the pods of a job, with a placeholder for its name."""
     first: str
-    """What its first pod has beyond that."""
+    """Additional label selector of the first pod."""
 
 
 KINDS = {
@@ -71,7 +75,7 @@ def parse_amount(quantity: str | int) -> float:
 
 
 class Cluster:
-    """The cluster of the pod that this runs in, or of the current kubeconfig."""
+    """The cluster of the pod that this process runs in, or of the current kubeconfig."""
 
     def __init__(self, namespace: str = "", patience_s: float = 600.0) -> None:
         self.patience_s = patience_s
@@ -80,21 +84,21 @@ class Cluster:
             known = OWN_NAMESPACE.read_text(encoding="utf-8")
         except config.ConfigException:
             try:
-                where = os.environ.get("KUBECONFIG")  # which the client reads when it is imported
+                where = os.environ.get("KUBECONFIG")  # the client only reads it at import
                 config.load_kube_config(where)
                 known = config.list_kube_config_contexts(where)[1]["context"].get("namespace", "")
             except config.ConfigException as error:
                 raise ClusterError(f"no cluster is configured: {error} Set KUBECONFIG.") from error
         self.namespace = namespace or known or "default"
         settings = client.Configuration.get_default_copy()
-        settings.retries = False  # urllib3's would hide from us how long it takes
-        if not settings.verify_ssl:  # as the kubeconfig says: no warning at every call
+        settings.retries = False  # `call` repeats, and must see every failure
+        if not settings.verify_ssl:  # set in the kubeconfig: without a warning at every call
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         self.api = client.ApiClient(settings)
         self.custom, self.core = client.CustomObjectsApi(self.api), client.CoreV1Api(self.api)
 
     def call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """`function` of one of the APIs, through outages."""
+        """Calls a function of the API and repeats it during outages."""
         options.setdefault("_request_timeout", TIMEOUT_S)
         deadline = time.monotonic() + self.patience_s
 
@@ -107,13 +111,13 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise OutageError(f"the API server does not answer for {self.patience_s:g} s: {text}") from error
             seconds = exponential_s(failures, FIRST_WAIT_S, LONGEST_WAIT_S)
-            log.warning("the API server does not answer, tried again in %g s: %s", seconds, text)
+            log.warning("the API server does not answer, retrying in %g s: %s", seconds, text)
             return seconds
 
         return retry(lambda: function(*arguments, **options), wait_s)
 
     def _json(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Manifest:
-        """The answer as it came: the client's classes refuse what a newer server leaves out."""
+        """The parsed response. The client's model classes reject responses of newer servers that omit fields."""
         found: Manifest = json.loads(self.call(function, *arguments, _preload_content=False, **options).data)
         return found
 
@@ -125,7 +129,7 @@ class Cluster:
         return made
 
     def get(self, kind: str, name: str) -> Manifest | None:
-        """The object, or nothing where there is none."""
+        """The object; None if it does not exist."""
         of = KINDS[kind]
         try:
             found: Manifest = self.call(
@@ -153,7 +157,7 @@ class Cluster:
         )
 
     def delete(self, kind: str, name: str, uid: str = "") -> bool:
-        """Whether there was one to delete, and with a `uid` this very one; its pods go with it."""
+        """Deletes the object and its pods. False if it does not exist, or if its UID is not `uid`."""
         of, options = KINDS[kind], {"propagationPolicy": "Background"}
         body = {**options, "preconditions": {"uid": uid}} if uid else options
         try:
@@ -168,9 +172,9 @@ class Cluster:
         return True
 
     def changes(self, kind: str, name: str, version: str, seconds: int) -> Iterator[Manifest | None]:
-        """The object each time it changes, for so many seconds; nothing where it was deleted.
+        """Yields the object after each change for at most `seconds`; None if it was deleted.
 
-        Ends early where the connection does, or where the server has forgotten `version`: look again then.
+        Ends early if the connection breaks or the server no longer knows `version`. Read the object again then.
         """
         of, watcher = KINDS[kind], watch.Watch()
         try:
@@ -189,19 +193,19 @@ class Cluster:
             watcher.stop()
 
     def pods(self, kind: str, name: str, *, first: bool = False) -> list[Manifest]:
-        """The pods of a job, or its first one."""
+        """The pods of a job, or only its first pod."""
         selector = KINDS[kind].pods.format(name) + (f",{KINDS[kind].first}" if first else "")
         found = self._json(self.core.list_namespaced_pod, self.namespace, label_selector=selector)
         return list(found["items"])
 
     def warnings(self, name: str) -> list[str]:
-        """What the cluster complains about with an object of this name, oldest first."""
+        """Warning events of an object of this name, oldest first."""
         selector = f"involvedObject.name={name},type=Warning"
         found = self._json(self.core.list_namespaced_event, self.namespace, field_selector=selector)
         return [f"{event.get('reason')}: {event.get('message')}" for event in found["items"]]
 
     def log_lines(self, pod: str, *, follow: bool) -> Iterator[tuple[str, str]]:
-        """Lines of a pod's log, each with its time. Messages of the kubelet carry no time and are dropped."""
+        """Lines of a pod's log with their timestamps. Messages of the kubelet have no timestamp and are skipped."""
         stream = self.core.read_namespaced_pod_log(
             pod, self.namespace, follow=follow, timestamps=True, _preload_content=False,
             _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S),
@@ -222,11 +226,11 @@ class Cluster:
         return str(answer.data.decode(errors="replace")).splitlines()
 
     def read(self, path: str) -> Manifest:
-        """Any object or list of the API, by its path."""
+        """Any object or list of the API by its path."""
         return self._json(self.api.call_api, path, "GET", auth_settings=["BearerToken"], _return_http_data_only=True)
 
     def admission_error(self, pod: Manifest) -> str:
-        """Why admission would refuse a pod, in a line; empty where it would not. Nothing is made."""
+        """The reason why admission would refuse a pod; empty if it would not. A dry run: nothing is created."""
         try:
             self.call(self.core.create_namespaced_pod, self.namespace, pod, dry_run="All", _preload_content=False)
         except ClusterError as error:
@@ -234,7 +238,7 @@ class Cluster:
         return ""
 
     def is_allowed(self, verb: str, group: str, resource: str) -> bool:
-        """Whether who asks has this right in the namespace."""
+        """Whether the current user has this permission in the namespace."""
         name, _, part = resource.partition("/")
         attributes = {
             "namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part
@@ -259,9 +263,9 @@ class Cluster:
             ) from error
 
     def owner(self) -> list[Manifest]:
-        """A reference to the workflow that owns this pod, so that what is made here goes when that goes.
+        """A reference to the workflow that owns this pod, so that created objects are removed with it.
 
-        Empty outside a pipeline's step, and where the step runs in another namespace.
+        Empty outside of a pipeline step, and if the step runs in another namespace.
         """
         pod = os.environ.get("KFP_POD_NAME", "")
         if not pod or not OWN_NAMESPACE.exists() or OWN_NAMESPACE.read_text(encoding="utf-8") != self.namespace:
@@ -272,20 +276,20 @@ class Cluster:
 
 
 def find_condition(job: Manifest, name: str) -> Manifest | None:
-    """The condition of a job, where it is true."""
+    """The condition of a job if it is true, else None."""
     conditions = (job.get("status") or {}).get("conditions") or []
     return next((item for item in conditions if item["type"] == name and item["status"] == "True"), None)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may go well later. 410: the server has forgotten a version; the next look has a new one."""
+    """Whether the same call may succeed later. 410: the resource version has expired; the next read has a new one."""
     if isinstance(error, ApiException):
         return error.status in (0, 408, 410, 429, None) or error.status >= 500
     return True
 
 
 def error_text(error: BaseException) -> str:
-    """One line of what the API server has said."""
+    """The error message of the API server in one line."""
     if not isinstance(error, ApiException):
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     try:

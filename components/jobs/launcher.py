@@ -1,8 +1,7 @@
-"""Starts a job on a cluster, or takes up the one that is there, and follows it to its end. No kfp here.
+"""Creates a job on a cluster, or adopts the existing one, and follows it to its end. Knows no kfp.
 
-A step of a pipeline that is started again finds its job by the name: one that runs is followed, one that has failed is
-replaced. The operator restarts pods without end, and its deadline does not fire on a job that stands still; both are
-bounded here.
+A restarted pipeline step finds its job by name: a running job is followed, a failed one is replaced. The operator
+restarts pods without limit, and does not check the deadline of a job that hangs. The launcher enforces both limits.
 """
 
 import copy
@@ -40,7 +39,7 @@ from model.restart_policy import MAX_POD_RESTARTS, is_restartable
 log = logging.getLogger("mplug")
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DIGEST = "mplug-video/digest"
-"""Annotation of a job: of all that was asked for. The same name with another digest is another job."""
+"""Annotation with the digest of a job's manifests. The same name with another digest is another job."""
 LOOK_EVERY_S = 20
 GONE_WITHIN_S = 300.0
 RESUMES_WITHIN_S = 180.0
@@ -48,21 +47,21 @@ RESUMES_WITHIN_S = 180.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How long a job is followed before it is given up, and stopped."""
+    """Limits after which a job is stopped."""
 
     deadline_s: float = 0
-    """From its start; 0: none."""
+    """From the start of the job; 0: no deadline."""
     restarts: int = MAX_POD_RESTARTS
-    """Of any one of its pods."""
+    """Restarts of any one pod."""
 
 
 def train_on_cluster(
     config: str, settings: list[str], nodes: int, processes: int, image: str, namespace: str, deadline_hours: float
 ) -> None:
-    """A training run as a job of the cluster that this runs in; returns when it has succeeded.
+    """Runs a training as a job on the cluster of this process, and returns when it has succeeded.
 
-    `settings` hold the pipeline's run in MLflow, so that a step that is started again has the same job, and the same
-    step of another run another one.
+    `settings` include the MLflow run of the pipeline. So a restarted step finds its job again, and the same step of
+    another pipeline run has another job.
     """
     cluster, deadline_s = Cluster(namespace), int(deadline_hours * 3600)
     launch = Launch(
@@ -72,10 +71,10 @@ def train_on_cluster(
 
 
 def run_job(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:
-    """Returns when the job has succeeded. Raises what else became of it.
+    """Returns when the job has succeeded. Raises JobFailedError, or JobAbandonedError if it exceeds a limit.
 
-    Where this process is asked to end (SIGTERM, Ctrl-C), the job is removed: it saves what it has. One that is given up
-    is stopped, and stays, so that a step that is started again does not begin it anew.
+    On SIGTERM or Ctrl-C the job is deleted, which saves a checkpoint. A job that exceeds a limit is suspended and kept,
+    so that a restarted step does not start it again.
     """
     kind, name, job = manifests[-1]["kind"], manifests[-1]["metadata"]["name"], None
     with termination_as_exception():
@@ -86,7 +85,7 @@ def run_job(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None
             _stop(cluster, kind, name, str(error))
             raise
         except (TerminationRequested, KeyboardInterrupt) as error:
-            job = job or cluster.get(kind, name)  # the answer to its creation may have been lost
+            job = job or cluster.get(kind, name)  # the response to its creation may have been lost
             if job and _digest_of(job) == manifest_digest(manifests):
                 cluster.delete(kind, name, job["metadata"]["uid"])
                 log.warning("%s is removed", name)
@@ -96,9 +95,9 @@ def run_job(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None
 
 
 def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
-    """Ends its pods and records the reason; `ensure` does not resume it.
+    """Suspends the job and records the reason, so that `ensure_job` does not resume it.
 
-    Kueue resumes a job that anybody else suspends while its Workload is active, so there the Workload is deactivated.
+    Kueue resumes a suspended job while its Workload is active, so with Kueue the Workload is deactivated instead.
     """
     job = cluster.get(kind, name)
     if not job:
@@ -110,21 +109,21 @@ def _stop(cluster: Cluster, kind: str, name: str, reason: str) -> None:
 
 
 def _deactivated(cluster: Cluster, job: Manifest) -> bool:
-    """Whether Kueue had admitted the job, and was told to stop it."""
+    """Whether the job had a Workload, which is now deactivated."""
     if QUEUE_LABEL not in (job["metadata"].get("labels") or {}):
         return False
     try:
         workloads = cluster.labelled("Workload", f"kueue.x-k8s.io/job-uid={job['metadata']['uid']}")
         for workload in workloads:
             cluster.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
-    except ClusterError as error:  # no Kueue, or none that this process may talk to
-        log.warning("Kueue cannot be asked to stop %s: %s", job["metadata"]["name"], error)
+    except ClusterError as error:  # no Kueue, or no permission for its Workloads
+        log.warning("the Workload of %s cannot be deactivated: %s", job["metadata"]["name"], error)
         return False
     return bool(workloads)
 
 
 def find_kind(cluster: Cluster, name: str) -> str:
-    """Which kind of job has this name. Raises ConfigError where none has."""
+    """The kind of the job with this name. Raises ConfigError if there is none."""
     for kind in KINDS:
         try:
             if KINDS[kind].succeeded and cluster.get(kind, name):
@@ -145,7 +144,7 @@ def _digest_of(job: Manifest) -> str:
 
 
 def ensure_job(cluster: Cluster, manifests: list[Manifest]) -> Manifest:
-    """Creates the job, or adopts the one of its name that has not failed."""
+    """Creates the job, or adopts an existing one of the same name that has not failed."""
     owner, run_id = cluster.owner(), os.environ.get(RUN_ID, "")
     for manifest in manifests:
         manifest = copy.deepcopy(manifest)
@@ -176,21 +175,21 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
         if found["metadata"].get("deletionTimestamp"):
             _wait_until_gone(cluster, kind, name)
         elif failed := find_condition(found, "Failed"):
-            log.warning("%s %s has failed before and is replaced: %s", kind, name, failed.get("message"))
+            log.warning("%s %s failed earlier and is replaced: %s", kind, name, failed.get("message"))
             cluster.delete(kind, name, found["metadata"]["uid"])
             _wait_until_gone(cluster, kind, name)
         elif _digest_of(found) != _digest_of(manifest):
             raise ConfigError(
-                f"a {kind} named {name} is there already, with other settings. `mplug job cancel {name}` removes it; "
-                "or take another --name."
+                f"a {kind} named {name} exists with other settings. Remove it with `mplug job cancel {name}`, or "
+                "choose another --name."
             )
         elif reason := found["metadata"]["annotations"].get(ABANDONED):
-            raise AttemptsError(f"{reason} `mplug job cancel {name}` lets it begin anew.")
+            raise AttemptsError(f"{reason} Remove it with `mplug job cancel {name}` to start again.")
         else:
-            log.info("%s %s is there and is followed", kind, name)
+            log.info("%s %s exists and is followed", kind, name)
             metadata = {key: manifest["metadata"][key] for key in ("ownerReferences", "labels")}
             if metadata["ownerReferences"] or RUN_LABEL in metadata["labels"]:
-                # the end of an older run, and of its workflow, is not the job's any more
+                # the job no longer depends on the older run and its workflow
                 cluster.patch(kind, name, {"metadata": {key: value for key, value in metadata.items() if value}})
             return found
 
@@ -199,12 +198,12 @@ def _wait_until_gone(cluster: Cluster, kind: str, name: str) -> None:
     deadline = time.monotonic() + GONE_WITHIN_S
     while cluster.get(kind, name):
         if time.monotonic() > deadline:
-            raise OutageError(f"{kind} {name} is being removed for {GONE_WITHIN_S:g} s; `kubectl get pods` says why.")
+            raise OutageError(f"{kind} {name} is not removed after {GONE_WITHIN_S:g} s; see `kubectl get pods`.")
         time.sleep(0.5)
 
 
 def follow_job(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
-    """Returns when the job has succeeded; shows its log, and what happens to it in between."""
+    """Returns when the job has succeeded. Shows its log and its events until then."""
     seen = JobHistory()
     with show_log(cluster, kind, name, seen.resumed):
         _follow(cluster, kind, name, limits, seen)
@@ -214,7 +213,7 @@ def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: JobHis
     while True:
         job = cluster.get(kind, name)
         if job is None:
-            raise JobFailedError(f"{kind} {name} is gone: somebody has removed it.")
+            raise JobFailedError(f"{kind} {name} was deleted while it was followed.")
         if _is_done(cluster, kind, job, seen):
             return
         _look(cluster, kind, job, seen, limits)
@@ -229,7 +228,7 @@ class TerminationRequested(BaseException):
 
 
 def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bool:
-    """Whether the job has succeeded. Raises JobFailedError where it has failed."""
+    """Whether the job has succeeded. Raises JobFailedError if it has failed."""
     for item in (job.get("status") or {}).get("conditions") or []:
         if item["status"] == "True" and item["type"] not in seen.conditions:
             seen.conditions.add(item["type"])
@@ -238,7 +237,7 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bo
         name = job["metadata"]["name"]
         pods = cluster.pods(kind, name)
         reason = failed.get("message") or failed.get("reason")
-        # a job that was restarted without success has failed, too
+        # without a permanent code the restarts of the pod were used up
         code = next((code for code in pod_exit_codes(pods) if not is_restartable(code)), FAILED)
         known = [
             why
@@ -252,7 +251,7 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bo
 
 
 def _look(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory, limits: Limits) -> None:
-    """At what the job's conditions do not say: pods that cannot be made or placed, restarts, time."""
+    """Checks what the conditions of a job do not report: unschedulable pods, restarts, the deadline."""
     name = job["metadata"]["name"]
     pods = cluster.pods(kind, name)
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
@@ -267,21 +266,21 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory, limits: 
         log.warning("%s: %s", name, complaint)
     if seen.restarts > limits.restarts:
         raise JobAbandonedError(
-            f"{kind} {name} is given up: a pod was started again {seen.restarts} times, at most {limits.restarts} are "
+            f"{kind} {name} was suspended: a pod was restarted {seen.restarts} times, at most {limits.restarts} are "
             f"allowed. {termination_reasons(pods)}"
         )
     if limits.deadline_s and _age_s(job) > limits.deadline_s:
-        raise JobAbandonedError(f"{kind} {name} is given up: it has not finished within {limits.deadline_s:g} s.")
+        raise JobAbandonedError(f"{kind} {name} was suspended: it did not finish within {limits.deadline_s:g} s.")
 
 
 def _patience(job: Manifest, limits: Limits) -> int:
-    """Seconds to the next look."""
+    """Seconds until the next check."""
     left = limits.deadline_s - _age_s(job) if limits.deadline_s else LOOK_EVERY_S
     return max(1, int(min(LOOK_EVERY_S, left)))
 
 
 def _age_s(job: Manifest) -> float:
-    """Since it was started; time that it waits in a queue does not count."""
+    """Seconds since the start of the job. Time in a queue does not count."""
     if job["spec"].get("suspend") or job["spec"].get("runPolicy", {}).get("suspend"):
         return 0.0
     started = (job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]
@@ -289,7 +288,7 @@ def _age_s(job: Manifest) -> float:
 
 
 def follow_log(cluster: Cluster, kind: str, name: str) -> None:
-    """Prints the log until the job has ended, however."""
+    """Prints the log until the job has ended."""
     with show_log(cluster, kind, name, lambda _line: None):
         while job := cluster.get(kind, name):
             if find_condition(job, "Failed") or find_condition(job, KINDS[kind].succeeded):
@@ -299,7 +298,7 @@ def follow_log(cluster: Cluster, kind: str, name: str) -> None:
 
 @contextmanager
 def termination_as_exception() -> Iterator[None]:
-    """SIGTERM ends what runs inside as an exception, once."""
+    """Raises TerminationRequested in the block on the first SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

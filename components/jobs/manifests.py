@@ -1,7 +1,7 @@
-"""Jobs as Kubernetes reads them: a shape from k8s/, filled in with what differs from job to job. No kfp here.
+"""Renders the manifests of jobs: PyTorchJobs, TrainJobs, and Jobs for single pods. Knows no kfp.
 
-The pod's shape is the PodTemplate `training` that an overlay of k8s/ installs; what is around it stands in the YAML
-files beside this one.
+The pod is the PodTemplate `training`, which the overlays of k8s/ install. PyTorchJobs are built from the models of
+kubeflow-training, the others from the YAML files in this folder.
 """
 
 import copy
@@ -34,33 +34,33 @@ Api = Literal["pytorchjob", "trainjob"]
 SHAPE = "training"
 """Name of the PodTemplate."""
 CONTAINER = "pytorch"
-"""Of a job's own container in the shape; the operator asks for this name."""
+"""Name of the main container in the PodTemplate, as the operator requires it."""
 WEB = "mplug-video/web"
-"""Label of a pod that the network policies let into the web."""
+"""Label of pods that the network policies allow to access the internet."""
 QUEUE_ANNOTATION = "scheduling.volcano.sh/queue-name"
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 KEPT_S = 7 * 24 * 3600
 """Seconds after which a finished job is removed."""
 LONGEST_NAME = 50
-"""Pods are called <name>-worker-<number>, which must be a DNS label of at most 63 characters."""
+"""Pod names, <name>-worker-<number>, must be DNS labels of at most 63 characters."""
 FROM_CLUSTER = {"output": "$(MPLUG_ROOT)", "tracking.uri": "$(MLFLOW_TRACKING_URI)"}
-"""Settings of a training job that the cluster's configuration knows; Kubernetes puts in what it holds."""
+"""Settings of a training job from the configuration of the cluster. Kubernetes expands the variables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What differs from job to job."""
+    """The parameters of a job."""
 
     command: tuple[str, ...]
-    """Of `mplug`, as on a laptop: ("train", "pretrain_1.3b", "data.shards=s3://…"). "train" makes a training job of it,
-    anything else a job of one pod."""
+    """Arguments of `mplug`: ("train", "pretrain_1.3b", "data.shards=s3://…"). "train" makes a training job, any other
+    command a job with one pod."""
     name: str = ""
-    """Empty: the command's, and a digest that makes it the same name for the same job."""
+    """Empty: derived from the command and a digest, so that the same job has the same name."""
     nodes: int = 1
     processes: int = 0
-    """Per node; 0: as many as the shape has GPUs, or one."""
+    """Per node; 0: one per GPU of the PodTemplate, or one."""
     image: str = ""
-    """Empty: the shape's."""
+    """Empty: that of the PodTemplate."""
     deadline_s: int = 0
     """0: none."""
 
@@ -70,7 +70,8 @@ class Launch:
 
 
 def render_job(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchjob") -> list[Manifest]:
-    """The manifests of a job, the job itself last. Raises ConfigError, also for a shape that no job should have."""
+    """The manifests of a job; the job itself is the last. Raises ConfigError for settings or a PodTemplate that break a
+    rule."""
     if launch.is_training:
         _check_settings(launch, launch.nodes * _processes(launch, shape))
     pod, name = _pod(launch, shape), _name(launch, shape, api)
@@ -90,7 +91,7 @@ def render_job(launch: Launch, shape: Manifest, namespace: str, api: Api = "pyto
 
 
 def load_pod_template(overlay: Path) -> tuple[Manifest, str]:
-    """The PodTemplate that an overlay installs, and its namespace; needs kubectl, but no cluster."""
+    """The PodTemplate of an overlay, and its namespace. Needs kubectl, but no cluster."""
     for document in overlay_documents(overlay):
         if document["kind"] == "PodTemplate" and document["metadata"]["name"] == SHAPE:
             return document, document["metadata"].get("namespace", "default")
@@ -98,15 +99,15 @@ def load_pod_template(overlay: Path) -> tuple[Manifest, str]:
 
 
 def overlay_documents(overlay: Path) -> list[Manifest]:
-    """All that an overlay installs. Raises ConfigError where kubectl cannot build it."""
+    """All objects of an overlay. Raises ConfigError if kubectl cannot build it."""
     built = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True)
     if built.returncode:
-        raise ConfigError(f"{overlay} is no overlay that kubectl can build: {' '.join(built.stderr.split())[:300]}")
+        raise ConfigError(f"{overlay} cannot be built by kubectl: {' '.join(built.stderr.split())[:300]}")
     return list(yaml.safe_load_all(built.stdout))
 
 
 def _check_settings(launch: Launch, processes: int) -> None:
-    """Refuses here what `mplug train` would refuse in the pod."""
+    """Raises the ConfigError that `mplug train` would raise in the pod."""
     if len(launch.command) < 2:
         raise ConfigError("train must be given a preset or a .yaml file, as in `mplug train`.")
     _, config, *settings = _arguments(launch)
@@ -114,11 +115,11 @@ def _check_settings(launch: Launch, processes: int) -> None:
 
 
 def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> Manifest:
-    """A job of training-operator 1.9, by the models of its SDK. The pod stays as the cluster has it: those of the
-    Kubernetes client are older than the cluster and would drop fields."""
+    """A job of training-operator 1.9, built from the models of its SDK. The pod stays a dictionary: the pod models of
+    the Kubernetes client are older than the cluster and would drop fields."""
     queue = (shape["metadata"].get("annotations") or {}).get(QUEUE_ANNOTATION)
     policy = KubeflowOrgV1RunPolicy(
-        clean_pod_policy="Running",  # "None" leaves the others running when one has failed; "All" removes the logs
+        clean_pod_policy="Running",  # "None" keeps other pods running after a failure; "All" deletes the logs
         ttl_seconds_after_finished=KEPT_S,
         active_deadline_seconds=launch.deadline_s or None,
         scheduling_policy=KubeflowOrgV1SchedulingPolicy(queue=queue) if queue else None,
@@ -130,7 +131,7 @@ def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> Manifest:
         if count
     }
     spec = KubeflowOrgV1PyTorchJobSpec(
-        # never left out: the operator's "auto" is one process per core where there is no GPU
+        # always set: without a GPU, the operator's "auto" is one process per core
         nproc_per_node=str(_processes(launch, shape)),
         pytorch_replica_specs=replicas,
         run_policy=policy,
@@ -171,7 +172,7 @@ def _limit_retries(spec: Manifest, retries: int) -> None:
 
 
 def _put_pod(template: Manifest, pod: Manifest) -> None:
-    """The shape's pod, with what the job says about pods on top."""
+    """Merges the pod of the PodTemplate into the template of a job, whose own fields win."""
     template["metadata"] = pod["metadata"]
     template["spec"] = {**pod["spec"], **template["spec"]}
 
@@ -180,12 +181,12 @@ def _pod(launch: Launch, shape: Manifest) -> Manifest:
     pod: Manifest = copy.deepcopy(shape["template"])
     container = find_container(pod)
     container["command"], container["args"] = ["mplug"], list(_arguments(launch))
-    pod["spec"].pop("restartPolicy", None)  # which the API server has filled in; the job's own policy decides
+    pod["spec"].pop("restartPolicy", None)  # the API server's default; the policy of the job applies
     if launch.image:
         container["image"] = launch.image
     if launch.command[:2] == ("data", "download"):
         pod["metadata"]["labels"][WEB] = "true"
-    if not launch.is_training:  # which alone serves metrics
+    if not launch.is_training:  # only training pods serve metrics
         container.pop("livenessProbe", None)
         container.pop("ports", None)
     _share_resources(launch, pod)
@@ -193,7 +194,7 @@ def _pod(launch: Launch, shape: Manifest) -> Manifest:
 
 
 def find_container(pod: Manifest) -> Manifest:
-    """A job's own container in the template of a pod."""
+    """The main container of a pod."""
     found: list[Manifest] = [container for container in pod["spec"]["containers"] if container["name"] == CONTAINER]
     if not found:
         raise ConfigError(f"the PodTemplate {SHAPE} must have a container named {CONTAINER}.")
@@ -208,7 +209,7 @@ def _arguments(launch: Launch) -> tuple[str, ...]:
 
 
 def gpu_resource(shape: Manifest) -> tuple[str, int]:
-    """Name and number of the GPUs that a pod of this shape takes."""
+    """Resource name and number of the GPUs of a pod."""
     limits = find_container(shape["template"]).get("resources", {}).get("limits", {})
     return next(((name, int(count)) for name, count in limits.items() if name.endswith("/gpu")), ("", 0))
 
@@ -220,7 +221,7 @@ def _processes(launch: Launch, shape: Manifest) -> int:
 
 
 def _share_resources(launch: Launch, pod: Manifest) -> None:
-    """A job that takes one of a node's eight GPUs takes an eighth of what the shape asks for."""
+    """Scales the resources: a job that uses one of eight GPUs requests an eighth of the PodTemplate's resources."""
     shape = {"template": pod}
     name, gpus = gpu_resource(shape)
     if not gpus:

@@ -1,4 +1,4 @@
-"""The restricted Pod Security Standard, as Kubernetes 1.34 admits pods: whatever admission refuses is refused here.
+"""The restricted Pod Security Standard of Kubernetes 1.34. Reports everything that admission would refuse.
 
 https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted
 """
@@ -24,7 +24,7 @@ CONFINED = {"RuntimeDefault", "Localhost"}
 
 
 def violations(pod: Manifest) -> Iterator[str]:
-    """Each rule of the standard that a pod, or the template of one, breaks."""
+    """Each rule of the standard that a pod or pod template breaks."""
     found = [*_pod(pod)]
     for container in containers(pod):
         found += [f"container {container.get('name')}: {rule}" for rule in _container(pod, container)]
@@ -87,7 +87,7 @@ def _container(pod: Manifest, container: Manifest) -> Iterator[str]:
 
 
 def _context(context: Manifest) -> Iterator[str]:
-    """What holds for the security context of a pod as well as of a container."""
+    """Rules that apply to the security contexts of both pods and containers."""
     if context.get("runAsUser") == 0:
         yield "runAsUser must not be 0"
     for key in ("seccompProfile", "appArmorProfile"):
@@ -104,7 +104,7 @@ def _context(context: Manifest) -> Iterator[str]:
 
 
 def _hosts(container: Manifest) -> Iterator[tuple[str, str]]:
-    """Hosts that probes and lifecycle handlers of a container call; without one they call the pod."""
+    """Hosts in probes and lifecycle handlers of a container."""
     handlers = {key: container.get(key) for key in ("livenessProbe", "readinessProbe", "startupProbe")}
     handlers |= {f"lifecycle.{key}": value for key, value in (container.get("lifecycle") or {}).items()}
     for place, handler in handlers.items():

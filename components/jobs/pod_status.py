@@ -1,4 +1,4 @@
-"""What the pods of a job say: why they wait, why they ended, which of them were replaced."""
+"""Reads the status of pods: why they wait, why they ended, which of them were replaced."""
 
 import logging
 import re
@@ -11,43 +11,42 @@ from components.jobs.manifests import SHAPE, Manifest
 
 log = logging.getLogger("mplug")
 INITIAL_S = 60.0
-"""After which a pod that is still in an init container is spoken of."""
+"""Seconds after which a pod that is still in an init container is reported."""
 JUST_S = 30.0
 RESUMED = re.compile(r"training resumes from step (\d+)")
 
 
 @dataclass
 class JobHistory:
-    """What was reported already, and which pods there were."""
+    """The reported conditions and warnings of a job, and its pods so far."""
 
     conditions: set[str] = field(default_factory=set)
     warnings: set[str] = field(default_factory=set)
     pods: dict[str, list[str]] = field(default_factory=dict)
-    """Uids of the pods of one name, the newest last."""
+    """UIDs of the pods of each name, newest last."""
     end_reasons: dict[str, str] = field(default_factory=dict)
-    """Why a pod ended, by uid."""
+    """Reason why a pod ended, by UID."""
     replaced: dict[str, float] = field(default_factory=dict)
-    """Pods that were replaced, and when that was noticed; reported once the log names the step to resume from."""
+    """Replaced pods, and when this was noticed. Reported once the log contains the step to resume from."""
 
     last_step: str = ""
     last_step_at: float = 0.0
-    """Step that training has resumed from, and when: the log may be read before the pods are."""
+    """Step that training has resumed from, and when. The log may be read before the pods."""
 
     @property
     def restarts(self) -> int:
         return max((len(uids) - 1 for uids in self.pods.values()), default=0)
 
     def note(self, pod: Manifest) -> None:
-        """Remembers a pod, and which one it replaces: that of its name, or in a Job that of its index."""
+        """Records a pod, and whether it replaces one of the same name, or of the same index in a Job."""
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
         labels = pod["metadata"].get("labels") or {}
         index = labels.get("batch.kubernetes.io/job-completion-index", "")
         uids = self.pods.setdefault(f"{labels['job-name']}-{index}" if "job-name" in labels else name, [])
         if uid not in uids:
             if uids:
-                self.replaced[f"pod {name} was replaced: {self.end_reasons.get(uids[-1], 'it was deleted.')}"] = (
-                    time.monotonic()
-                )
+                why = self.end_reasons.get(uids[-1], "it was deleted.")
+                self.replaced[f"pod {name} was replaced: {why}"] = time.monotonic()
                 if time.monotonic() - self.last_step_at < JUST_S:
                     self.report(f"Training resumes from step {self.last_step}.")
             uids.append(uid)
@@ -55,25 +54,25 @@ class JobHistory:
             self.end_reasons[uid] = why
 
     def resumed(self, line: str) -> None:
-        """Reads a line of the job's log, which may name the step that training resumes from."""
+        """Reads a line of the log, which may contain the step that training resumes from."""
         if step := RESUMED.search(line):
             self.last_step, self.last_step_at = step[1], time.monotonic()
             self.report(f"Training resumes from step {step[1]}.")
 
     def report(self, more: str) -> None:
         replaced = list(self.replaced)
-        for one in replaced:  # another thread may add one meanwhile
+        for one in replaced:  # another thread may add pods meanwhile
             self.replaced.pop(one, None)
         if replaced:
             log.warning("%s %s", " ".join(replaced), more)
 
 
 def waiting_reasons(pod: Manifest) -> Iterator[str]:
-    """Why a pod does not run, in the scheduler's or the kubelet's words."""
+    """Reasons of the scheduler or the kubelet why a pod does not run."""
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
     for item in status.get("conditions") or []:
         if item["type"] == "PodScheduled" and item["status"] == "False":
-            yield f"pod {name} cannot be placed: {item.get('message', '')}"
+            yield f"pod {name} cannot be scheduled: {item.get('message', '')}"
     initial = status.get("initContainerStatuses") or []
     for container in [*initial, *(status.get("containerStatuses") or [])]:
         waiting = (container.get("state") or {}).get("waiting") or {}
@@ -94,7 +93,7 @@ def termination_reasons(pods: list[Manifest]) -> str:
 
 
 def termination_reason(pod: Manifest) -> str:
-    """Exit code and reason of the container that did not end well; empty for a pod that runs or has succeeded."""
+    """Exit code and reason of the failed container; empty for a pod that runs or has succeeded."""
     for container in (pod.get("status") or {}).get("containerStatuses") or []:
         states = (container.get("state") or {}, container.get("lastState") or {})
         ended: Manifest = next((state["terminated"] for state in states if state.get("terminated")), {})

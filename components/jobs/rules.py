@@ -1,8 +1,7 @@
-"""What must hold of a manifest beyond its schema.
+"""Rules for manifests beyond their schemas.
 
-The restricted Pod Security Standard (pod_security.py), the admission of training-operator, and what a job of this
-platform needs to end when it should. A problem names in brackets whose rule it breaks; without brackets it is this
-platform's own.
+They cover the restricted Pod Security Standard (pod_security.py), the admission of training-operator, and requirements
+of this platform. A problem names the source of the rule in brackets; rules of this platform have none.
 """
 
 import re
@@ -19,14 +18,14 @@ POD_PATHS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SAVING_S = 60
-"""What a run takes at most to save when it is asked to end (model.training.launch.SHUTDOWN_S)."""
+"""Maximum time of a run to save a checkpoint after SIGTERM (model.training.launch.SHUTDOWN_S)."""
 LONGEST_LABEL = 63
 ADMISSION = "(admission of training-operator 1.9)"
 MANAGERS = ("kubeflow.org/training-operator", "kueue.x-k8s.io/multikueue")
 
 
 def problems(manifest: Manifest) -> list[str]:
-    """Everything that is wrong, as lines that name the place; empty where nothing is."""
+    """All problems of a manifest, one line each, with their location."""
     found: list[str] = []
     for place, pod in pods(manifest):
         found += [f"{place}: {problem}" for rule in POD_RULES for problem in rule(pod)]
@@ -41,7 +40,7 @@ def problems(manifest: Manifest) -> list[str]:
 
 
 def pods(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
-    """The pod templates of a manifest, each with its place."""
+    """The pod templates of a manifest with their locations."""
     kind = manifest["kind"]
     if kind in POD_PATHS:
         yield "pod", _at(manifest, *POD_PATHS[kind])
@@ -60,7 +59,7 @@ def _at(tree: Manifest, *path: str) -> Manifest:
 
 
 def _hardened(pod: Manifest) -> Iterator[str]:
-    """What this platform asks for beyond the standard."""
+    """Requirements of this platform on pods."""
     spec = _at(pod, "spec")
     if spec.get("automountServiceAccountToken") is not False:
         yield "automountServiceAccountToken must be false: nothing in the pod talks to the API server."
@@ -69,9 +68,9 @@ def _hardened(pod: Manifest) -> Iterator[str]:
         if (container.get("securityContext") or {}).get("readOnlyRootFilesystem") is not True:
             yield f"container {name}: readOnlyRootFilesystem must be true."
         if not {"cpu", "memory"} <= set(resources.get("requests") or {}):
-            yield f"container {name}: requests must name cpu and memory, or the scheduler places it blindly."
+            yield f"container {name}: requests must name cpu and memory, which the scheduler needs."
         if "memory" not in (resources.get("limits") or {}):
-            yield f"container {name}: limits must name memory, or one pod takes a node down."
+            yield f"container {name}: limits must name memory, or one pod can exhaust a node."
         image = container.get("image") or ""
         tag = image.rpartition("/")[2].partition(":")[2]
         if "@sha256:" not in image and tag in ("", "latest"):
@@ -90,7 +89,7 @@ def _admitted(job: Manifest) -> Iterator[str]:
 
 
 def _refused(job: Manifest) -> Iterator[str]:
-    """What the operator's webhook refuses, or the type of a field in its definition."""
+    """Rules of the operator's webhook and of the field types in its CRD."""
     spec, name = _at(job, "spec"), str(job["metadata"].get("name", ""))
     replicas, elastic = _at(spec, "pytorchReplicaSpecs"), spec.get("elasticPolicy")
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > LONGEST_LABEL:
@@ -129,15 +128,15 @@ def _refused_replica(kind: str, replica: Manifest) -> Iterator[str]:
 
 
 def _meets(job: Manifest) -> Iterator[str]:
-    """What keeps the nodes of a job from finding each other."""
+    """Settings that prevent the nodes of a job from finding each other."""
     replicas, elastic = _at(job, "spec", "pytorchReplicaSpecs"), _at(job, "spec", "elasticPolicy")
     processes = _at(job, "spec").get("nprocPerNode")
     if not str(processes or "").isdigit():
         yield f"nprocPerNode must be a number in quotes, got {processes!r}: auto is one process per core without a GPU."
     if "Master" not in replicas and not elastic:
-        yield "without a Master and without elasticPolicy no pod is told where the first one is."
+        yield "without a Master or elasticPolicy, pods do not know the address of the first pod."
     if "Master" in replicas and elastic:
-        yield "elasticPolicy must go without a Master: the pods meet at the first Worker."
+        yield "elasticPolicy must be used without a Master: pods join at the first Worker."
     workers = _at(replicas, "Worker").get("replicas") or 1
     last = f"{job['metadata'].get('name', '')}-worker-{workers - 1 if isinstance(workers, int) else workers}"
     if len(last) > LONGEST_LABEL:
@@ -152,22 +151,22 @@ def _meets(job: Manifest) -> Iterator[str]:
                 if container.get(probe):
                     yield (
                         f"{kind}: container {container.get('name')} must have no {probe}: the operator's services do "
-                        "not name pods that are not ready, and a pod is not ready before the others have found it."
+                        "not name pods that are not ready, and a pod is not ready before it was found."
                     )
             if (container.get("command") or [""])[0] not in ("mplug", "torchrun"):
                 yield f"{kind}: container {container.get('name')} must start mplug or torchrun: RANK counts pods here."
 
 
 def _ends(job: Manifest) -> Iterator[str]:
-    """What makes a job run for ever, or fail where it could go on."""
+    """Settings that let a job run forever, or fail when it could resume."""
     policy = _at(job, "spec", "runPolicy")
     if policy.get("cleanPodPolicy") != "Running":
         yield (
-            f"cleanPodPolicy must be Running, got {policy.get('cleanPodPolicy')!r}: None leaves the others running "
-            "when one has failed, All removes their logs."
+            f"cleanPodPolicy must be Running, got {policy.get('cleanPodPolicy')!r}: None keeps other pods running "
+            "after a failure, All deletes their logs."
         )
     if policy.get("backoffLimit"):
-        yield "backoffLimit must be unset: with ExitCode the operator counts restarts anew with each pod."
+        yield "backoffLimit must be unset: with ExitCode the operator counts the restarts of each pod from zero."
     for kind, replica in _at(job, "spec", "pytorchReplicaSpecs").items():
         restart = (replica or {}).get("restartPolicy")
         if restart in ("OnFailure", "Always", None):
@@ -178,7 +177,7 @@ def _ends(job: Manifest) -> Iterator[str]:
 
 
 def _survives(replica: Manifest) -> Iterator[str]:
-    """What a pod needs to save its run, and to come to an end where saving does not help."""
+    """Requirements of a pod for saving its run, and for ending after too many restarts."""
     spec = _at(replica, "template", "spec")
     grace = spec.get("terminationGracePeriodSeconds") or 30
     if grace <= SAVING_S:
@@ -191,18 +190,19 @@ def _survives(replica: Manifest) -> Iterator[str]:
             continue
         mounts = {mount.get("mountPath"): mount.get("name") for mount in container.get("volumeMounts") or []}
         if mounts.get("/dev/shm") not in memory:
-            yield "/dev/shm must be an emptyDir of medium Memory: a container's own has 64 MB, and loaders die of it."
+            yield "/dev/shm must be an emptyDir of medium Memory: the default of 64 MB is too small for loaders."
         arguments = [*(container.get("command") or []), *(container.get("args") or [])]
         bounds = [item.partition("=")[2] for item in arguments if item.startswith("checkpoint.max_attempts=")]
         if arguments[:2] != ["mplug", "train"] or any(not bound.isdigit() or int(bound) > 100 for bound in bounds):
             yield (
-                "this job restarts forever on OOM: 137 counts as worth a restart, and nothing counts them. `mplug "
-                "train` does (checkpoint.max_attempts, at most 100 here)."
+                "this job restarts forever on OOM: 137 is restartable, and nothing counts the restarts. `mplug train` "
+                "counts them (checkpoint.max_attempts, at most 100 here)."
             )
 
 
 def longest_trainjob_name(nodes: int) -> int:
-    """JobSet refuses a job whose pods, <name>-node-0-<index>-<five letters>, are no label; its own name then stays."""
+    """Rules of JobSet, which refuses a job if the names of its pods, <name>-node-0-<index>-<five letters>, are too long
+    for a label."""
     return LONGEST_LABEL - len(f"-node-0-{nodes - 1}-abcde")
 
 
@@ -220,7 +220,7 @@ def _fails_for_good(job: Manifest) -> Iterator[str]:
         for code in rule["onExitCodes"]["values"]
     }
     if not {1, 2, 3, 4} <= permanent:
-        yield "podFailurePolicy must end the job on exit codes 1 to 4: they will be the same after a restart."
+        yield "podFailurePolicy must fail the job on exit codes 1 to 4, which are permanent."
 
 
 JOB_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (_admitted, _meets, _ends)

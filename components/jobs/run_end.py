@@ -1,7 +1,7 @@
-"""The end of a pipeline's run on Kubeflow Pipelines, as its exit handler sees it. No kfp here.
+"""Ends a pipeline run on Kubeflow Pipelines; called by the exit handler. Knows no kfp.
 
-Kubeflow Pipelines ends a step half a second after it has asked it to: the container goes, and a job that the step has
-started runs on. So the exit handler, which runs after success, failure and cancellation, stops the jobs of its run.
+Kubeflow Pipelines kills a step half a second after SIGTERM, and a job that the step has created keeps running. So the
+exit handler, which runs after success, failure and cancellation, stops the jobs of its run.
 """
 
 import logging
@@ -16,19 +16,19 @@ from model.pipeline_run import RUN_ID, Outcome
 
 log = logging.getLogger("mplug")
 WORKFLOW, NAMESPACE = "MPLUG_KFP_WORKFLOW", "MPLUG_KFP_NAMESPACE"
-"""Variables of a step that Kubernetes fills in: name and namespace of Argo's workflow for its run."""
+"""Variables of a step, set by Kubernetes: name and namespace of the Argo workflow of its run."""
 RUN_LABEL = "mplug-video/run"
-"""Label of a job: id of the pipeline's run that has started it, or taken it over."""
+"""Label of a job with the ID of the pipeline run that created or adopted it."""
 ABANDONED = "mplug-video/given-up"
-"""Annotation of a job that was stopped: why."""
+"""Annotation of a suspended job with the reason."""
 SAVED_WITHIN_S = 180.0
-"""For the last checkpoint: the pods' grace period of 120 s, and the kubelet."""
+"""Time for the last checkpoint: the grace period of the pods, 120 s, and the kubelet."""
 
 
 def end_run(namespace: str) -> tuple[Outcome | None, list[str]]:
-    """Stops the jobs of this run that still run. Returns how the run has ended, and a line for each failed step.
+    """Stops the running jobs of this pipeline run. Returns its outcome, and one line per failed step.
 
-    No outcome outside Kubeflow Pipelines, and if the workflow cannot be read.
+    The outcome is None outside of Kubeflow Pipelines, or if the workflow cannot be read.
     """
     run_id = os.environ.get(RUN_ID, "")
     if not run_id:
@@ -39,25 +39,25 @@ def end_run(namespace: str) -> tuple[Outcome | None, list[str]]:
 
 
 def stop_jobs(cluster: Cluster, run_id: str) -> None:
-    """Deletes the training jobs of a run that still run, and waits for their pods: each saves a checkpoint.
+    """Deletes the running training jobs of a pipeline run, and waits for their pods, which save a checkpoint.
 
-    Only warns if the cluster refuses or does not answer; one without training-operator knows no such jobs.
+    Only warns if the cluster refuses or does not answer: a cluster without training-operator has no such jobs.
     """
     try:
         _stop_jobs(cluster, run_id)
     except (ClusterError, OutageError) as error:
-        log.warning("training jobs of the run cannot be looked at: %s", error)
+        log.warning("training jobs of the run cannot be listed: %s", error)
 
 
 def _stop_jobs(cluster: Cluster, run_id: str) -> None:
     stopped = [job for job in cluster.labelled("PyTorchJob", f"{RUN_LABEL}={run_id}") if _is_running(job)]
     for job in stopped:
-        log.warning("%s still runs and is stopped; it saves a checkpoint", job["metadata"]["name"])
+        log.warning("stopping %s, which saves a checkpoint", job["metadata"]["name"])
         cluster.delete("PyTorchJob", job["metadata"]["name"], job["metadata"]["uid"])
     deadline = time.monotonic() + SAVED_WITHIN_S
     while any(cluster.pods("PyTorchJob", job["metadata"]["name"]) for job in stopped):
         if time.monotonic() > deadline:
-            log.warning("pods of the run are still there after %g s", SAVED_WITHIN_S)
+            log.warning("pods of the run still exist after %g s", SAVED_WITHIN_S)
             break
         time.sleep(1)
 
@@ -73,6 +73,6 @@ def _outcome(cluster: Cluster) -> tuple[Outcome | None, list[str]]:
     try:
         workflow = cluster.read(path)
     except (ClusterError, OutageError) as error:
-        log.warning("the stages alone say how the run has ended: %s", error)
+        log.warning("the workflow cannot be read, the outcome is taken from the stages: %s", error)
         return None, []
     return workflow_outcome(workflow), [f"{step.name}: {step.reason}" for step in failed_steps(workflow)]

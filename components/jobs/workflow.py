@@ -1,6 +1,6 @@
-"""A run of Kubeflow Pipelines as Argo's workflow shows it on the cluster: its steps, why they wait and how they ended.
+"""Reads the Argo workflow of a Kubeflow Pipelines run: its steps, why they wait and how they ended. Knows no kfp.
 
-The API of Kubeflow Pipelines names Argo's nodes (`executor(0)`) and neither pods nor reasons. No kfp here.
+The API of Kubeflow Pipelines only has the names of Argo's nodes (`executor(0)`), without pods and reasons.
 """
 
 import base64
@@ -17,17 +17,17 @@ from model.pipeline_run import Outcome
 
 ENDED_BADLY = ("Failed", "Error")
 NOTED = re.compile(r"exit code (\d+): (.+)")
-"""What a step writes to its termination log (model.errors.TERMINATION_LOG)."""
+"""Format of a step's termination log (model.errors.TERMINATION_LOG)."""
 ENDED = re.compile(r"\(exit code (\d+)\)")
 STAGES = ("exit-handler-1", "stages")
-"""Name and title of all that the exit handler waits for."""
+"""Names of the node that contains all stages."""
 LOG_LINES = 15
 FOR_MEMORY = "OOMKilled"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the pipeline that waits, runs or has ended."""
+    """A step of a pipeline run."""
 
     name: str
     phase: str
@@ -37,9 +37,9 @@ class Step:
 
     @property
     def code(self) -> int:
-        """Exit code of the step's command. Argo knows only that of the launcher around it, which is 1 for all of them.
+        """Exit code of the step's command. Argo's exit code is that of the KFP launcher, which is always 1.
 
-        A pod that was evicted or whose node is gone has none. What was killed for memory is killed again: permanent.
+        A pod that was evicted or whose node was lost has none. An OOM kill counts as permanent.
         """
         if FOR_MEMORY in self.message:
             return ATTEMPTS
@@ -55,14 +55,14 @@ class Step:
 
 
 def workflow_of_run(cluster: Cluster, run_id: str) -> Manifest | None:
-    """None where the run is not of this cluster. Raises ClusterError where workflows may not be looked at."""
+    """None if the run is not on this cluster. Raises ClusterError without permission to read workflows."""
     path = f"/apis/argoproj.io/v1alpha1/namespaces/{cluster.namespace}/workflows"
     found = cluster.read(f"{path}?labelSelector=pipeline%2Frunid%3D{run_id}")["items"]
     return found[0] if found else None
 
 
 def workflow_outcome(workflow: Manifest) -> Outcome | None:
-    """How the stages have ended, as the exit handler sees it; None if the workflow lists no nodes."""
+    """Outcome of the stages while the exit handler runs; None if the workflow has no nodes."""
     spec = workflow.get("spec") or {}
     if spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown"):
         return "cancelled"
@@ -73,7 +73,7 @@ def workflow_outcome(workflow: Manifest) -> Outcome | None:
 
 
 def workflow_steps(workflow: Manifest) -> Iterator[Step]:
-    """The steps that have a pod; of a repeated step only the last attempt."""
+    """The steps that have a pod; only the last attempt of a retried step."""
     retried = [node for node in _nodes(workflow) if node.get("type") == "Retry"]
     attempts = {child for node in retried for child in (node.get("children") or [])[:-1]}
     for node in _nodes(workflow):
@@ -95,20 +95,20 @@ def step_name(node: str) -> str:
 
 
 def last_lines(cluster: Cluster, workflow: Manifest, step: Step) -> list[str]:
-    """The end of a step's log; empty where its pod is gone."""
+    """The end of a step's log; empty if its pod no longer exists."""
     selector = f"workflows.argoproj.io%2Fworkflow%3D{workflow['metadata']['name']}"
     try:
         pods = cluster.read(f"/api/v1/namespaces/{cluster.namespace}/pods?labelSelector={selector}")["items"]
         for pod in pods:
             if (pod["metadata"].get("annotations") or {}).get("workflows.argoproj.io/node-name") == step.node:
                 return cluster.log_end(pod["metadata"]["name"], "main", LOG_LINES)
-    except ClusterError:  # gone meanwhile, or not ours to read
+    except ClusterError:  # deleted meanwhile, or no permission
         pass
     return []
 
 
 def _nodes(workflow: Manifest) -> list[Manifest]:
-    """Of a large workflow Argo keeps them compressed."""
+    """The nodes of a workflow, which Argo compresses if there are many."""
     status = workflow.get("status") or {}
     if packed := status.get("compressedNodes"):
         return list(json.loads(gzip.decompress(base64.b64decode(packed))).values())

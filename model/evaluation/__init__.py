@@ -1,1 +1,1 @@
-"""Judging trained models: metrics, figures and the report."""
+"""Evaluates trained models: scores, gate, registration, report."""

@@ -1,4 +1,4 @@
-"""What a run must reach to count as having learned: better than guessing, and better for having been pre-trained."""
+"""The required results of the demo: better than chance, and better with pre-training than without."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ CHANCE_FACTORS = {
     ("retrieval", "text_to_video_r1"): 10.0,
     ("retrieval", "video_to_text_r1"): 10.0,
 }
-"""How many times the chance level a pre-trained model must reach."""
+"""Multiple of the chance level that a pre-trained model must reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +20,10 @@ class Requirement:
     value: float
     without_pretraining: float
     chance: float | None
-    """What guessing scores; None where there is no such level."""
+    """Score of guessing; None if the metric has no chance level."""
     required: float
     strict: bool
-    """Whether the value must exceed `required`, not only reach it."""
+    """Whether the value must exceed `required` instead of reaching it."""
 
     @property
     def passed(self) -> bool:
@@ -31,7 +31,7 @@ class Requirement:
 
 
 def check_requirements(evaluations: Sequence[Evaluation]) -> Iterator[Requirement]:
-    """Each requirement with what was reached. Needs every task once with and once without pre-training."""
+    """Each requirement with the value reached. Needs every task with and without pre-training."""
     by_start = {(evaluation.task, evaluation.pretrained): evaluation for evaluation in evaluations}
     for (task, metric), factor in CHANCE_FACTORS.items():
         with_, without = by_start[task, True], by_start[task, False]

@@ -1,4 +1,4 @@
-"""Statistics of a dataset for people: in the terminal, as a page, and in MLflow."""
+"""Shows the statistics of a dataset in the terminal, as an HTML page, and in MLflow."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from model.evaluation.pages import figure_uri, render_page
 from model.tracking import Run
 
 BAR = 28
-"""Characters of the longest bar in a terminal."""
+"""Length of the longest bar in the terminal, in characters."""
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -42,7 +42,7 @@ def print_statistics(found: Statistics, console: Console) -> None:
 
 
 def publish_statistics(found: Statistics, run: Run) -> None:
-    """Metrics, tables, figures and the page into a run of MLflow."""
+    """Logs metrics, tables, figures and the page to an MLflow run."""
     dataset = found.name.partition("@")[0]
     run.metrics({f"{dataset}/clips_{split}": float(count) for split, count in found.clips.items()})
     run.metrics({f"{dataset}/quarantined_{split}": float(count) for split, count in found.quarantined.items()})
@@ -61,13 +61,13 @@ def publish_statistics(found: Statistics, run: Run) -> None:
 
 
 def statistics_page(found: Statistics) -> str:
-    """One page that loads nothing."""
+    """One self-contained page."""
     drawn = {name: figure_uri(figure) for name, figure in figures(found).items()}
     return render_page("statistics.html.j2", {"s": found, "supers": "", "categories": "", **drawn})
 
 
 def figures(found: Statistics) -> dict[str, Figure]:
-    """Figures by name; categories only where there are any."""
+    """Figures by name. Category figures only if the dataset has categories."""
     drawn = {"distributions": _distribution_figure(found.distributions)}
     if found.categories:
         drawn["categories"] = _bar_figure(found.categories, 0.22)

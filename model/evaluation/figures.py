@@ -1,4 +1,4 @@
-"""Pictures of what a model saw and said. Chinese text needs a font of its own: Debian and matplotlib ship none."""
+"""Figures of clips, predictions and metrics. Chinese text needs a bundled font: Debian and matplotlib have none."""
 
 import importlib.resources
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ INK, ACCENT, MUTED = "#1f2933", "#0b7285", "#868e96"
 
 @cache
 def font() -> FontProperties:
-    """Noto Sans CJK, from the package noto-cjk-sans-jp-regular (the Chinese cut is not on PyPI)."""
+    """Noto Sans CJK from the package noto-cjk-sans-jp-regular (the Chinese variant is not on PyPI)."""
     path = importlib.resources.files("noto_cjk_sans_jp_regular") / "NotoSansCJKjp-Regular.otf"
     return FontProperties(fname=str(path))
 
 
 def frame_strip(reader: ShardReader, position: int, num_frames: int, height: int = 72) -> Image.Image:
-    """The frames that a model sees of one clip, side by side."""
+    """The frames of one clip that a model reads, side by side."""
     record = reader.record(position)
     indices = padded(frame_indices(record.meta["num_frames"], num_frames), num_frames)
     images = [Image.fromarray(frame) for frame in reader.frames(record, indices)]
@@ -41,7 +41,7 @@ def frame_strip(reader: ShardReader, position: int, num_frames: int, height: int
 
 
 def prediction_figure(strips: Sequence[Image.Image], texts: Sequence[tuple[str, str]]) -> Figure:
-    """One row per clip: its frames, what was predicted and what is true."""
+    """One row per clip: its frames, the prediction and the truth."""
     figure = Figure(figsize=(11, 1.15 * len(strips)), layout="constrained")
     rows = np.atleast_2d(figure.subplots(len(strips), 2, width_ratios=(3, 2)))
     for (left, right), strip, (predicted, true) in zip(rows, strips, texts, strict=True):

@@ -1,4 +1,4 @@
-"""Whether newly trained models may take the place of those in use: each against the registry's champion of its task."""
+"""The gate before the registry: compares each new model with the champion of its task."""
 
 import json
 import tempfile
@@ -21,9 +21,9 @@ class Comparison:
     metric: str
     value: float
     champion: float | None
-    """Of the model in use; None where there is none yet."""
+    """Score of the champion; None if there is no champion yet."""
     required: float
-    """What the value must reach."""
+    """Required value."""
 
     @property
     def passed(self) -> bool:
@@ -33,7 +33,7 @@ class Comparison:
 def compare_with_champions(
     evaluations: Sequence[Evaluation], where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
 ) -> list[Comparison]:
-    """Each task's value must reach its `minimum`, where one is given, and its champion's value less `tolerance`."""
+    """Each task must reach its `minimum`, if one is given, and the score of its champion minus `tolerance`."""
     unknown = set(minimum) - set(DATASETS)
     if unknown:
         raise ConfigError(f"minimum must name tasks, of {', '.join(DATASETS)}, got {', '.join(sorted(unknown))}.")
@@ -51,7 +51,7 @@ def compare_with_champions(
 def check_gate(
     uris: Sequence[str], root: str, where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
 ) -> list[Comparison]:
-    """Publishes the comparison beside the run's report, and on its page. Raises StageError where a model is worse."""
+    """Publishes the comparison with the report of the run, and in MLflow. Raises StageError if a model is worse."""
     rows = compare_with_champions([load_evaluation(uri) for uri in uris], where, minimum, tolerance)
     tracking = TrackingConfig(**where)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: pictures and the Chinese font are inside, nothing is loaded from elsewhere."""
+"""Self-contained HTML pages: figures and the Chinese font are embedded."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from model.evaluation.figures import font, save_figure
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
-    """A template of this folder, filled in."""
+    """Renders a template of this folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -41,7 +41,7 @@ def image_uri(image: Image.Image) -> str:
 
 
 def _font_for(text: str) -> str:
-    """The Chinese font cut down to the page's own characters: a fresh Debian has none to show them with."""
+    """The Chinese font, subset to the characters of the page: a fresh Debian has no Chinese font."""
     opened = TTFont(font().get_file())
     subsetter = subset.Subsetter(subset.Options(hinting=False, layout_features=[]))
     subsetter.populate(text=text)

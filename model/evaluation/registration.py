@@ -1,4 +1,4 @@
-"""Which evaluated models enter the registry, and what is said of them there."""
+"""Registers evaluated models in MLflow."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,9 +13,9 @@ def registered_name(task: str) -> str:
 def register_candidates(
     evaluations: Sequence[str], where: Mapping[str, str], code_version: str, *, promote: bool = False
 ) -> list[str]:
-    """Registers each fine-tuned model that started from pre-training; returns "name/version" of each.
+    """Registers each fine-tuned model that started from pre-training, and returns "name/version" of each.
 
-    `promote` makes champions of them. Without a tracking server there is no registry, and nothing is registered.
+    `promote` also gives them the alias `champion`. Does nothing if no tracking server is configured.
     """
     registered: list[str] = []
     if not where["uri"]:

@@ -1,4 +1,4 @@
-"""The report that people read: one self-contained HTML page with metrics, curves, clips and what was said of them."""
+"""The report of a pipeline run: one self-contained HTML page with metrics, curves, and clips with predictions."""
 
 import json
 import tempfile
@@ -26,7 +26,7 @@ NEAREST = 3
 
 @dataclass(frozen=True)
 class Strip:
-    """A clip's frames with what belongs beside them."""
+    """The frames of a clip, with prediction and truth."""
 
     image: str
     predicted: str
@@ -38,7 +38,7 @@ class Strip:
 
 
 def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, where: Mapping[str, str]) -> str:
-    """Writes report.html and results.json to <root>/reports/<pipeline run>, and to the run's page in MLflow."""
+    """Writes report.html and results.json to <root>/reports/<pipeline run>, and to the MLflow run."""
     evaluations = [load_evaluation(uri) for uri in uris]
     results = list(check_requirements(evaluations))
     tracking = TrackingConfig(**where)
@@ -55,7 +55,7 @@ def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, wh
 
 
 def render_report(evaluations: Sequence[Evaluation], results: Sequence[Requirement], shards: Mapping[str, str]) -> str:
-    """The page as text; nothing in it is loaded from elsewhere."""
+    """The page as text."""
     by_task = {evaluation.task: evaluation for evaluation in evaluations if evaluation.pretrained}
     without = {evaluation.task: evaluation for evaluation in evaluations if not evaluation.pretrained}
     readers = {task: ShardReader(storage.join(shards[task], "test")) for task in by_task}
@@ -111,7 +111,7 @@ def _strips(evaluation: Evaluation, reader: ShardReader) -> list[Strip]:
 
 
 def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, object]]:
-    """Texts with the clips that lie nearest to them."""
+    """Texts with their most similar clips."""
     return [
         {
             "text": evaluation.predictions[query]["text"],

@@ -1,4 +1,4 @@
-"""The result of an evaluation, as it is stored."""
+"""The stored result of an evaluation."""
 
 import json
 from dataclasses import dataclass, fields
@@ -10,11 +10,11 @@ from model.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one evaluation found, and all that a report needs."""
+    """Scores and predictions of one evaluation, with everything that a report needs."""
 
     task: str
     model: str
-    """URI of the model that was judged."""
+    """URI of the evaluated model."""
     pretrained: bool
     """Whether fine-tuning started from a pre-trained model."""
     scores: dict[str, float]
@@ -24,9 +24,9 @@ class Evaluation:
     headline: str
     """The score that the paper's tables lead with."""
     captions: list[tuple[str, str]]
-    """(predicted, true) text of each clip, as people are shown it."""
+    """(predicted, true) text of each clip, for display."""
     nearest_clips: list[list[int]]
-    """Of each text, the clips that are most similar to it, the nearest first; empty for tasks without search."""
+    """For each text, the most similar clips, nearest first; empty for tasks without search."""
 
 
 def save_evaluation(evaluation: Evaluation, uri: str) -> str:
@@ -36,7 +36,7 @@ def save_evaluation(evaluation: Evaluation, uri: str) -> str:
 
 
 def load_evaluation(uri: str) -> Evaluation:
-    """Reads a stored evaluation. Raises DataError where an earlier version has written it."""
+    """Reads a stored evaluation. Raises DataError if an earlier version wrote it."""
     tree = json.loads(storage.read(uri))
     if missing := {field.name for field in fields(Evaluation)} - tree.keys():
         raise DataError(f"{uri} must hold {', '.join(sorted(missing))}: an earlier version wrote it. Evaluate again.")

@@ -21,9 +21,9 @@ from model.tasks.build import build_task
 from model.tracking import Run, tracked
 
 SHOWN = 8
-"""Clips in the figure of predictions."""
+"""Number of clips in the figure of predictions."""
 NEAREST = 10
-"""Clips that are stored of each text's search."""
+"""Number of clips that are stored for each text."""
 
 
 def evaluate_model(
@@ -35,16 +35,16 @@ def evaluate_model(
     batch_size: int = 32,
     tracking: dict[str, str] | None = None,
 ) -> Evaluation:
-    """Scores the model at `model` on <shards>/<split>; every clip of the split counts exactly once.
+    """Scores the model at `model` on <shards>/<split>. Every clip of the split counts exactly once.
 
-    A trained model brings its configuration, for a converted one `preset` names it.
-    Raises DataError where some clips of the split are in quarantine: a figure on the rest would not be comparable.
+    A trained model has its configuration with it; a converted one needs `preset`.
+    Raises DataError if clips of the split are quarantined: scores on the rest would not be comparable.
     """
     config, pretrained = _config(model, shards, tracking, preset)
     reader = open_split(storage.join(shards, split), config.data)
     missing = list(read_quarantine(storage.join(shards, split)))
     if missing:
-        raise DataError(f"{shards}/{split} must be whole to be evaluated, {len(missing)} clips are in quarantine.")
+        raise DataError(f"{shards}/{split} must be complete to be evaluated, {len(missing)} clips are quarantined.")
     task = build_task(config)
     with tracked(config.tracking, f"evaluate-{config.name}") as run:
         run.params({"model": model, "shards": shards, "split": split})
@@ -55,7 +55,7 @@ def evaluate_model(
 
 
 def _config(model: str, shards: str, tracking: dict[str, str] | None, preset: str) -> tuple[RunConfig, bool]:
-    """The model's own configuration, pointed at its weights and the data to judge; and whether it was pre-trained."""
+    """The model's configuration with the URIs of its weights and of the data; and whether it was pre-trained."""
     tree = manifest.read_manifest(model).get("config")
     if preset or tree is None:
         if not preset:
@@ -97,7 +97,7 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
 
 
 def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Task) -> None:
-    """The table of predictions, and a figure of the first clips with what was predicted and what is true."""
+    """Logs the table of predictions, and a figure of the first clips with prediction and truth."""
     rows = [
         {key: value for key, value in row.items() if not isinstance(value, list) or key == "references"}
         for row in evaluation.predictions

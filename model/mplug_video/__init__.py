@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The classes above, imported when they are used first: loader processes need no networks (3 s of imports)."""
+    """Imports the classes above on first use: loader processes need no networks, whose import takes 3 s."""
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     kind = "configuration" if name.endswith("Config") else "processing" if name.endswith("Processor") else "modeling"

@@ -1,4 +1,4 @@
-"""The visual abstractor: K learned queries read a clip, tokens (B, S, D) -> (B, K, D).
+"""The visual abstractor: K learned queries attend to a clip, tokens (B, S, D) -> (B, K, D).
 
 One attention-pooling layer (arXiv 2306.04362 section 4.1). B batch, S visual tokens, K queries, D width.
 """
@@ -11,7 +11,7 @@ from model.mplug_video.vision import MLP, kept
 
 
 class VisualAbstractor(nn.Module):
-    """Cross-attention from learned queries to all visual tokens, class token included."""
+    """Cross-attention from learned queries to all visual tokens, including the class token."""
 
     def __init__(self, config: MPlugVideoConfig) -> None:
         super().__init__()
@@ -20,13 +20,13 @@ class VisualAbstractor(nn.Module):
         self.queries = nn.Parameter(torch.zeros(1, config.num_queries, width))
         self.norm_queries = nn.LayerNorm(width, eps=eps)
         self.norm_tokens = nn.LayerNorm(width, eps=eps)
-        # add_bias_kv: one learned key and value beside the clip's own, as in the released weights
+        # add_bias_kv: one additional learned key and value, as in the released weights
         self.attn = nn.MultiheadAttention(width, vision.num_attention_heads, add_bias_kv=True, batch_first=True)
         self.norm_mlp = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(vision)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, S, D)
-        # the residual carries the normalised queries: a quirk that the released weights depend on
+        # the residual connection uses the normalised queries, which the released weights depend on
         x = self.norm_queries(self.queries).expand(tokens.shape[0], -1, -1)  # (B, K, D)
         tokens = self.norm_tokens(tokens)
         x = x + self.attn(x, tokens, tokens, need_weights=False)[0]

@@ -1,6 +1,6 @@
-"""Shapes of the networks: one configuration for the vision encoder, one for the whole model.
+"""Configurations of the vision encoder and of the whole model.
 
-Where the released models do something that a new model need not do, a field says so; `mplug convert` sets it.
+Peculiarities of the released models have fields of their own, which `mplug convert` sets and new models leave off.
 """
 
 from typing import Any
@@ -9,12 +9,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 MATCHING_CLASSES = ["否", "是"]
-"""The two classes of the matching head: whether a title belongs to a clip."""
+"""The two classes of the matching head: a title does not belong to a clip, or it does."""
 
 
 @strict
 class TimeSformerConfig(PreTrainedConfig):
-    """The vision encoder. Defaults are the released models': CLIP ViT-B/16's widths, cut into 8 heads."""
+    """The vision encoder. The defaults are those of the released models: the widths of CLIP ViT-B/16, with 8 heads."""
 
     model_type = "mplug_video_timesformer"
     base_config_key = "vision_config"
@@ -25,19 +25,19 @@ class TimeSformerConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    """CLIP itself has 12; the released models re-cut its projections into 8 and were trained so."""
+    """CLIP has 12 heads. The released models were trained with its projections split into 8."""
     mlp_ratio: int = 4
     hidden_act: str = "gelu"
-    """CLIP itself has "quick_gelu"; the released models were trained with the exact one."""
+    """CLIP uses "quick_gelu". The released models were trained with the exact GELU."""
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.015
     clip_stem: bool = True
-    """CLIP's stem: patches without a bias, and a LayerNorm before the first block."""
+    """Use CLIP's stem: patches without a bias, and a LayerNorm before the first block."""
 
 
 @strict
 class MPlugVideoConfig(PreTrainedConfig):
-    """Vision encoder, abstractor and decoder. `text_config` may be any causal decoder that transformers knows."""
+    """Vision encoder, abstractor and decoder. `text_config` can be any causal decoder of transformers."""
 
     model_type = "mplug_video"
     sub_configs = {"vision_config": TimeSformerConfig, "text_config": AutoConfig}
@@ -45,27 +45,27 @@ class MPlugVideoConfig(PreTrainedConfig):
     vision_config: Any = None
     text_config: Any = None
     num_queries: int = 128
-    """Learned queries of the abstractor: the length of the visual prefix that the decoder reads."""
+    """Learned queries of the abstractor, which is the length of the visual prefix."""
     query_norm: bool = False
-    """LayerNorm on the prefix (upstream's `connect_ln`, off in the released models)."""
+    """Apply a LayerNorm to the prefix (`connect_ln` of the original code, off in the released models)."""
     contrastive_size: int = 256
     use_contrastive: bool = False
-    """Adds the contrastive loss to pre-training (off in the released models)."""
+    """Add the contrastive loss to pre-training (off in the released models)."""
     temperature: float = 0.07
     """Initial value of the learned temperature of contrastive losses."""
     freeze_decoder: bool = True
     freeze_vision: bool = False
-    """Of the vision encoder, train only what reads over time."""
+    """Train only the temporal parts of the vision encoder."""
     decoder_dropout: bool = False
-    """Dropout in a frozen decoder: upstream leaves it on, where it only adds noise to what cannot learn from it."""
+    """Keep dropout in a frozen decoder. The original code keeps it, which only adds noise."""
     class_names: list[str] | None = None
     """The categories, in the order of the classification head's outputs."""
     mean_answer_scores: bool = False
-    """Scores an answer by the mean of its tokens' log likelihoods. The published figures take the sum, which favours
-    short names."""
+    """Score an answer by the mean of its token log likelihoods. The published figures use the sum, which favours short
+    names."""
     released_beam_search: bool = False
-    """Beam search as the released models' captions were made: no length normalisation and an early stop (see
-    decoding.py). Otherwise transformers' own."""
+    """Use the beam search of the released models, without length normalisation and with an early stop (decoding.py).
+    Otherwise that of transformers."""
 
     def __post_init__(self, **kwargs: object) -> None:
         vision = self.vision_config
@@ -79,5 +79,5 @@ class MPlugVideoConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-# AutoTokenizer and AutoConfig read the configuration beside the weights, and must know its kind
+# AutoTokenizer and AutoConfig read the configuration of a model folder, and must know its model type
 AutoConfig.register(MPlugVideoConfig.model_type, MPlugVideoConfig)

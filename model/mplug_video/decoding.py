@@ -1,12 +1,12 @@
-"""Beam search as the released models' captions were made, batched and with a KV cache.
+"""The beam search of the released models, batched and with a KV cache.
 
-It differs from transformers' search in what a published caption depends on:
+It differs from the search of transformers in three points, which published captions depend on:
 
-- a hypothesis scores the sum of its log probabilities over the *width* of the buffer (prompt and all new tokens that
-  fit), the same for all: there is no length normalisation;
-- a clip is done when `num_beams` hypotheses are finished and the worst of them is no worse than the best candidate of
-  the step over the number of tokens written *so far*: two divisors, so the search stops early;
-- where the buffer ends first, the open beams count as hypotheses as they stand.
+- The score of a hypothesis is the sum of its log probabilities divided by the *width* of the buffer (prompt and all new
+  tokens that fit), which is the same for all: there is no length normalisation.
+- A clip is done when `num_beams` hypotheses are finished and the worst of them is at least as good as the best
+  candidate of the step divided by the number of tokens *so far*. The divisors differ, so the search stops early.
+- If the buffer is full first, unfinished beams count as hypotheses.
 """
 
 import torch
@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 class Hypotheses:
-    """The best texts of one clip, best first: (score, new token ids; a finished one ends with the end token)."""
+    """The best texts of one clip, best first: (score, new token IDs). A finished text ends with the end token."""
 
     def __init__(self, num_beams: int) -> None:
         self.num_beams = num_beams
@@ -42,7 +42,7 @@ def beam_search(
     cache = DynamicCache(config=decoder.config)
     logits = _next_logits(decoder, embeddings, cache).repeat_interleave(num_beams, dim=0)  # (B · beams, V)
     cache.batch_repeat_interleave(num_beams)
-    # all beams of a row are equal at first, so only one of them counts
+    # all beams of a row are equal at the start, so only one of them counts
     sums = torch.full((batch, num_beams), -torch.inf, device=device)
     sums[:, 0] = 0
     written = torch.empty((batch, num_beams, 0), dtype=torch.long, device=device)
@@ -68,7 +68,7 @@ def beam_search(
 
 
 def _next_logits(decoder: PreTrainedModel, embeddings: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits (rows, V) after the last of `embeddings` (rows, S, D), which join the cache."""
+    """Logits (rows, V) after the last of `embeddings` (rows, S, D), which are added to the cache."""
     states = decoder.base_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
     return decoder.get_output_embeddings()(states[:, -1])
 
@@ -77,7 +77,7 @@ def _collect_finished(
     rows: list[Hypotheses], values: Tensor, beams: Tensor, tokens: Tensor, written: Tensor,
     *, width: int, length: int, end: int,
 ) -> None:  # fmt: skip
-    """Ended candidates among the best `num_beams` of a row become hypotheses; later ones are dropped."""
+    """Finished candidates among the best `num_beams` of a row become hypotheses; others are dropped."""
     for number, row in enumerate(rows):
         if row.done:
             continue

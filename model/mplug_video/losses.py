@@ -1,4 +1,4 @@
-"""Cross entropy of tokens over a large vocabulary, without ever holding all logits."""
+"""Cross entropy over a large vocabulary without materialising all logits."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROWS_AT_ONCE = 512
-"""At most so many tokens have logits at the same time (at V = 51,200 and fp32, 105 MB), and never more than half."""
+"""Maximum number of tokens with logits at the same time (105 MB for V = 51,200 in fp32); never more than half."""
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Makes the gradient of the states while the logits are there, and keeps it in place of them."""
+    """Computes the gradient of the states in the forward pass, and keeps it instead of the logits."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class _FrozenHead(torch.autograd.Function):
             gradient = logits.sub_(normaliser).exp_()
             gradient.scatter_add_(1, wanted[:, None], -torch.ones_like(normaliser))
             gradients.append((gradient.to(weight.dtype) @ weight).to(states.dtype))
-            del logits, gradient  # before the next ones come
+            del logits, gradient  # before the next ones are allocated
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 

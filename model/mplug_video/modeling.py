@@ -3,8 +3,8 @@
     pixels (B, C, T, H, W) -> TimeSformer (B, S, Dv) -> abstractor (B, K, Dv) -> projection (B, K, D) = visual prefix
     [prefix, embeddings of L text tokens] (B, K + L, D) -> decoder -> losses, text or features
 
-B batch, K queries, L text tokens, D decoder width, Dv vision width, V vocabulary, E contrastive width. Padding stands
-on the right and the decoder is causal, so no real token ever sees it and no attention mask is needed.
+B batch, K queries, L text tokens, D decoder width, Dv vision width, V vocabulary, E contrastive width. Padding is on
+the right and the decoder is causal, so no real token attends to it, and no attention mask is needed.
 """
 
 from collections.abc import Collection, Iterator
@@ -28,12 +28,12 @@ from model.mplug_video.losses import token_cross_entropy
 from model.mplug_video.vision import TimeSformer
 
 CANDIDATES_AT_ONCE = 16
-"""Texts, of similar length, that are read after one clip in one pass: each has a copy of the clip's keys and values."""
+"""Number of texts of similar length that follow one clip in one pass. Each has a copy of the clip's KV cache."""
 
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """What the visual side makes of a batch of clips."""
+    """Features of a batch of clips."""
 
     tokens: Tensor  # (B, 1 + T·N, Dv), row 0 is the class token
     queries: Tensor  # (B, K, Dv)
@@ -41,16 +41,16 @@ class VideoFeatures:
 
 
 def compile_layers(network: nn.Module) -> None:
-    """Compiles the layers of vision encoder and decoder where they are used first; all of a kind share the result."""
+    """Compiles the layers of vision encoder and decoder on first use. Layers of a kind share the compiled code."""
     for module in network.modules():
         if isinstance(module, TimeSformer):
             module.compile_blocks()
         elif isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)  # texts of any length
+            module.compile(dynamic=True)  # for texts of any length
 
 
 class MPlugVideoPreTrainedModel(PreTrainedModel):
-    """Construction, initial values and freezing, common to all tasks."""
+    """Construction, initialisation and freezing, common to all tasks."""
 
     config_class = MPlugVideoConfig
     config: MPlugVideoConfig
@@ -65,7 +65,7 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         vision_encoder: TimeSformer | None = None,
         decoder: PreTrainedModel | None = None,
     ) -> None:
-        """A fresh network, around a trained vision encoder and decoder where they are given."""
+        """A fresh network; a trained vision encoder and decoder are used if given."""
         super().__init__(config)
         text_width = config.text_config.hidden_size
         self.vision_encoder = vision_encoder or TimeSformer(config.vision_config)
@@ -78,13 +78,13 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which makes every weight trainable; what the configuration freezes is frozen again."""
+        """As in transformers, which makes every weight trainable. Freezes weights again as configured."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
     def freeze(self) -> None:
-        """Takes the gradients from what the configuration does not train."""
+        """Disables gradients of the parts that the configuration does not train."""
         if self.config.freeze_decoder:
             self.decoder.requires_grad_(False)
         if self.config.freeze_vision:
@@ -93,7 +93,7 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals of 0.015 for weights and queries; the vision encoder and the decoder have their own."""
+        """Truncated normals of 0.015 for weights and queries. Vision encoder and decoder initialise themselves."""
         std = self.config.vision_config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
@@ -142,7 +142,7 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         """Decodes R texts (R, L), of `lengths` (R,) tokens, that all follow one clip's prefix (1, K, D).
 
         Yields groups of texts: their rows (r,), token ids (r, l) and decoder states (r, l, D), without common padding.
-        The prefix and the tokens in which all texts agree are read once; each text goes on from their keys and values.
+        The prefix and the common start of all texts are read once; each text continues from their KV cache.
         """
         agreeing = (input_ids == input_ids[:1]).all(dim=0).long().cumprod(dim=0).sum()
         common = int(torch.minimum(agreeing, lengths.min() - 1))
@@ -181,7 +181,7 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
 
 
 class MPlugVideoForConditionalGeneration(MPlugVideoPreTrainedModel):
-    """Reads a clip and writes text: captioning, and pre-training without the contrastive loss."""
+    """Generates text for a clip: captioning, and pre-training without the contrastive loss."""
 
     def __init__(self, config: MPlugVideoConfig, **trained: PreTrainedModel) -> None:
         super().__init__(config, **trained)
@@ -194,10 +194,10 @@ class MPlugVideoForConditionalGeneration(MPlugVideoPreTrainedModel):
 
     @torch.no_grad()
     def generate(self, pixel_values: Tensor, input_ids: Tensor, max_new_tokens: int = 100, **options: Any) -> Tensor:
-        """Token ids (B, new) written after clips (B, C, T, H, W) and prompts (B, L), which share their length.
+        """Token IDs (B, new) that follow clips (B, C, T, H, W) and prompts (B, L) of equal length.
 
-        `options` go to transformers' `generate` (num_beams, do_sample, top_p, …). Each row ends with the tokenizer's
-        end token, then padding.
+        `options` are passed to `generate` of transformers (num_beams, do_sample, top_p, …). Each row ends with the end
+        token, then padding.
         """
         prefix = self.encode_video(pixel_values).prefix
         embeddings = torch.cat((prefix, self.decoder.get_input_embeddings()(input_ids)), dim=1)  # (B, K + L, D)
@@ -231,13 +231,13 @@ class MPlugVideoForPreTraining(MPlugVideoForConditionalGeneration):
     def contrastive_features(
         self, video: VideoFeatures, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Normalised features of the queries (B, K, E) and of the titles (B, E), read without the clip."""
+        """Normalised features of the queries (B, K, E), and of the titles without the clip (B, E)."""
         text = self.text_features(self.decode(None, input_ids), attention_mask)
         return F.normalize(self.vision_proj(video.queries), dim=-1), F.normalize(self.text_proj(text), dim=-1)
 
 
 class MPlugVideoForRetrieval(MPlugVideoPreTrainedModel):
-    """Dual encoder: a clip's class token and a text's last state in one space of E dimensions."""
+    """Dual encoder: the class token of a clip and the last state of a text in a common space of E dimensions."""
 
     def __init__(self, config: MPlugVideoConfig, **trained: PreTrainedModel) -> None:
         super().__init__(config, **trained)
@@ -262,7 +262,7 @@ class MPlugVideoForRetrieval(MPlugVideoPreTrainedModel):
 
 
 class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
-    """Two ways to judge a clip: the likelihood of each class's name as an answer, and a head of its own.
+    """Classifies a clip in two ways: by the likelihood of each class name as an answer, and by a classification head.
 
     With the classes 否 and 是 it is the matching variant of retrieval: whether a clip and a title belong together.
     """
@@ -295,10 +295,10 @@ class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
     def score_answers(self, prefix: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """Log likelihoods (R,) of R texts (R, L) for the clip whose prefix is (1, K, D), summed where `loss_mask` is 1.
 
-        Sums favour short answers; so does the published evaluation (see `mean_answer_scores`).
+        Sums favour short answers, as does the published evaluation (see `mean_answer_scores`).
         """
         position = torch.arange(2, input_ids.shape[1] + 1, device=loss_mask.device)
-        lengths = (position * loss_mask.bool()).amax(dim=1).clamp(min=2)  # up to the last token that is scored
+        lengths = (position * loss_mask.bool()).amax(dim=1).clamp(min=2)  # up to the last scored token
         scores = prefix.new_empty(len(input_ids), dtype=torch.float32)
         for rows, ids, states in self.decode_candidates(prefix, input_ids, lengths):
             scores[rows] = -self.losses_of(states, ids, loss_mask[rows, : ids.shape[1] - 1]).sum(dim=1)
@@ -306,7 +306,7 @@ class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
 
 
 def decoder_config(config: MPlugVideoConfig) -> PreTrainedConfig:
-    """The decoder's configuration in this network: a frozen one has no dropout, unless `decoder_dropout` is set."""
+    """The configuration of the decoder. A frozen decoder has no dropout unless `decoder_dropout` is set."""
     text_config = deepcopy(config.text_config)
     if config.freeze_decoder and not config.decoder_dropout:
         text_config.update({name: 0.0 for name in text_config.to_dict() if "drop" in name})

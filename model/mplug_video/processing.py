@@ -1,4 +1,4 @@
-"""What a model is fed: clips as normalised tensors, texts as cleaned token ids. Saved beside the weights."""
+"""The processor: frames become normalised tensors, texts become token IDs. It is saved with the weights."""
 
 import json
 import re
@@ -26,7 +26,7 @@ Frame = Image.Image | NDArray[np.uint8]
 
 
 class MPlugVideoProcessor:
-    """Turns frames and texts into a model's inputs, the same way in training, evaluation and serving."""
+    """Converts frames and texts into model inputs, in the same way for training, evaluation and serving."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class MPlugVideoProcessor:
         std: Sequence[float] = STD,
         resample: str = "bicubic",
     ) -> None:
-        """`resample`: "bicubic", as clips are cropped in training, or "nearest", as the released models are judged."""
+        """`resample` is "bicubic" as in training, or "nearest" as in the evaluation of the released models."""
         if resample not in ("bicubic", "nearest"):
             raise ValueError(f"resample must be bicubic or nearest, got {resample}.")
         self.tokenizer = tokenizer
@@ -49,14 +49,14 @@ class MPlugVideoProcessor:
         self.resample = resample
 
     def clip(self, frames: Tensor | Sequence[Frame]) -> Tensor:
-        """T frames of any size, uint8 (T, H, W, C) -> what a model sees of them, (C, T, H, W) float32."""
+        """T frames of any size, uint8 (T, H, W, C) -> model input (C, T, H, W), float32."""
         pixels = frames if isinstance(frames, Tensor) else torch.from_numpy(np.stack([np.asarray(f) for f in frames]))
         return self.normalize(self.resize(pixels)[None])[0]
 
     def resize(self, frames: Tensor) -> Tensor:
-        """Resizes frames (T, H, W, C) to the model's square. The aspect ratio is not kept, nothing is cut off.
+        """Resizes frames (T, H, W, C) to the model's square, without keeping the aspect ratio.
 
-        The last frame of a clip that has fewer than the model sees is repeated.
+        If a clip has fewer frames than the model reads, its last frame is repeated.
         """
         if len(frames) < self.num_frames:
             frames = torch.cat([frames, frames[-1:].expand(self.num_frames - len(frames), -1, -1, -1)])
@@ -71,26 +71,26 @@ class MPlugVideoProcessor:
         return pixels  # (B, C, T, H, W)
 
     def texts(self, texts: Sequence[str], max_length: int = 80) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask (B, L) of sentences, with begin and end."""
+        """Token IDs and attention mask (B, L) of sentences, with begin and end tokens."""
         return self.pad([encode_sentence(self.tokenizer, text, max_length) for text in texts])
 
     def pairs(self, pairs: Iterable[tuple[str, str]], max_length: int = 80) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) of (prompt, answer) pairs, and the loss mask (B, L - 1) of the answers."""
+        """Token IDs (B, L) of (prompt, answer) pairs, and the loss mask (B, L - 1) of the answers."""
         encoded = [encode_pair(self.tokenizer, *pair, max_length) for pair in pairs]
         ids, mask = self.pad([row for row, _ in encoded])
         return ids, answer_mask(mask, [prompt_length for _, prompt_length in encoded])
 
     def pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask (B, L), padded on the right to the longest row."""
+        """Token IDs and attention mask (B, L), padded on the right to the longest row."""
         ids = pad_sequence([torch.tensor(row) for row in rows], True, self.tokenizer.pad_token_id)
         return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
 
     def begin(self, clips: int) -> Tensor:
-        """The prompt (B, 1) of captions, which are written after the begin token alone."""
+        """The prompt (B, 1) of captions, which is only the begin token."""
         return torch.full((clips, 1), self.tokenizer.bos_token_id)
 
     def captions(self, written: Tensor) -> list[str]:
-        """The texts of generated token ids (B, new); Chinese is written without spaces."""
+        """The texts of generated token IDs (B, new), without spaces, as Chinese is written."""
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [text.replace(" ", "").strip() for text in texts]
 
@@ -114,13 +114,13 @@ class MPlugVideoProcessor:
 
 
 def resized(frames: Tensor, size: int) -> Tensor:
-    """uint8 frames (T, H, W, C) -> (T, size, size, C), bicubic with antialiasing: Pillow's result, 7 times as fast."""
+    """uint8 frames (T, H, W, C) -> (T, size, size, C), bicubic with antialiasing: equal to Pillow, 7 times as fast."""
     square = F.interpolate(frames.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
     return square.permute(0, 2, 3, 1).contiguous()
 
 
 def _nearest(frames: Tensor, size: int) -> Tensor:
-    """Pixel i of the result is pixel floor(i · scale), as OpenCV counts; Pillow takes the one in the middle."""
+    """Pixel i of the result is pixel floor(i · scale), as in OpenCV. Pillow takes the pixel at the centre."""
     rows, columns = (torch.arange(size) * side // size for side in frames.shape[1:3])
     return frames[:, rows[:, None], columns]
 
@@ -134,9 +134,9 @@ def answer_mask(attention_mask: Tensor, prompt_lengths: list[int]) -> Tensor:
 
 
 def clean_caption(text: str, max_words: int) -> str:
-    """Upstream's cleaning: lower case, no ASCII punctuation, single spaces, at most `max_words` words.
+    """The cleaning of the original code: lower case, no ASCII punctuation, single spaces, at most `max_words` words.
 
-    Full-width Chinese punctuation stays.
+    Full-width Chinese punctuation is kept.
     """
     text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")

@@ -1,7 +1,7 @@
-"""The GPT-3 tokenizer: byte-level BPE with `<sep>` as begin and `<|endoftext|>` as end and padding.
+"""The GPT-3 tokenizer: byte-level BPE with `<sep>` as begin token and `<|endoftext|>` as end and padding token.
 
-Sentences are encoded as begin + text + end, pairs as begin + prompt + answer + end. Chinese goes to the BPE as it is:
-the released models were trained without word segmentation.
+Sentences are encoded as begin + text + end, pairs as begin + prompt + answer + end. Chinese text is not segmented into
+words, as for the released models.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", BEGIN, NEW_LINE, EN
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learns a tokenizer of the GPT-3 kind from `texts`; at most `vocab_size` tokens, 264 of them fixed."""
+    """Trains a tokenizer of the GPT-3 kind on `texts`, with at most `vocab_size` tokens, of which 264 are fixed."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,14 +46,14 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def with_special_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Gives another decoder's tokenizer what the recipe needs; its end token also begins and pads if need be."""
+    """Adds begin and padding tokens to the tokenizer of another decoder, if missing: its end token is used for both."""
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def encode_sentence(tokenizer: PreTrainedTokenizerFast, text: str, max_length: int) -> list[int]:
-    """begin + text + end, cut on the right to `max_length` (a cut sentence loses its end token)."""
+    """begin + text + end, truncated on the right to `max_length`. A truncated sentence has no end token."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id][:max_length]
 
@@ -61,7 +61,7 @@ def encode_sentence(tokenizer: PreTrainedTokenizerFast, text: str, max_length: i
 def encode_pair(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, max_length: int) -> tuple[list[int], int]:
     """begin + prompt + answer + end, and the number of prompt tokens.
 
-    Too long a pair loses the end of its prompt; only an answer that would not fit alone is cut itself.
+    If the pair is too long, the end of the prompt is cut off. The answer is only cut if it would not fit alone.
     """
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     answer_ids = tokenizer.encode(answer, add_special_tokens=False)

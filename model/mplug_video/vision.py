@@ -26,8 +26,9 @@ Apply = Callable[..., Tensor]
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, (…, in) -> (…, out).
 
-    On a CPU in fp32 as a convolution over single tokens: torch 2.13 sends products to MKL, which uses half of an AMD
-    processor, and convolutions to oneDNN, which uses all of it. The same sums, 1.8 times as fast there.
+    On a CPU in fp32 it is computed as a convolution over single tokens: torch 2.13 uses MKL for matrix products, which
+    reaches half the speed of an AMD CPU, and oneDNN for convolutions, which reaches all of it. Same sums, 1.8 times as
+    fast.
     """
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
@@ -46,7 +47,7 @@ def kept(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs:
 
 
 def remade(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Keeps for the backward pass what `make` was given and makes the rest again: for norms, copies, activations."""
+    """Keeps only the inputs of `make` for the backward pass and recomputes its result: for norms and activations."""
     made = checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False)
     storage = made.untyped_storage().data_ptr()
 
@@ -173,7 +174,7 @@ class TimeSformer(PreTrainedModel):
         if (frames, height, width) != expected:
             raise ValueError(
                 f"pixel_values must have (frames, height, width) = {expected}, got {(frames, height, width)}. "
-                "Preprocess with the processor saved beside the model, or resize the model (TimeSformer.resize)."
+                "Preprocess with the processor that is saved with the model, or resize the model (TimeSformer.resize)."
             )
         x = self._embed_patches(pixel_values)  # (B, T, N, D)
         x = x + self.pos_embed[:, None, 1:] + self.temporal_embed[:, :, None]
@@ -188,20 +189,20 @@ class TimeSformer(PreTrainedModel):
         return self.norm(torch.cat((cls, x.flatten(1, 2)), dim=1))  # (B, 1 + T·N, D)
 
     def compile_blocks(self) -> None:
-        """Compiles a block where it is used first; all blocks share the result."""
+        """Compiles the blocks on first use. They share the compiled code."""
         self.is_compiled = True
         for block in self.blocks:
             block.compile()
 
     def _embed_patches(self, pixel_values: Tensor) -> Tensor:  # (B, C, T, H, W)
-        """The convolution of `patch_embed`, as a product over patches: its backward pass takes a fifth of the time."""
+        """The convolution of `patch_embed` as a matrix product over patches: its backward pass is 5 times as fast."""
         size = self.config.patch_size
         patches = pixel_values.unfold(3, size, size).unfold(4, size, size)  # (B, C, T, H/P, W/P, P, P)
         patches = patches.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(2, 3)  # (B, T, N, C·P·P)
         return linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
     def resize(self, image_size: int, num_frames: int) -> None:
-        """Makes the encoder read clips of another size or length: its position embeddings are interpolated."""
+        """Adapts the encoder to another image size or number of frames by interpolating its position embeddings."""
         side = image_size // self.config.patch_size
         self.pos_embed = nn.Parameter(resize_positions(self.pos_embed.detach(), side))
         self.temporal_embed = nn.Parameter(resize_frames(self.temporal_embed.detach(), num_frames))
@@ -209,9 +210,9 @@ class TimeSformer(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals of 0.015 for weights and embeddings; residual outputs shrink with depth.
+        """Truncated normals of 0.015 for weights and embeddings; residual outputs are scaled down with depth.
 
-        temporal_fc starts at zero in every block, so that a clip is first read frame by frame.
+        temporal_fc is zero in every block, so that a clip is initially read frame by frame.
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -241,7 +242,7 @@ def _init_block(block: nn.Module, std: float, residual_std: float) -> None:
 
 
 def resize_positions(pos_embed: Tensor, side: int) -> Tensor:
-    """Position embeddings (1, 1 + N, D) for side · side patches: bilinear, the class token's row as it is."""
+    """Position embeddings (1, 1 + N, D) for side · side patches: bilinear; the row of the class token is kept."""
     cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
     old_side = round(grid.shape[1] ** 0.5)
     if side == old_side:
@@ -252,7 +253,7 @@ def resize_positions(pos_embed: Tensor, side: int) -> Tensor:
 
 
 def resize_frames(temporal_embed: Tensor, num_frames: int) -> Tensor:
-    """Frame embeddings (1, T, D) for another number of frames: linear, in their own precision."""
+    """Frame embeddings (1, T, D) for another number of frames: linear, in their precision."""
     if temporal_embed.shape[1] == num_frames:
         return temporal_embed
     resized = F.interpolate(temporal_embed.transpose(1, 2), size=num_frames, mode="linear", align_corners=False)

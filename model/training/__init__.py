@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: engine, optimizer, tracking. `torchrun -m model.training CONFIG` runs it."""
+"""Training: launch, loop, engine, checkpoints, planning. `torchrun -m model.training CONFIG` runs one process."""

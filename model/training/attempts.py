@@ -1,8 +1,8 @@
-"""The checkpoint folder of a run, and run.json in it: how often the run was started, and how it ended.
+"""The checkpoint folder of a run, and its file run.json, which counts the starts and holds the result.
 
-A cluster restarts exit codes of 128 and above without end. `mplug train` counts each start before it creates the
-training processes, so that a kill of them or of the whole pod does not lose the count; after `checkpoint.max_attempts`
-starts without a new checkpoint it exits with a permanent code. No torch here: the process that counts stays small.
+A cluster restarts exit codes from 128 without limit. `mplug train` counts each start before it creates the training
+processes, so that the count survives a kill of them or of the pod. After `checkpoint.max_attempts` starts without a new
+checkpoint it exits with a permanent code. This file imports no torch, to keep the counting process small.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ from model.errors import AttemptsError, NotFoundError
 
 FILE = "run.json"
 OLD_NAMES = {"fruitless": "restarts_without_progress", "is_told": "is_synced"}
-"""Of fields, in a run.json that version 0.1.0 has written."""
+"""Names of fields in a run.json of version 0.1.0."""
 STEP = re.compile(r"step-(\d{8})/manifest\.json")
 MACHINE_KEYS = {
     "data": {"workers", "read_ahead", "cache_gb", "decoder", "decode_deadline_s", "max_read_failures"},
     "training": {"zero_stage", "gradient_accumulation", "activation_checkpointing", "compile", "log_every", "profile"},
 }
-"""Settings that may differ between the starts of one run: none changes what is learned from which clip when."""
+"""Settings that may differ between the starts of one run, because they do not change what is learned."""
 
 
 def run_folder(config: RunConfig) -> str:
-    """Where a run keeps its checkpoints. Another experiment has another folder: nothing is ever mixed up."""
+    """The checkpoint folder of a run. It depends on all settings that change what is learned."""
     tree = config.model_dump(mode="json", include={"task", "seed", "trial", "model", "data", "optim", "training"})
     for section, keys in MACHINE_KEYS.items():
         tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
-    tree["pipeline"] = config.tracking.pipeline  # for another pipeline's run it is another training
+    tree["pipeline"] = config.tracking.pipeline  # every pipeline run trains anew
     if config.code_version:
         tree["code_version"] = config.code_version
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
@@ -44,28 +44,28 @@ class Attempt:
     """One start of a run."""
 
     key: str
-    """The run's name in MLflow, the same for every attempt."""
+    """Key of the run in MLflow, the same for every start."""
     number: int = 0
     """Starts so far."""
     restarts_without_progress: int = 0
     """Starts since the newest checkpoint."""
     step: int = 0
-    """Step of the newest checkpoint when it started."""
+    """Step of the newest checkpoint at this start."""
     cause: str = ""
-    """Known cause of an end since the newest checkpoint."""
+    """Known cause of a failure since the newest checkpoint."""
     model: str = ""
     """URI of the published model; empty while the run is not finished."""
     is_synced: bool = False
-    """Whether MLflow has everything of the finished run."""
+    """Whether MLflow has received everything of the finished run."""
 
 
 def count_start(config: RunConfig, cause: str = "") -> None:
-    """Counts a start of a run. Raises AttemptsError where restarting has not helped."""
+    """Counts a start of a run. Raises AttemptsError after too many starts without progress."""
     start_attempt(run_folder(_in_steps(config)), config.checkpoint, cause)
 
 
 def start_attempt(folder: str, config: CheckpointConfig, cause: str = "") -> Attempt:
-    """Counts a start, the one before it having ended for `cause`; a finished run is not counted."""
+    """Counts a start and records the `cause` of the previous end. A finished run is not counted."""
     where = storage.join(folder, FILE)
     last = _read(where) if storage.exists(where) else Attempt(key=uuid.uuid4().hex)
     if last.model:
@@ -76,7 +76,7 @@ def start_attempt(folder: str, config: CheckpointConfig, cause: str = "") -> Att
         last, number=last.number + 1, step=step, restarts_without_progress=known[0] + 1, cause=cause or known[1]
     )
     if attempt.restarts_without_progress > config.max_attempts:
-        why = attempt.cause or "their logs say why, or `kubectl describe pod` if the container itself was killed."
+        why = attempt.cause or "see their logs, or `kubectl describe pod` if the container was killed."
         raise AttemptsError(
             f"the run was started {last.restarts_without_progress} times without a checkpoint after step {step} (at "
             f"most checkpoint.max_attempts = {config.max_attempts}): {why} After fixing the cause, remove {where}."
@@ -86,12 +86,12 @@ def start_attempt(folder: str, config: CheckpointConfig, cause: str = "") -> Att
 
 
 def read_attempt(folder: str) -> Attempt:
-    """The start that was counted last."""
+    """The most recent start."""
     return _read(storage.join(folder, FILE))
 
 
 def published_model(config: RunConfig) -> str:
-    """URI of the model that this run has published. Raises NotFoundError where it has not finished."""
+    """URI of the model that this run has published. Raises NotFoundError if it has not finished."""
     folder = run_folder(_in_steps(config))
     attempt = read_attempt(folder)
     if not attempt.model:
@@ -100,7 +100,7 @@ def published_model(config: RunConfig) -> str:
 
 
 def finish_attempt(folder: str, attempt: Attempt) -> None:
-    """Notes that the run is finished: started again, it says its model and does not train."""
+    """Records that the run is finished. If it is started again, it only prints the URI of its model."""
     _write(storage.join(folder, FILE), attempt)
 
 
@@ -118,6 +118,6 @@ def _write(where: str, attempt: Attempt) -> None:
 
 
 def saved_steps(folder: str) -> list[int]:
-    """Steps of the checkpoints in a run's folder, the newest first."""
+    """Steps of the checkpoints in the folder of a run, newest first."""
     found = (STEP.fullmatch(entry.path) for entry in storage.walk(folder))
     return sorted((int(match[1]) for match in found if match), reverse=True)

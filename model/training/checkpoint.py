@@ -1,11 +1,11 @@
-"""Checkpoints of a run in storage, and what a restarted run goes on from.
+"""Writes checkpoints to storage and restores a run from them.
 
     <output>/checkpoints/<name>-<digest>/
         step-00001000/   state-00000-of-00008.safetensors …, history.jsonl, manifest.json
-        run.json         how often the run was started, and how it ended
+        run.json         number of starts, and the published model
 
-A step waits for a copy of its numbers in memory only; a thread writes them. Files come first, the manifest last:
-without it there is no checkpoint. Frozen weights are not in it, their hash is.
+Training only waits for a copy in memory, which a thread uploads. The manifest is written last: without it a checkpoint
+does not exist. Frozen weights are not saved, only their hash.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ HISTORY = "history.jsonl"
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that is not what its manifest says."""
+    """A checkpoint does not match its manifest."""
 
 
 class Checkpoints:
-    """Saves and restores one run; all processes call each method together."""
+    """Saves and restores one run. All processes must call each method together."""
 
     def __init__(
         self, folder: str, config: CheckpointConfig, engine: Engine, base_sha256: str, group: Processes
@@ -47,19 +47,19 @@ class Checkpoints:
         self.snapshot: Snapshot | None = None
         self.upload: threading.Thread | None = None
         self.failure: Exception | None = None
-        """What ended the upload, where it was not storage."""
-        # of the uploading threads alone: they must not meet the training's collectives
+        """Error of the upload thread that is not an outage of the storage."""
+        # a separate group for the upload threads, whose collectives must not mix with those of the training
         self.uploaders = dist.new_group(backend="gloo")
         self.best_step = -1
-        """Kept, whatever comes after it."""
+        """Step of the best checkpoint, which is always kept."""
         self.lost_step = -1
-        """The checkpoint that was begun last, until it is whole; only the first process knows."""
+        """Step of the current checkpoint until it is complete; -1 otherwise. Only set on the first process."""
         self.read_history = b""
 
     def save(self, step: int, history: bytes, facts: Mapping[str, Any], best_step: int = -1) -> None:
-        """Copies this process's state and returns; a thread writes it. Waits for the one before, if it is not done.
+        """Copies the state of this process and starts a thread that uploads it. Waits for the previous upload first.
 
-        A checkpoint that cannot be written is logged: the run goes on, and the next one is another try.
+        If a checkpoint cannot be written, a warning is logged and training continues.
         """
         self.wait()
         self.best_step, self.lost_step = best_step, step
@@ -70,7 +70,7 @@ class Checkpoints:
         self.upload.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more. Raises what the writing thread did not expect."""
+        """Waits for the current upload. Raises unexpected errors of the upload thread."""
         if self.upload:
             self.upload.join()
             self.upload = None
@@ -78,11 +78,11 @@ class Checkpoints:
             raise self.failure
 
     def history(self) -> list[dict[str, Any]]:
-        """Metrics up to the checkpoint that was loaded, as the run wrote them; the first process has them."""
+        """Metrics up to the restored checkpoint. Only available on the first process."""
         return [json.loads(line) for line in self.read_history.splitlines()]
 
     def restore_step(self, step: int) -> None:
-        """Loads one checkpoint that this run has written."""
+        """Restores the checkpoint of this step."""
         try:
             facts = self._load(self._uri(step))
         except DamagedCheckpointError as error:
@@ -90,7 +90,7 @@ class Checkpoints:
         self.engine.restored(facts["updates"])
 
     def restore(self) -> dict[str, Any] | None:
-        """Loads the newest checkpoint that is whole; its manifest, or None where there is none."""
+        """Restores the newest intact checkpoint and returns its manifest; None if there is no checkpoint."""
         steps = self.group.from_main(lambda: saved_steps(self.folder))
         for step in steps:
             uri, facts, problem = self._uri(step), {}, ""
@@ -103,11 +103,11 @@ class Checkpoints:
                 self.engine.restored(facts["updates"])
                 return facts
             if self.group.is_main:
-                log.warning("%s is damaged, the one before it is tried: %s", uri, problems[0])
+                log.warning("%s is damaged, trying the previous checkpoint: %s", uri, problems[0])
         if steps:
             raise DataError(
-                f"none of the {len(steps)} checkpoints in {self.folder} is whole. "
-                "Remove them, or start from nothing with another number for `trial`."
+                f"none of the {len(steps)} checkpoints in {self.folder} is intact. "
+                "Remove them, or start from scratch with another number for `trial`."
             )
         return None
 
@@ -119,7 +119,7 @@ class Checkpoints:
 
     def _copy(self) -> None:
         if self.engine.stage == 0 and not self.group.is_main:
-            return  # every process holds the same
+            return  # every process has the same state
         tensors = self.engine.state.tensors()
         if self.snapshot is None:
             self.snapshot = Snapshot(tensors)
@@ -128,15 +128,15 @@ class Checkpoints:
     def _upload(self, step: int, history: bytes, facts: dict[str, Any]) -> None:
         try:
             self._write(step, history, facts)
-        except Exception as error:  # of a thread, which nobody would hear of
+        except Exception as error:  # in a thread nobody else would report it
             found = as_lost_process(error)
-            if isinstance(found, StorageError | LostProcessError):  # the main thread learns of the latter by itself
+            if isinstance(found, StorageError | LostProcessError):  # the main thread notices the latter by itself
                 log.warning("checkpoint of step %d was not finished: %s", step, str(found).splitlines()[0][:200])
             else:
                 self.failure = error
 
     def _write(self, step: int, history: bytes, facts: dict[str, Any]) -> None:
-        """One process's file; then the first process's manifest, which makes a checkpoint of them."""
+        """Uploads the file of this process; then the first process writes the manifest."""
         written: dict[str, dict[str, Any]] | None = None
         try:
             written = self._write_files(step, history)
@@ -161,7 +161,7 @@ class Checkpoints:
         return {name: manifest.file_entry(data) for name, data in files.items()}
 
     def _remove_old(self, newest: int) -> None:
-        """Removes what is older than the checkpoints to keep, half-written ones included."""
+        """Removes checkpoints that are older than those to keep, including incomplete ones."""
         keep = [step for step in saved_steps(self.folder) if step <= newest][: self.config.keep]
         folders = {
             entry.path.partition("/")[0] for entry in storage.walk(self.folder) if entry.path.startswith("step-")
@@ -181,19 +181,20 @@ class Checkpoints:
         if facts["base_sha256"] != self.base_sha256:
             raise ConfigError(
                 f"the frozen weights must be those that {uri} was trained on, sha256 {facts['base_sha256'][:12]}…, got "
-                f"{self.base_sha256[:12]}…. Give model.decoder back its weights, or start anew with another `trial`."
+                f"{self.base_sha256[:12]}…. Restore the weights of model.decoder, or start from scratch with another "
+                "`trial`."
             )
         if self.group.is_main:
             self.read_history = _verified(uri, HISTORY, files)
         names = [name for name in files if name.startswith("state-")]
         if (world_size, stage) == (self.group.world_size, self.engine.stage) and stage > 0:
             names = [self._file(self.group.rank, world_size)]
-        # one file at a time is in memory, and none is used before its hash is right
+        # one file at a time is in memory, and its hash is verified before it is used
         loaded = (safetensors.torch.load(_verified(uri, name, files)) for name in names)
         copied = sum(map(self.engine.state.load, loaded))
         if copied != self.engine.state.numel:
             raise DamagedCheckpointError(
-                f"{uri} holds {copied} of the {self.engine.state.numel} numbers of process {self.group.rank}"
+                f"{uri} holds {copied} of the {self.engine.state.numel} values of process {self.group.rank}"
             )
         return facts
 
@@ -209,7 +210,7 @@ def _verified(uri: str, name: str, files: Mapping[str, Mapping[str, Any]]) -> by
 
 
 def frozen_sha256(network: nn.Module) -> str:
-    """Hash of all weights that are not trained, by name; empty where there are none."""
+    """Hash of the names and values of all frozen weights; empty if there are none."""
     frozen = {name: value for name, value in network.named_parameters() if not value.requires_grad}
     digest = hashlib.sha256()
     for name, value in sorted(frozen.items()):

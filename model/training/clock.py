@@ -1,4 +1,4 @@
-"""Where the time of steps goes."""
+"""Measures the time of the sections of a step."""
 
 import time
 from collections import defaultdict
@@ -9,7 +9,7 @@ import torch
 
 
 class Clock:
-    """Seconds by section since the last `flush`. On a GPU, what it computes counts, not what was asked of it."""
+    """Seconds by section since the last `flush`. On a GPU, the time of the computation, not of its launch."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -19,7 +19,7 @@ class Clock:
 
     @contextmanager
     def section(self, name: str, *, computes: bool = True) -> Iterator[None]:
-        """Times a block. `computes` is False for one that waits for something else than the GPU."""
+        """Times a block. Set `computes` to False for a block that does not wait for the GPU."""
         if self.on_gpu and computes:
             begin, end = _event(), _event()
             begin.record()
@@ -32,7 +32,7 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
     def flush(self) -> tuple[dict[str, float], float]:
-        """Seconds by section, and all that have passed."""
+        """Seconds by section, and the total time since the last call."""
         if self.events:
             torch.cuda.synchronize()
             for name, begin, end in self.events:

@@ -1,4 +1,4 @@
-"""DeepSpeed behind one method: a step over micro-batches. Only this file and zero.py import deepspeed."""
+"""Wraps DeepSpeed in a single method, a step over micro-batches. Only this file and zero.py import deepspeed."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -24,25 +24,26 @@ from model.training.zero import prepare_start, refresh_weights, trained_state
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     losses: dict[str, Tensor]
-    """`loss` and its parts by name: means over this process's micro-batches."""
+    """`loss` and its parts by name: means over the micro-batches of this process."""
     grad_norm: float
-    """Of all processes' gradients, before clipping."""
+    """Norm of the gradients of all processes, before clipping."""
     applied: bool
-    """False where gradients were not finite: on every process alike, no weight has changed."""
+    """False if gradients were not finite. Then no weight has changed on any process."""
 
 
 class Engine:
-    """Trains a task's network; the optimizer state is sharded by ZeRO, the frozen decoder has none."""
+    """Trains the network of a task. ZeRO shards the optimizer state; frozen weights have none."""
 
     def __init__(self, network: TaskNetwork, config: RunConfig, processes: Processes) -> None:
         _quiet()
         prepare_start()
         if processes.device.type == "cpu" and config.training.precision == "bf16":
-            # torch 2.13's fused CPU attention is 3 to 7 times slower than plain matrix products in bf16
+            # in bf16, torch 2.13's fused CPU attention is 3 to 7 times slower than matrix products
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # products in bf16, not in fp32 copies
         optim = config.optim
-        groups = [{**group, "lr": 0.0} for group in parameter_groups(network, optim)]  # DeepSpeed may step at once
+        # a learning rate of 0, because DeepSpeed may already make an update in initialize
+        groups = [{**group, "lr": 0.0} for group in parameter_groups(network, optim)]
         if config.training.compile:
             compile_layers(network)
         self.device, self.stage = processes.device, config.training.zero_stage
@@ -55,10 +56,10 @@ class Engine:
             dist_init_required=False,
         )
         self.state = trained_state(network, self.optimizer, self.stage, processes.rank)
-        self.state.updates = 0  # in stage 0 DeepSpeed has made one of bf16, with zero gradients
+        self.state.updates = 0  # in stage 0 with bf16, DeepSpeed has made an update with zero gradients
 
     def step(self, micro_batches: Sequence[Batch], lr: float, clock: Clock) -> StepResult:
-        """One optimizer step over this process's micro-batches."""
+        """One optimizer step over the micro-batches of this process."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         steps: list[dict[str, Tensor]] = []
@@ -76,37 +77,37 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """While it lasts, the network is used and not trained."""
+        """Switches the network to evaluation mode, without gradients, for the duration of the block."""
         self.engine.eval()
         with torch.no_grad():
             yield
         self.engine.train()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` and its parts, of an evaluation."""
+        """`loss` and its parts for an evaluation batch."""
         loss, parts = self.engine(on_device(batch, self.device))
         return {"loss": loss, **parts}
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """Through the engine's forward pass, which is where ZeRO-3 gathers weights."""
+        """Predictions, made by the engine's forward pass, which gathers the weights under ZeRO-3."""
         predictions: list[Prediction] = self.engine(on_device(batch, self.device), predict=True)
         return predictions
 
     def restored(self, updates: int) -> None:
-        """Goes on from what was written into `state`, of which Adam had made `updates`; all processes call it."""
+        """Continues from the values written to `state`, after `updates` updates of Adam. All processes must call it."""
         self.state.updates = updates
         refresh_weights(self.optimizer, self.stage)
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Every weight in one piece on every process; all must enter."""
+        """Gathers all weights on every process for the duration of the block. All processes must enter it."""
         parameters = list(self.engine.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else nullcontext():
             yield
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run."""
+    """The DeepSpeed configuration of a run."""
     training = config.training
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size(config, world_size)[0],
@@ -114,7 +115,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": 0.0 if _own_clipping(config) is not None else config.optim.clip_grad_norm,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": {"stage": training.zero_stage},
-        # torch's AdamW under ZeRO: DeepSpeed's own CPU optimizer is compiled at start-up, which needs a compiler
+        # use torch's AdamW under ZeRO: DeepSpeed compiles its own CPU optimizer at start-up, which needs a compiler
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -122,7 +123,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _own_clipping(config: RunConfig) -> float | None:
-    """In stage 0 and fp32 DeepSpeed keeps no gradient norm and takes steps that are not finite: there we clip."""
+    """The maximum norm if the optimizer itself must clip: in stage 0 with fp32, DeepSpeed computes no gradient norm and
+    applies updates that are not finite."""
     plain = config.training.zero_stage == 0 and config.training.precision == "fp32"
     return config.optim.clip_grad_norm if plain else None
 

@@ -1,6 +1,6 @@
-"""What Prometheus and a pod's liveness probe read: http://…:$MPLUG_METRICS_PORT/metrics, where that variable is set.
+"""Serves metrics for Prometheus and the liveness probe at http://…:$MPLUG_METRICS_PORT/metrics, if the variable is set.
 
-The first process of each node serves it; the numbers of the run are at the first node's.
+The first process of each node serves them. The metrics of the run are on the first node.
 """
 
 import logging
@@ -14,11 +14,11 @@ log = logging.getLogger("mplug")
 PORT = "MPLUG_METRICS_PORT"
 
 EVERYWHERE = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
-"""All addresses, of IPv6 too where the kernel has it."""
+"""All addresses, including IPv6 if the kernel supports it."""
 
 
 class Exporter:
-    """The newest value of every metric."""
+    """Serves the newest value of every metric."""
 
     def __init__(self, run: str) -> None:
         self.run = run
@@ -33,7 +33,7 @@ class Exporter:
                 log.warning("metrics are not served on port %s: %s", port, error.strerror)
 
     def show(self, values: Mapping[str, float], step: int) -> None:
-        """`train/loss` becomes mplug_train_loss{run="…"}; the step itself is mplug_step."""
+        """Exports `train/loss` as mplug_train_loss{run="…"} and the step as mplug_step."""
         for name, value in {**values, "step": float(step)}.items():
             if name not in self.gauges:
                 known = "mplug_" + "".join(letter if letter.isalnum() else "_" for letter in name)

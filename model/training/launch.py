@@ -1,11 +1,11 @@
-"""Starts the processes of a training run on this machine, alone or as one node of several. No kfp here.
+"""Starts the processes of a training run on this machine, which may be one of several nodes. Knows no Kubernetes.
 
-On one machine torchrun stands alone. In a pod of a PyTorchJob the operator's variables say who the others are:
-PET_NNODES and, with a Master, PET_MASTER_ADDR, PET_MASTER_PORT and PET_NODE_RANK; in an elastic job PET_RDZV_ENDPOINT.
-(RANK and WORLD_SIZE there count nodes, or nothing useful; torchrun sets them anew.) All nodes meet at torchrun's c10d
-store on the first one.
+On a single machine torchrun runs in standalone mode. In a pod of a PyTorchJob, the operator's variables describe the
+other nodes: PET_NNODES and, with a Master, PET_MASTER_ADDR, PET_MASTER_PORT and PET_NODE_RANK; in an elastic job
+PET_RDZV_ENDPOINT. (The operator's RANK and WORLD_SIZE count nodes; torchrun overwrites them.) All nodes join torchrun's
+c10d store on the first node.
 
-Each attempt is a process of its own (`python -m model.training.launch`), so that nothing of a failed one is left.
+Each attempt is a separate process (`python -m model.training.launch`), so that a failed attempt leaves nothing behind.
 """
 
 import logging
@@ -27,16 +27,16 @@ from model.training.attempts import count_start
 
 FIRST_NODE_WITHIN_S = 1800.0
 ALL_NODES_WITHIN_S = 14000
-"""Timeout for all nodes to join: pods may stay pending until the cluster has room; torchrun's default of ten minutes
-would use up the attempts of a run. The pods' liveness probe allows four hours."""
+"""Timeout for all nodes to join. Pods may be pending for hours; torchrun's default of ten minutes would use up the
+attempts of a run. The liveness probe of the pods allows four hours."""
 SHUTDOWN_S = 60
-"""What processes have to save when they are asked to end."""
+"""Time for processes to save a checkpoint after SIGTERM."""
 
 
 def launch(config: str, overrides: list[str], processes: int | None = None) -> int:
-    """Trains on `processes` processes of this machine; returns 0 or the exit code.
+    """Trains on `processes` processes of this machine and returns the exit code.
 
-    What ends with a code that is worth a restart (128 and above) is started again and goes on from its last checkpoint.
+    An attempt that ends with a restartable code is started again and resumes from its last checkpoint.
     """
     count = ["--nproc-per-node", str(processes)] if processes else []
     command = [sys.executable, "-m", "model.training.launch", *count, "-m", "model.training", config, *overrides]
@@ -53,12 +53,12 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
         if not is_restartable or code == INTERRUPTED or asked_to_end or failed == policy.MAX_FAST_FAILURES:
             return code
         wait_s = exponential_s(max(failed, 1), policy.FIRST_WAIT_S, policy.LONGEST_WAIT_S)
-        print(f"training ended with code {code}, it is started again in {wait_s:g} s", file=sys.stderr, flush=True)
+        print(f"training ended with code {code}, restarting in {wait_s:g} s", file=sys.stderr, flush=True)
         time.sleep(wait_s)
 
 
 def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
-    """Counts this start on the first node. Returns an attempt's result if the bucket does not answer."""
+    """Counts this start on the first node. Returns the result of a failed attempt if the bucket does not answer."""
     if not _is_first_node():
         return None
     try:
@@ -74,7 +74,7 @@ def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
 def _killed_for_memory() -> str:
     limit = memory_limit()
     if not limit:
-        return "a process was killed for memory: this machine has too little."
+        return "a process was killed for lack of memory: this machine has too little."
     return (
         f"a process was killed for memory at the pod's limit of {limit / 2**20:.0f} MiB: raise it in the shape "
         "(PodTemplate training)."
@@ -87,10 +87,10 @@ def _say(code: int, why: str) -> None:
 
 
 def _attempt(command: list[str]) -> tuple[int, bool]:
-    """Exit code of one attempt, and whether it ended because this process was asked to."""
+    """Exit code of one attempt, and whether this process was asked to end."""
     asked: list[int] = []
     environment = {**os.environ, PARENT_PID: str(os.getpid())}
-    environment.pop(FAILURES, None)  # an attempt that fails is not yet a failure
+    environment.pop(FAILURES, None)  # a failed attempt is not a failure of the step
     child = subprocess.Popen(command, env=environment)
 
     def pass_on(number: int, _frame: object) -> None:
@@ -100,7 +100,7 @@ def _attempt(command: list[str]) -> tuple[int, bool]:
     previous = signal.signal(signal.SIGTERM, pass_on)
     try:
         return _shell_code(child.wait()), bool(asked)
-    except KeyboardInterrupt:  # the terminal has told the child as well
+    except KeyboardInterrupt:  # the terminal also sends SIGINT to the child
         child.wait()
         raise
     finally:
@@ -108,7 +108,7 @@ def _attempt(command: list[str]) -> tuple[int, bool]:
 
 
 def _shell_code(exit_code: int) -> int:
-    """128 + its number for a process that a signal has ended."""
+    """128 + signal number for a process that was ended by a signal."""
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     """One attempt on this node."""
     signal_at_its_end(signal.SIGTERM)
     if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):
-        sys.exit(LOST)  # it was gone before this process could ask to be told
+        sys.exit(LOST)  # the parent ended before this process could ask for the signal
     os.environ[PARENT_PID] = str(os.getpid())
     _environment()
     sys.exit(_torchrun([*_place(), *sys.argv[1:]]))
@@ -126,19 +126,19 @@ def _environment() -> None:
     import torch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # where DeepSpeed has to guess its device, it says so on standard output, which is the model's URI alone
+    # without it, DeepSpeed prints the detected device to standard output, which is for the URI of the model
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # restarted workers must not meet the addresses of the last attempt (torch 2.13 shares one store between attempts)
+    # torch 2.13 shares one store between attempts: restarted workers would find the addresses of the last attempt
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.pop("PET_STANDALONE", None)  # the operator sets it empty, which torchrun cannot read
+    os.environ.pop("PET_STANDALONE", None)  # the operator sets it to an empty value, which torchrun rejects
     wanted = os.environ.get("PET_NPROC_PER_NODE", "auto")
-    if not wanted.isdigit():  # torchrun's "auto" is a process per core where there is no GPU
+    if not wanted.isdigit():  # without a GPU, torchrun's "auto" is one process per core
         os.environ["PET_NPROC_PER_NODE"] = str(max(torch.cuda.device_count(), 1))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failed process has said why
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failed process reports the reason
 
 
 def _place() -> list[str]:
-    """torchrun's arguments that say where the other nodes are; waits until the first one can be reached."""
+    """torchrun's arguments for the rendezvous. Waits until the first node is reachable."""
     common = [f"--max-restarts={policy.TORCHRUN_RESTARTS}", f"--shutdown-timeout={SHUTDOWN_S}"]
     if "PET_NNODES" not in os.environ:
         return ["--standalone", *common]
@@ -156,20 +156,20 @@ def _place() -> list[str]:
 
 
 def _endpoint() -> str:
-    """Where the nodes meet, as host:port."""
+    """Rendezvous endpoint, as host:port."""
     static = f"{os.environ.get('PET_MASTER_ADDR')}:{os.environ.get('PET_MASTER_PORT')}"
     return os.environ.get("PET_RDZV_ENDPOINT", static)
 
 
 def _is_first_node() -> bool:
-    """Whether the other nodes meet at this one; also true without other nodes."""
+    """Whether this node hosts the rendezvous. True if there are no other nodes."""
     if "PET_NNODES" not in os.environ or os.environ.get("PET_NODE_RANK") == "0":
         return True
     return _endpoint().partition(":")[0].partition(".")[0] == socket.gethostname()
 
 
 def _wait_for(host: str, port: int) -> None:
-    """The name of a pod resolves before anything listens there."""
+    """Waits for the port: the name of a pod resolves before anything listens there."""
     end, said = time.monotonic() + FIRST_NODE_WITHIN_S, 0.0
     while True:
         try:
@@ -186,7 +186,7 @@ def _wait_for(host: str, port: int) -> None:
 
 
 def _torchrun(arguments: list[str]) -> int:
-    """Exit code of this node's processes."""
+    """Runs torchrun and returns the exit code of the processes on this node."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -196,7 +196,7 @@ def _torchrun(arguments: list[str]) -> int:
     try:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        # what is permanent is the cause; processes that only lost another say less
+        # a permanent code is the cause; processes that only lost a peer have a transient one
         ends = [
             (policy.is_restartable(_shell_code(failure.exitcode)), failure.timestamp, rank)
             for rank, failure in error.failures.items()
@@ -208,7 +208,7 @@ def _torchrun(arguments: list[str]) -> int:
     except SignalException as error:
         return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
     except (RendezvousError, DistError) as error:
-        print(f"the nodes of the run lost each other: {error or type(error).__name__}", file=sys.stderr, flush=True)
+        print(f"the nodes of the run lost contact: {error or type(error).__name__}", file=sys.stderr, flush=True)
         return LOST
     return 0
 

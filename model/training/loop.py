@@ -1,7 +1,7 @@
 """The training loop: `torchrun --nproc-per-node 2 -m model.training tiny_pretraining data.shards=s3://…`.
 
-One loop for every task, on one process and on many, started once or for the tenth time. `train` sets up, `Training.run`
-is the outline; the mechanics are one call away.
+One loop for all tasks, for any number of processes, for new and resumed runs. `run_training` sets up, `Training.run` is
+the outline.
 """
 
 import hashlib
@@ -47,14 +47,14 @@ log = logging.getLogger("mplug")
 
 
 def run_training(config: RunConfig) -> None:
-    """Trains one run, or goes on with it, and publishes its model; prints the model's URI."""
+    """Trains or resumes one run, publishes its model and prints the URI of the model."""
     if config.data.workers:
         start_fork_server(f"model.tasks.{config.task}")
     watchdog, exporter = Watchdog(config.watchdog), Exporter(config.name)
     with processes(config.watchdog) as group, watchdog.together(group):
         reader = open_split(storage.join(config.data.shards, "train"), config.data)
         config = count_in_steps(config, len(reader))
-        micro_batch_size(config, group.world_size)  # refuses what cannot be shared
+        micro_batch_size(config, group.world_size)  # raises ConfigError early
         folder = run_folder(config)
         attempt = group.from_main(lambda: attempts.read_attempt(folder))
         if attempt.model:
@@ -71,8 +71,8 @@ def _train(
     config: RunConfig, reader: ShardReader, folder: str, attempt: Attempt, group: Processes, watchdog: Watchdog,
     exporter: Exporter,
 ) -> Attempt:  # fmt: skip
-    torch.manual_seed(config.seed)  # the same fresh weights on every process
-    transformers_logging.disable_progress_bar()  # every process would draw one
+    torch.manual_seed(config.seed)  # for the same fresh weights on every process
+    transformers_logging.disable_progress_bar()  # every process would show one
     task = build_task(config)
     task.model.train()
     base_sha256 = group.from_main(lambda: frozen_sha256(task.network))
@@ -83,7 +83,7 @@ def _train(
     history = checkpoints.history() if restored and group.is_main else []
     if attempt.number > 1 and group.is_main:
         log.info("training resumes from step %d", state.step)
-    # one process speaks to MLflow; the others keep a journal of their own
+    # the first process talks to MLflow; all other processes only write a journal
     tracking = config.tracking if group.is_main else TrackingConfig()
     with tracked(tracking, config.name, attempt.key, history) as run, termination() as asked:
         watchdog.on_exit = lambda: run.finish("FAILED")
@@ -98,7 +98,7 @@ def _train(
 
 
 def _sync_tracking(config: RunConfig, attempt: Attempt) -> bool:
-    """Sends MLflow what it has not got of a finished run, because it was down; whether it has all of it then."""
+    """Sends the missing entries of a finished run to MLflow. Returns whether it has received everything."""
     history = map(json.loads, storage.read(storage.join(attempt.model, HISTORY)).splitlines())
     with tracked(config.tracking, config.name, attempt.key, history) as run:
         run.params(flatten(config.model_dump()))
@@ -108,7 +108,7 @@ def _sync_tracking(config: RunConfig, attempt: Attempt) -> bool:
 
 @dataclass
 class Training:
-    """A run between its start and its end."""
+    """The state of a running training."""
 
     config: RunConfig
     task: Task
@@ -130,7 +130,7 @@ class Training:
         self.last_losses: dict[str, float] = {}
 
     def run(self) -> None:
-        """Every step from where the run stands to its end."""
+        """Runs all remaining steps."""
         batches = self._batches()
         dtype = torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
         upcoming, meter = iter(batches), Meter(self.clock, self.group, dtype)
@@ -175,7 +175,7 @@ class Training:
         return self.engine.step(micro_batches, lr_at(step, self.total, self.config.optim), self.clock)
 
     def _count_skip(self, result: StepResult) -> None:
-        """A step without finite gradients changed nothing. Several in a row: the weights themselves are suspect."""
+        """Counts steps without finite gradients, which change nothing. After several in a row, restores weights."""
         limits, state = self.config.training, self.progress
         state.consecutive_skips = 0 if result.applied else state.consecutive_skips + 1
         if result.applied:
@@ -184,23 +184,23 @@ class Training:
         log.warning("step %d is skipped: its gradients are not finite (%d so far)", state.step, state.skips)
         if state.skips > limits.max_skips:
             raise StageError(
-                f"gradients were not finite in {state.skips} steps, at most training.max_skips = {limits.max_skips} "
-                "may be. Lower optim.lr or warm up longer."
+                f"at most training.max_skips = {limits.max_skips} steps may have gradients that are not finite, got "
+                f"{state.skips}. Lower optim.lr or warm up longer."
             )
         if state.consecutive_skips == limits.consecutive_skips:
             self._roll_back()
 
     def _roll_back(self) -> None:
-        """Weights go back to the last checkpoint; the clips since then are not seen again."""
+        """Restores the weights of the last checkpoint. The clips since then are not repeated."""
         self._wait_for_upload()
         restored = self.checkpoints.restore()
         if restored is None:
-            log.warning("there is no checkpoint to go back to yet; the run goes on with the weights it has")
+            log.warning("there is no checkpoint to restore yet; training continues with the current weights")
         elif self.group.is_main:
-            log.warning("weights are those of step %d again", restored["step"])
+            log.warning("weights were restored from step %d", restored["step"])
 
     def _log(self, result: StepResult, batches: Batches, meter: Meter, micro_batches: list[Batch]) -> float:
-        """Returns the clips per second since the last time."""
+        """Logs metrics. Returns the clips per second since the last call."""
         losses = self.last_losses = mean_over_processes(result.losses)
         state = self.progress
         state.read_failures += sum(self.group.gathered(batches.take_failures()))
@@ -234,7 +234,7 @@ class Training:
             self.checkpoints.save(self.progress.step, self.tracking.history(), facts, self.progress.best_step)
 
     def _wait_for_upload(self) -> bool:
-        """Whether the last checkpoint is whole."""
+        """Waits for the last checkpoint and returns whether it is complete."""
         self.watchdog.enter("checkpoint")
         with self.clock.section("checkpoint", computes=False):
             self.checkpoints.wait()
@@ -244,17 +244,17 @@ class Training:
         return lost < 0
 
     def _end_early(self, *, is_saved: bool) -> None:
-        """Every process ends at the same step, whichever was asked to."""
+        """Saves and exits. All processes end at the same step, no matter which one was asked to end."""
         if not is_saved:
             self._save()
         is_saved = self._wait_for_upload()
         if self.group.is_main:
-            then = "the next start goes on from it" if is_saved else "the next start goes on from the one before"
+            then = "the next start resumes from it" if is_saved else "the next start resumes from the previous one"
             log.warning("asked to end: step %d is %s, %s", self.progress.step, "saved" if is_saved else "lost", then)
         raise SystemExit(TERMINATED)
 
     def take_best(self) -> None:
-        """With an evaluation, the best checkpoint becomes the model."""
+        """Restores the best checkpoint, if the run is evaluated."""
         best = self.progress.best_step
         if self.validation and 0 <= best < self.total:
             self.checkpoints.restore_step(best)
@@ -277,7 +277,7 @@ class Training:
 
 @contextmanager
 def termination() -> Iterator[threading.Event]:
-    """Set when this process is asked to end; the loop then saves first."""
+    """An event that is set on SIGTERM."""
     asked = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
@@ -287,6 +287,6 @@ def termination() -> Iterator[threading.Event]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch on all devices, for dropout: a restarted run draws what it would have drawn."""
+    """Seeds torch on all devices, so that dropout does not depend on restarts."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "big") >> 1)

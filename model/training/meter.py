@@ -1,4 +1,4 @@
-"""How fast a run is, and what it takes of its machines: the numbers of one logging interval."""
+"""Speed and resource usage of a run, per logging interval."""
 
 import os
 import resource
@@ -17,23 +17,23 @@ COUNTED = ("tokens", "flops", "peak", "node", "reports")
 
 
 class Meter:
-    """Counts between two `flush`es; the numbers of all processes become one set of metrics."""
+    """Counts between two calls of `flush`, which merges the counts of all processes."""
 
     def __init__(self, clock: Clock, group: Processes, dtype: torch.dtype) -> None:
         self.clock, self.group = clock, group
         self.peak_flops = peak_flops(group.device, dtype)
         self.steps = self.clips = self.tokens = 0
         self.network_bytes = _network_bytes()
-        psutil.cpu_percent()  # the first call only sets the beginning
+        psutil.cpu_percent()  # the first call only starts the measurement
 
     def count(self, micro_batches: Sequence[Batch], clips: int) -> None:
-        """One step over this process's `micro_batches`, with `clips` on all processes together."""
+        """Counts one step over `micro_batches` of this process, with `clips` summed over all processes."""
         self.steps += 1
         self.clips += clips
         self.tokens += sum(_tokens(batch) for batch in micro_batches)
 
     def flush(self, steps_left: int, step_flops: float) -> dict[str, float]:
-        """Metrics of the interval, whose steps take `step_flops` on this process; all call it together."""
+        """Metrics of the interval. A step takes `step_flops` on this process. All processes must call it together."""
         seconds, passed_s = self.clock.flush()
         own = {name: seconds.get(name, 0.0) for name in SECTIONS}
         own |= {"flops": step_flops * self.steps, "peak": self.peak_flops * passed_s, "tokens": float(self.tokens)}
@@ -57,7 +57,7 @@ class Meter:
         return {**speed, **_by_node(rows)}
 
     def _machine(self, passed_s: float) -> dict[str, float]:
-        """What MLflow shows as system metrics, of this machine and process."""
+        """System metrics of this machine and process."""
         sent_before, self.network_bytes = self.network_bytes, _network_bytes()
         found = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -71,7 +71,7 @@ class Meter:
 
 
 def _by_node(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """system/node-<n>/… from the first process of each node; memory of processes is the node's largest."""
+    """system/node-<n>/… from the first process of each node; for memory of processes, the maximum of the node."""
     found: dict[str, float] = {}
     for name in rows.keys() - {*SECTIONS, *COUNTED}:
         for node, reports, value in zip(rows["node"], rows["reports"], rows[name], strict=True):
@@ -84,7 +84,7 @@ def _by_node(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def _tokens(batch: Batch) -> int:
-    """Text tokens that the decoder reads, padding left out."""
+    """Text tokens that the decoder reads, without padding."""
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
 

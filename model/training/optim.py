@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate schedule, as published."""
+"""Parameter groups and the learning rate schedule of the original code."""
 
 import math
 from collections import defaultdict
@@ -13,9 +13,9 @@ UNDECAYED = ("vision_encoder.pos_embed", "vision_encoder.cls_token", "vision_enc
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Learning rate of one optimizer step: linear from 0 to `lr` over the warm-up, then a cosine or line to `min_lr`.
+    """Learning rate of a step: linear warm-up from 0 to `lr`, then cosine or linear decay to `min_lr`.
 
-    The first warm-up step has rate 0 and the peak comes twice, as upstream trains.
+    As in the original code, the first step has rate 0, and two steps have the peak rate.
     """
     if step < config.warmup_steps:
         return config.lr * step / max(config.warmup_steps - 1, 1)
@@ -26,15 +26,16 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by weight decay and learning rate scale.
+    """Trainable parameters, grouped by weight decay and learning rate scale.
 
-    No decay for vectors, biases and position embeddings; `vision_lr_scale` on the spatial part of the vision encoder.
+    Vectors, biases and position embeddings have no weight decay. `vision_lr_scale` applies to the spatial part of the
+    vision encoder.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        # the temperature is a vector only because ZeRO cannot shard a scalar; upstream's scalar decays
+        # the temperature is a vector only because ZeRO cannot shard a scalar; the original scalar has weight decay
         vector = parameter.ndim == 1 and not name.endswith("temperature")
         undecayed = vector or "bias" in name or name.endswith(UNDECAYED)
         spatial = "vision_encoder." in name and "temporal" not in name
@@ -46,9 +47,9 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, 
 
 
 class ClippingAdamW(torch.optim.AdamW):
-    """AdamW that, with a `max_norm`, clips gradients itself and leaves out an update that is not finite.
+    """AdamW that clips gradients if `max_norm` is given, and skips updates that are not finite.
 
-    It says so in DeepSpeed's words, as DeepSpeed's own optimizers do: `overflow` and `_global_grad_norm`.
+    It reports both through the attributes of DeepSpeed's optimizers, `overflow` and `_global_grad_norm`.
     """
 
     def __init__(self, params: Any, *, max_norm: float | None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""`--profile`: what a few steps do, as a trace for https://ui.perfetto.dev or Chrome."""
+"""`--profile`: a trace of a few steps for https://ui.perfetto.dev or Chrome."""
 
 import logging
 import tempfile
@@ -15,12 +15,12 @@ from model.training.distributed import Processes
 
 log = logging.getLogger("mplug")
 WAIT, WARM_UP, ACTIVE = 5, 1, 3
-"""Steps that pass, that the profiler needs itself, and that are recorded."""
+"""Steps that are skipped, that warm up the profiler, and that are recorded."""
 
 
 @contextmanager
 def profiled(config: RunConfig, group: Processes) -> Iterator[Callable[[], None]]:
-    """What to call after every step; does something where a profile is wanted, on the first process."""
+    """A function to call after every step. It records a profile on the first process, if one is requested."""
     if not (config.training.profile and group.is_main):
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""A trained model becomes a folder that transformers loads."""
+"""Publishes a trained model as a folder that transformers can load."""
 
 import tempfile
 from pathlib import Path
@@ -14,7 +14,7 @@ from model.training.checkpoint import HISTORY
 
 
 def publish_model(task: Task, config: RunConfig, run: Run) -> str:
-    """Writes the model as transformers loads it, its configuration and its history; returns its URI."""
+    """Publishes the model with its configuration and its metrics history, and returns its URI."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
@@ -30,5 +30,5 @@ def publish_model(task: Task, config: RunConfig, run: Run) -> str:
 
 
 def tag_model(run: Run, uri: str) -> None:
-    """The run in MLflow names its model."""
+    """Sets the URI of the model as a tag of the MLflow run."""
     run.tags({"model_uri": uri, "manifest_sha256": manifest.manifest_sha256(uri)})

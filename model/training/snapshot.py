@@ -1,4 +1,4 @@
-"""A copy of tensors that is a safetensors file already, in memory that is allocated once."""
+"""A copy of tensors in the safetensors format, in memory that is allocated once."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ LENGTH_BYTES, ALIGNMENT = 8, 8
 
 
 class Snapshot:
-    """For fp32 tensors whose names and sizes stay as they are. A copy costs no allocation, writing it no other copy."""
+    """For fp32 tensors with fixed names and sizes. Copying does not allocate, and writing does not copy again."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         header: dict[str, dict[str, Any]] = {}
@@ -33,7 +33,7 @@ class Snapshot:
         }
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over the present values."""
+        """Copies the current values."""
         for name, tensor in tensors.items():
             self.views[name].copy_(tensor.view(-1), non_blocking=True)
         if self.on_gpu:
@@ -41,5 +41,5 @@ class Snapshot:
 
     @property
     def file(self) -> memoryview:
-        """The bytes of the file, which the next `copy` changes."""
+        """The bytes of the file. The next `copy` overwrites them."""
         return self.buffer.numpy().data

@@ -1,8 +1,8 @@
-"""The numbers that training changes, by parameter and offset: the same names on any number of processes, in any stage.
+"""The state that training changes, named by parameter and offset, independent of world size and ZeRO stage.
 
-ZeRO lays fp32 weights and Adam's moments out in flat buffers that depend on the number of processes. Here each process
-describes what it holds as fragments of parameters, so that a checkpoint of eight processes loads on four, and one of
-stage 2 in stage 0, without a conversion.
+ZeRO stores fp32 weights and Adam's moments in flat buffers whose layout depends on the number of processes. Here each
+process describes its part as fragments of parameters, so that a checkpoint of eight processes loads on four, and one of
+stage 2 in stage 0, without conversion.
 """
 
 import math
@@ -19,26 +19,26 @@ KINDS = ("fp32", *MOMENTS)
 
 @dataclass
 class Progress:
-    """Where a run stands, beside its weights: saved with every checkpoint."""
+    """The progress of a run, which is saved with every checkpoint."""
 
     step: int = 0
-    """Optimizer steps done. It is the position in the data, in the schedule and in all randomness too."""
+    """Optimizer steps done, which is also the position in the data, in the schedule and in all randomness."""
     skips: int = 0
     """Steps whose gradients were not finite."""
     consecutive_skips: int = 0
     read_failures: int = 0
-    """Clips that could not be read, on all processes."""
+    """Unreadable clips, on all processes."""
     best_step: int = -1
     best_value: float | None = None
-    """Of the metric that decides which checkpoint is best."""
+    """Value of the metric that selects the best checkpoint."""
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "Progress":
-        """From a checkpoint. Version 0.1.0 named one field otherwise."""
+        """Reads the progress of a checkpoint. One field had another name in version 0.1.0."""
         return cls(**{"consecutive_skips" if key == "skips_in_a_row" else key: value for key, value in saved.items()})
 
     def note(self, value: float, *, lower_is_better: bool) -> None:
-        """Takes the present step for the best one where its value is better than any before."""
+        """Makes the current step the best one if its value is better than all before."""
         if not math.isfinite(value):
             return
         best = self.best_value
@@ -46,7 +46,7 @@ class Progress:
             self.best_step, self.best_value = self.step, value
 
     def forget_best(self) -> None:
-        """Its checkpoint could not be written."""
+        """Called if the checkpoint of the best step could not be written."""
         self.best_step, self.best_value = -1, None
 
 
@@ -58,26 +58,26 @@ class Fragment:
     start: int
     """Offset of its first element in the flattened parameter."""
     master: Tensor
-    """The optimizer's fp32 tensor, which may hold other parameters too."""
+    """The optimizer's fp32 tensor, which may also hold other parameters."""
     offset: int
-    """Where the fragment stands in `master`."""
+    """Offset of the fragment in `master`."""
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The fragment as a view of `master` or of a moment, which has its layout."""
+        """The fragment as a view of `master`, or of a moment, which has the same layout."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass(kw_only=True)
 class TrainedState:
-    """Views of live tensors: reading one copies nothing, writing one changes the run."""
+    """Views of live tensors: reading does not copy, and writing changes the run."""
 
     fragments: list[Fragment]
     optimizer: torch.optim.Optimizer
-    """The innermost one, whose state is kept by master tensor."""
+    """The innermost optimizer, whose state is keyed by master tensor."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything this process holds, as "<kind>|<start>|<parameter>"."""
+        """All tensors of this process, named "<kind>|<start>|<parameter>"."""
         return {
             f"{kind}|{fragment.start}|{fragment.name}": fragment.of(tensor)
             for fragment in self.fragments
@@ -85,7 +85,7 @@ class TrainedState:
         }
 
     def load(self, saved: Mapping[str, Tensor]) -> int:
-        """Copies what overlaps with this process's fragments; returns the number of elements."""
+        """Copies the parts that overlap with the fragments of this process, and returns the number of elements."""
         by_parameter: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
         for key, tensor in saved.items():
             kind, offset, name = key.split("|", 2)
@@ -104,12 +104,12 @@ class TrainedState:
 
     @property
     def numel(self) -> int:
-        """Elements that a whole checkpoint gives this process."""
+        """Number of elements that this process reads from a complete checkpoint."""
         return len(KINDS) * sum(fragment.numel for fragment in self.fragments)
 
     @property
     def updates(self) -> int:
-        """Updates that Adam has made, for its bias correction."""
+        """Number of updates of Adam, for its bias correction."""
         return int(self._by_kind_state(self.fragments[0].master)["step"])
 
     @updates.setter
@@ -122,9 +122,9 @@ class TrainedState:
         return {"fp32": master, **{moment: state[moment] for moment in MOMENTS}}
 
     def _by_kind_state(self, master: Tensor) -> dict[str, Tensor]:
-        """Adam's state of a master tensor, which torch makes at the first update only."""
+        """Adam's state of a master tensor. torch only creates it at the first update."""
         state: dict[str, Tensor] = self.optimizer.state[master]
         if not state:
             state |= {moment: torch.zeros_like(master) for moment in MOMENTS}
-            state["step"] = torch.zeros((), device=master.device)  # where the fused update reads it
+            state["step"] = torch.zeros((), device=master.device)  # the fused update needs it on the device
         return state

@@ -1,4 +1,4 @@
-"""Evaluation while training: the loss and the task's metrics on a held-out split, by all processes together."""
+"""Evaluation during training: loss and task metrics on a held-out split, computed by all processes together."""
 
 from itertools import chain, islice, zip_longest
 
@@ -15,7 +15,7 @@ from model.training.engine import Engine
 
 
 class Validation:
-    """Scores the network as it is; any number of processes gets the same metrics."""
+    """Scores the current network. The metrics do not depend on the number of processes."""
 
     def __init__(self, task: Task, config: RunConfig, group: Processes) -> None:
         self.task, self.config, self.group = task, config, group
@@ -35,7 +35,7 @@ class Validation:
         self.source = ClipSource(reader=self.reader, processor=task.processor, read_video=task.reads_video)
 
     def run(self, engine: Engine) -> dict[str, float]:
-        """`val/loss`, `val/<metric>`, … where the split is val; all processes call it together."""
+        """`val/loss`, `val/<metric>`, … for the split val. All processes must call it together."""
         with engine.evaluating():
             scores = self._losses(engine)
             if self.task.metrics:
@@ -43,11 +43,11 @@ class Validation:
         return {f"{self.config.evaluation.split}/{name}": value for name, value in scores.items()}
 
     def chosen(self, scores: dict[str, float]) -> float:
-        """The metric that decides which checkpoint is best."""
+        """The value of the metric that selects the best checkpoint."""
         return scores[f"{self.config.evaluation.split}/{self.metric}"]
 
     def _losses(self, engine: Engine) -> dict[str, float]:
-        """Over whole batches of the training's size, so that losses across processes see as many clips as there."""
+        """Losses over full batches of the training size, since contrastive losses depend on the batch size."""
         batch_size = self.config.data.batch_size // self.config.training.gradient_accumulation
         order = BatchSampler(
             size=self.clips, seed=0, batch_size=batch_size, steps=self.clips // batch_size,
@@ -61,12 +61,13 @@ class Validation:
         return mean_over_processes({name: torch.stack(values).mean() for name, values in found.items()})
 
     def _scores(self, engine: Engine) -> dict[str, float]:
-        """Every clip once. Under ZeRO-3 each process reads all of them: its forward passes are collective."""
+        """Metrics over every clip once. Under ZeRO-3 each process reads all clips, because forward passes are
+        collective."""
         self.task.read_split(list(islice(self.reader.annotations(), self.clips)))
         rank, world_size = (0, 1) if engine.stage == 3 else (self.group.rank, self.group.world_size)
         size = max(1, self.config.data.batch_size // self.group.world_size)
         order = EverySample(size=self.clips, batch_size=size, rank=rank, world_size=world_size)
         own = [engine.predict(batch) for batch in evaluation_batches(self.source, order, self.task.collate_evaluation)]
         parts = [own] if engine.stage == 3 else self.group.gathered(own)
-        batches = chain.from_iterable(zip_longest(*parts, fillvalue=[]))  # in the order of the split again
+        batches = chain.from_iterable(zip_longest(*parts, fillvalue=[]))  # restores the order of the split
         return self.task.score(list(chain.from_iterable(batches)), self.task.categories)

@@ -1,9 +1,8 @@
-"""Ends a run that stands still, and makes all of its processes end together with one code.
+"""The watchdog: ends a run that hangs, and makes all of its processes exit together with one code.
 
-A thread in every process watches the deadline of the section that the process is in, and tells a small store of its own
-that the process lives. The first process reads those signs of life. Whoever finds something wrong writes a verdict into
-the store; every process then prints where its threads stand and leaves. No collective is used, so this works while the
-main threads hang in one.
+A thread in every process checks the deadline of the current section and sends heartbeats to a separate store. The first
+process checks the heartbeats. A process that detects a problem writes a verdict to the store; then every process dumps
+its stacks and exits. No collectives are used, so this works while the main threads hang in one.
 """
 
 import json
@@ -48,20 +47,20 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig) -> None:
         self.config = config
         self.rank, self.world_size = int(os.environ["RANK"]), 1
-        self.parent = int(os.environ.get(PARENT_PID, os.getppid()))  # which may have gone before this line
+        self.parent = int(os.environ.get(PARENT_PID, os.getppid()))  # the parent may already have ended
         self.store: TCPStore | None = None
         self.answered = 0.0
         """When the store last did."""
         self.alive: dict[int, tuple[bytes, float]] = {}
-        """By process: its last sign of life, and when it was new."""
+        """Last heartbeat of each process, and the time when it changed."""
         self.stopped = threading.Event()
         self.on_exit: Callable[[], None] = lambda: None
-        """What has to be said to others before this process is ended."""
+        """Called before this process exits."""
         self.enter("setup")
         self._start(self._watch, "watchdog")
 
     def _start(self, work: Callable[[], None], name: str) -> None:
-        """In a thread. Without it nobody would watch: an error of it is the run's."""
+        """Runs a watching thread. An error of the thread ends the run, which would not be watched otherwise."""
 
         def run() -> None:
             try:
@@ -73,21 +72,21 @@ class Watchdog:
         threading.Thread(target=run, name=name, daemon=True).start()
 
     def enter(self, section: Section) -> None:
-        """From now on the section's deadline counts."""
+        """Enters a section and starts its deadline."""
         self.section, self.since = section, time.monotonic()
 
     @contextmanager
     def together(self, group: Processes) -> Iterator[None]:
-        """While it lasts, the end of one process by an error is the end of all, with the same exit code."""
+        """If one process fails in this block, all processes exit with the same code."""
         self._open_store(group)
         try:
             yield
-            self.stopped.set()  # before the first process, whose store it is, may leave
+            self.stopped.set()  # before the first process, which hosts the store, may exit
             dist.barrier(group=group.control)
         except BaseException as error:
             found = as_lost_process(error)
             self._conclude(found)
-            # CUDA and NCCL may wait for ever for a peer that is gone, until the interpreter ends
+            # at interpreter exit, CUDA and NCCL may wait for a lost peer without limit
             threading.Thread(target=_exit_later, args=(exit_code(found),), daemon=True).start()
             raise found from (error if found is not error else error.__cause__)
 
@@ -105,10 +104,10 @@ class Watchdog:
         self._start(self._pulse, "watchdog-pulse")
 
     def _watch(self) -> None:
-        """Never waits for anybody: neither for the main thread nor for the store."""
+        """Watches this process. Waits neither for the main thread nor for the store."""
         while not self.stopped.wait(INTERVAL_S):
             if os.getppid() != self.parent:
-                self._leave(Verdict(LOST, f"the launcher of process {self.rank} is gone"))
+                self._leave(Verdict(LOST, f"the launcher of process {self.rank} has ended"))
             name, now = self.section, time.monotonic()
             limit = getattr(self.config, f"{name}_s")
             if now - self.since > limit:
@@ -118,7 +117,7 @@ class Watchdog:
                 self._leave(Verdict(LOST, f"process 0 does not answer for {silence}"))
 
     def _pulse(self) -> None:
-        """Tells the store that this process lives, and reads there whether the run is to end."""
+        """Sends heartbeats of this process to the store, and reads the verdict from it."""
         assert self.store
         count, main_sign = 0, b""
         while not self.stopped.wait(INTERVAL_S):
@@ -126,10 +125,10 @@ class Watchdog:
             try:
                 self.store.set(f"alive/{self.rank}", str(count))
                 verdict = self._verdict() or (self._missing() if self.rank == 0 else None)
-                sign = self.store.get("alive/0")  # the store answers also where the first process hangs
+                sign = self.store.get("alive/0")  # the store also answers if the first process hangs
                 if sign != main_sign:
                     main_sign, self.answered = sign, time.monotonic()
-            except RuntimeError:  # the first process is gone; `_watch` gives it its time
+            except RuntimeError:  # the first process has ended; `_watch` applies the deadline
                 continue
             if verdict and not self.stopped.is_set():
                 self._leave(verdict)
@@ -146,7 +145,7 @@ class Watchdog:
             return None
 
     def _missing(self) -> Verdict | None:
-        """Looks for a process that gives no sign of life; the first process does this."""
+        """A verdict if a process sends no heartbeat. Called by the first process."""
         assert self.store
         now = time.monotonic()
         for rank, sign in enumerate(self.store.multi_get([f"alive/{rank}" for rank in range(self.world_size)])):
@@ -154,11 +153,12 @@ class Watchdog:
                 self.alive[rank] = (sign, now)
             elif now - self.alive[rank][1] > self.config.silence_s:
                 silence = f"{self.config.silence_s:g} s (watchdog.silence_s)"
-                return Verdict(LOST, f"process {rank} has given no sign of life for {silence}")
+                return Verdict(LOST, f"process {rank} has sent no heartbeat for {silence}")
         return None
 
     def _tell(self, verdict: Verdict) -> None:
-        """The first verdict stands. A store that does not answer is that of a process that the others miss as well."""
+        """Writes a verdict and returns the first one that was written. If the store does not answer, the first process
+        is lost, which all processes notice."""
         try:
             if self.store and time.monotonic() - self.answered < 3 * INTERVAL_S:
                 self.store.compare_set(VERDICT, "", json.dumps(verdict.__dict__))
@@ -176,11 +176,11 @@ class Watchdog:
         os._exit(verdict.code)
 
     def _conclude(self, error: BaseException) -> None:
-        """Tells the others why this process ends; one that only lost another ends as that one says."""
+        """Publishes the reason for the end of this process. A process that only lost a peer takes over its verdict."""
         self.stopped.set()
-        if isinstance(error, SystemExit):  # every process ends so by itself
+        if isinstance(error, SystemExit):  # all processes exit by themselves
             return
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever asks now asks for what is happening
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is already ending
         if isinstance(error, LostProcessError):
             time.sleep(2 * INTERVAL_S)
             verdict = self._last_verdict()
@@ -196,7 +196,7 @@ class Watchdog:
         self._linger()
 
     def _linger(self) -> None:
-        """Leaves the others time to read the verdict, before their collectives break and the store goes."""
+        """Waits until the other processes have read the verdict, before collectives fail and the store ends."""
         if self.world_size > 1:
             time.sleep(3 * INTERVAL_S if self.rank == 0 else 2 * INTERVAL_S)
 
@@ -207,7 +207,7 @@ def _exit_later(code: int) -> None:
 
 
 def _stacks() -> str:
-    """Where every thread of this process stands, the main thread first; threads that stand alike are told once."""
+    """The stacks of all threads of this process, main thread first. Threads with equal stacks are merged."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     places: dict[str, list[str]] = {}
     for ident, frame in sorted(sys._current_frames().items(), key=lambda item: names.get(item[0]) != "MainThread"):

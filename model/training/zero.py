@@ -1,8 +1,9 @@
-"""What this project needs of DeepSpeed 0.19 beyond its public interface, in one file.
+"""All uses of private attributes of DeepSpeed 0.19.
 
-Where ZeRO keeps fp32 weights and Adam's moments is private, and a checkpoint needs it: ATTRIBUTES lists every attribute
-that is read, by class and stage. `missing_attributes` names those that an optimizer lacks, which is how a change of
-DeepSpeed shows. Beside them: `deepspeed.ops.__compatible_ops__` and `deepspeed.runtime.zero.muon`, at start-up.
+Checkpoints need the fp32 weights and Adam's moments, whose location in ZeRO's optimizers is private. ATTRIBUTES,
+HALF_ATTRIBUTES, PARAMETER_ATTRIBUTES and FRAGMENT_ATTRIBUTES list every attribute that is used. `missing_attributes`
+names those that another version lacks. `prepare_start` also uses `deepspeed.ops.__compatible_ops__` and
+`deepspeed.runtime.zero.muon`.
 """
 
 import sys
@@ -29,27 +30,27 @@ ATTRIBUTES: dict[int, tuple[str, ...]] = {
         "checkpoint_event_prologue",
     ),
 }
-"""Of the optimizer that `deepspeed.initialize` returns, by ZeRO stage."""
+"""Attributes of the optimizer that `deepspeed.initialize` returns, by ZeRO stage."""
 HALF_ATTRIBUTES = ("fp16_groups", "fp32_groups", "optimizer")
-"""In stage 0 with bf16, where the optimizer is DeepSpeed's own."""
+"""The same for stage 0 with bf16, which has an optimizer of DeepSpeed."""
 PARAMETER_ATTRIBUTES = {1: ("_hp_mapping",), 2: ("_hp_mapping",), 3: ("ds_numel", "ds_tensor")}
-"""Of each trained parameter."""
+"""Attributes of each trained parameter."""
 FRAGMENT_ATTRIBUTES = ("lp_fragment_address", "hp_fragment_address")
-"""Of `_hp_mapping`; both have `start` and `numel`."""
+"""Attributes of `_hp_mapping`. Both have `start` and `numel`."""
 
 
 def prepare_start() -> None:
-    """Keeps DeepSpeed from what it does at start-up and this project does not need."""
-    # a shared-memory op for CPU inference, whose compilation needs a compiler
+    """Skips parts of DeepSpeed's start that this project does not need."""
+    # a shared-memory op for inference on CPUs, whose compilation needs a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed asks whether the optimizer is Muon; importing Muon prepares its kernels, 1.4 s of every start
+    # DeepSpeed checks whether the optimizer is Muon; importing Muon prepares its kernels, 1.4 s of every start
     stand_in = ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
     stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
     sys.modules.setdefault(stand_in.__name__, stand_in)
 
 
 def trained_state(network: nn.Module, optimizer: Any, stage: int, rank: int) -> TrainedState:
-    """This process's state under DeepSpeed's `optimizer`. Raises StageError where DeepSpeed is not as expected."""
+    """The state of this process under DeepSpeed's `optimizer`. Raises StageError if DeepSpeed lacks an attribute."""
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if missing := missing_attributes(optimizer, stage, next(iter(parameters.values()))):
         raise StageError(
@@ -66,7 +67,7 @@ def trained_state(network: nn.Module, optimizer: Any, stage: int, rank: int) -> 
 
 
 def missing_attributes(optimizer: Any, stage: int, parameter: nn.Parameter) -> list[str]:
-    """The attributes of ATTRIBUTES and PARAMETER_ATTRIBUTES that are not there, as Class.attribute."""
+    """The attributes that do not exist, as Class.attribute."""
     is_half = stage == 0 and type(optimizer).__module__.startswith("deepspeed")
     wanted = [(optimizer, name) for name in (HALF_ATTRIBUTES if is_half else ATTRIBUTES[stage])]
     wanted += [(parameter, name) for name in PARAMETER_ATTRIBUTES.get(stage, ())]
@@ -89,7 +90,7 @@ def _replicated(optimizer: Any, _rank: int) -> Found:
 
 
 def _sharded(optimizer: Any, _rank: int) -> Found:
-    """Stages 1 and 2: one flat tensor per parameter group, cut into equal parts."""
+    """Stages 1 and 2: one flat tensor per parameter group, split into equal parts."""
     for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
             held = parameter._hp_mapping
@@ -99,7 +100,7 @@ def _sharded(optimizer: Any, _rank: int) -> Found:
 
 
 def _partitioned(optimizer: Any, rank: int) -> Found:
-    """Stage 3: every parameter is cut into equal parts, the last of them padded."""
+    """Stage 3: every parameter is split into equal parts, the last one padded."""
     for group in optimizer.fp16_groups:
         for parameter in group:
             index, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -110,11 +111,11 @@ def _partitioned(optimizer: Any, rank: int) -> Found:
 
 
 def refresh_weights(optimizer: Any, stage: int) -> None:
-    """Makes the weights that the network computes with equal to the fp32 ones again."""
+    """Updates the weights of the network from the fp32 weights."""
     if stage in {1, 2}:
         optimizer.update_lp_params()
     elif stage == 3:
-        optimizer.checkpoint_event_prologue()  # lets go of what was gathered from the old values
+        optimizer.checkpoint_event_prologue()  # releases weights that were gathered from the old values
         for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
             for parameter in group:
                 _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]

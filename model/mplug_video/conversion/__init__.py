@@ -1,1 +1,1 @@
-"""Published weights, converted into folders that transformers loads."""
+"""Converts published weights into folders that transformers can load."""

@@ -1,4 +1,4 @@
-"""Checkpoint files of others, opened lazily and without running code in them; ours, written shard by shard."""
+"""Reads published checkpoint files lazily and without executing code from them; writes ours shard by shard."""
 
 import json
 import pickle
@@ -15,20 +15,20 @@ from model.errors import ConversionError
 from model.progress import progress
 
 SHARD_BYTES = 512 * 2**20
-"""Bounds what is held in memory while a model is written."""
+"""Size of a shard, which limits the memory needed to write a model."""
 WRAPPERS = ("model", "module", "state_dict")
-"""Entries under which training programs keep the weights, in the order in which upstream looks for them."""
+"""Keys under which training programs store the weights, in the order of the original code."""
 
 
 def open_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file, or of all weight files of a folder; read from disk when they are used."""
+    """The named tensors of a file, or of all weight files of a folder. They are read from disk on use."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) or sorted(path.glob("*.pt"))
         if not files:
             raise ConversionError(f"{path} must hold .safetensors, .bin or .pt files, it holds none.")
         return {name: tensor for file in files for name, tensor in open_checkpoint(file).items()}
     if not path.is_file():
-        raise ConversionError(f"{path} must be a checkpoint file or a folder of them, there is nothing.")
+        raise ConversionError(f"{path} must be a checkpoint file or a folder of them, it does not exist.")
     tree: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     for wrapper in WRAPPERS:
         if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
@@ -51,19 +51,21 @@ def _unpickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)  # written by torch before 1.6
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         if "weights_only" not in str(error) and "Weights only" not in str(error):
-            raise ConversionError(f"{path} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from error
+            raise ConversionError(
+                f"{path} is an incomplete checkpoint: {' '.join(str(error).split())[:200]}"
+            ) from error
         raise ConversionError(
-            f"{path} holds more than tensors, and loading it would run code from it: refused. Where you trust it, "
-            'load it once with its own program and save torch.save({"module": model.state_dict()}, FILE).'
+            f"{path} must hold tensors only: loading other objects would execute code from the file. If you trust it, "
+            'load it with its own program and save it with torch.save({"module": model.state_dict()}, FILE).'
         ) from error
 
 
 def write_checkpoint(
     folder: Path, forms: Mapping[str, Tensor], build: Mapping[str, Callable[[], Tensor]], desc: str
 ) -> None:
-    """Writes model.safetensors, or shards and their index, as transformers loads them.
+    """Writes model.safetensors, or shards and an index, in the format of transformers.
 
-    `forms` holds a meta tensor per name, which says how large it will be; `build` makes the tensor when its turn comes.
+    `forms` maps each name to a meta tensor of its shape. `build` makes a tensor when it is written.
     """
     plan = split_state_dict_into_shards_factory(
         dict(forms),

@@ -1,8 +1,7 @@
 """Published weights -> folders that `from_pretrained` loads: `mplug convert SOURCE DEST`.
 
-A source is one of three, told apart by what it holds: a ModelScope GPT-3 folder (whole or in tensor-parallel pieces),
-an image encoder (CLIP or a timm ViT), or a trained mPLUG-Video. Every tensor is mapped, dropped with a reason, or an
-error.
+The kind of source is detected from its tensors: a ModelScope GPT-3 folder (also tensor-parallel), an image encoder
+(CLIP or a timm ViT), or a trained mPLUG-Video. Every tensor is mapped, dropped with a reason, or an error.
 """
 
 import json
@@ -55,8 +54,8 @@ REPORT = "conversion.json"
 GPT3_PREFIX, GPT3_IN_MODEL = "language_model.", "text_decoder.dist_model.language_model."
 VISION_PREFIX = "visual_encoder."
 PIECES = "mp_rank_*_model_states.pt"
-"""A checkpoint's file per rank of tensor parallelism, in its folder or, at ModelScope's, in `model` below it."""
-KEY_BIAS = "a bias of keys changes no attention: it adds the same to all scores of a query"
+"""Checkpoint file of a tensor-parallel rank, in the folder or, for ModelScope, in its subfolder `model`."""
+KEY_BIAS = "a bias of keys has no effect: it adds the same value to all scores of a query"
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -65,22 +64,22 @@ def _same(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of our tensors is made of a published one, or of its tensor-parallel pieces."""
+    """Rule for one of our tensors: made from a published tensor, or from its tensor-parallel parts."""
 
     parts: Sequence[Tensor]
     dimension: int = 0
-    """In which the parts are joined."""
+    """Dimension in which the parts are concatenated."""
     transform: Callable[[Tensor], Tensor] = _same
 
     def make(self, device: str = "cpu") -> Tensor:
-        """The tensor; on "meta" its shape and type alone."""
+        """The tensor; on "meta" only its shape and type."""
         parts = [part.to(device) for part in self.parts]
         return self.transform(parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dimension))
 
 
 @dataclass
 class Conversion:
-    """What a source becomes. Tensors are made one by one, while they are written."""
+    """The result of converting a source. Tensors are made one at a time, when they are written."""
 
     config: PreTrainedConfig
     architecture: type[PreTrainedModel]
@@ -88,11 +87,11 @@ class Conversion:
     mapped: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     initialised: list[str] = field(default_factory=list)
-    """Tensors that the source cannot have, with fresh values."""
+    """Tensors that the source does not have, with fresh values."""
     processor: MPlugVideoProcessor | PreTrainedTokenizerFast | None = None
 
     def map(self, source: str, target: str | None, recipe: Recipe) -> None:
-        """Without a target the tensor keeps its name, and is refused with all other unknown ones."""
+        """Without a target the tensor keeps its name, and is reported with all other unknown ones."""
         self.mapped[source] = target or source
         self.recipes[target or source] = recipe
 
@@ -100,14 +99,14 @@ class Conversion:
         reasons = {reason: sum(value == reason for value in self.dropped.values()) for reason in self.dropped.values()}
         lines = [f"{self.architecture.__name__}: {len(self.mapped)} tensors mapped"]
         vision = getattr(self.config, "vision_config", self.config)
-        if isinstance(vision, TimeSformerConfig):  # what tensors cannot tell is worth a look
+        if isinstance(vision, TimeSformerConfig):  # settings that cannot be derived from tensors
             lines.append(
                 f"vision encoder of {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads, "
                 f"for {vision.num_frames} frames of {vision.image_size} pixels"
             )
         lines += [f"{count} dropped: {reason}" for reason, count in reasons.items()]
         if self.initialised:
-            lines.append(f"{len(self.initialised)} initialised, the source has none: {self.initialised[0]}, …")
+            lines.append(f"{len(self.initialised)} missing in the source and initialised: {self.initialised[0]}, …")
         return "\n".join(lines)
 
 
@@ -135,10 +134,10 @@ def convert_weights(
     class_names: list[str] | None = None,
     drop: Iterable[str] = (),
 ) -> Conversion:
-    """Writes `dest`, which must not exist, and returns what became of every tensor.
+    """Writes `dest`, which must not exist, and returns a record of every tensor.
 
-    `decoder` is the GPT-3 folder, ModelScope's or a converted one, whose tokenizer and number of heads a trained
-    model needs. Tensors whose names match a pattern of `drop` are left out. Raises ConversionError.
+    A trained model needs `decoder`, a GPT-3 folder of ModelScope or a converted one, for its tokenizer and number of
+    heads. Tensors whose names match a pattern of `drop` are skipped. Raises ConversionError.
     """
     if dest.exists():
         raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Remove it or choose another.")
@@ -158,10 +157,10 @@ def convert_weights(
 
 
 def _decoder(folder: Path, states: list[dict[str, Tensor]]) -> Conversion:
-    """`states` are the pieces of tensor parallelism, one where there is none."""
+    """`states` are the tensor-parallel parts; a single one if the checkpoint is not parallel."""
     if not folder.is_dir():
         raise ConversionError(
-            f"{folder} is a GPT-3 without its folder: give the one that holds config.json and {folder.name}."
+            f"{folder} holds weights of a GPT-3 only: give the folder that holds config.json and {folder.name}."
         )
     recipes, forms = _whole(states)
     tokenizer = load_source_tokenizer(folder)
@@ -173,22 +172,22 @@ def _decoder(folder: Path, states: list[dict[str, Tensor]]) -> Conversion:
 
 
 def _whole(states: list[dict[str, Tensor]]) -> tuple[dict[str, Recipe], dict[str, Tensor]]:
-    """How each tensor is made of its pieces, and what it will be like (on the meta device)."""
+    """The rule of each tensor, and its shape as a meta tensor."""
     names = dict.fromkeys(name for state in states for name in state)
     recipes = {name: _joined(name, states) for name in names}
     return recipes, {name: recipe.make("meta") for name, recipe in recipes.items()}
 
 
 def _joined(name: str, states: list[dict[str, Tensor]]) -> Recipe:
-    """The whole tensor: its pieces one after the other, or the first of equal copies."""
+    """The whole tensor: its concatenated parts, or the first of equal copies."""
     if not all(name in state for state in states):
-        raise ConversionError(f"{name} must be in all {len(states)} pieces of the checkpoint, it is not.")
+        raise ConversionError(f"{name} must be in all {len(states)} parts of the checkpoint, it is not.")
     parts = [state[name] for state in states]
     dimension = piece_dimension(name)
     if dimension is not None:
         return Recipe(parts, dimension)
     if not all(torch.equal(part, parts[0]) for part in parts):
-        raise ConversionError(f"{name} must be the same in all {len(parts)} pieces of the checkpoint, it differs.")
+        raise ConversionError(f"{name} must be the same in all {len(parts)} parts of the checkpoint, it differs.")
     return Recipe(parts[:1])
 
 
@@ -215,7 +214,7 @@ def _vision(state: dict[str, Tensor], heads: int, image_size: int | None, num_fr
     config = conversion.config = infer_vision_config(tensors, heads, num_frames)
     config.image_size = validate_patches(image_size or config.image_size, config.patch_size)
     tensors["pos_embed"] = resize_positions(tensors["pos_embed"], config.image_size // config.patch_size)
-    torch.manual_seed(0)  # the same source gives the same bytes
+    torch.manual_seed(0)  # so that the same source gives the same bytes
     fresh = TimeSformer(config).state_dict()
     conversion.initialised = [name for name in fresh if name not in tensors and "temporal" in name]
     tensors |= {name: fresh[name] for name in conversion.initialised}
@@ -277,7 +276,7 @@ def _vision_name(name: str) -> str:
 
 
 def _architecture(config: MPlugVideoConfig) -> type[PreTrainedModel]:
-    """Retrieval models hold the same tensors as contrastive pre-training, and load from it."""
+    """The class of a trained model. Retrieval models have the tensors of contrastive pre-training, and load from it."""
     if config.class_names:
         return MPlugVideoForClassification
     return MPlugVideoForPreTraining if config.use_contrastive else MPlugVideoForConditionalGeneration
@@ -293,7 +292,7 @@ def _map_decoder(conversion: Conversion, name: str, recipe: Recipe, prefix: str,
 
 
 def _write(conversion: Conversion, source: Path, dest: Path) -> None:
-    """Checks every name and shape against the network, then writes next to `dest` and moves it there."""
+    """Checks all names and shapes against the network, writes to a temporary folder and moves it to `dest`."""
     forms = _forms(conversion)
     unfinished = dest.with_name(f".{dest.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What published checkpoints call their tensors, and how each becomes one of ours.
+"""Tensor names of published checkpoints, and their conversion to ours.
 
-A table maps module to module, with {} for the number of a layer; the last part of a name (weight, bias, …) stays. An
-entry may also be a whole name.
+A table maps modules to modules, with {} for the layer number. The last part of a name (weight, bias, …) is kept. An
+entry can also be a full name.
 """
 
 import re
@@ -42,7 +42,7 @@ VISION = {
     "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
     "norm": "norm",
 }
-"""Upstream's vision encoder -> TimeSformer. A timm ViT uses the same names, with a bias for q, k and v."""
+"""Vision encoder of the original code -> TimeSformer. A timm ViT has the same names, with a bias for q, k and v."""
 
 BRIDGE_AND_HEADS = {
     "learnable_queries": "abstractor.queries",
@@ -76,7 +76,7 @@ OPENAI_CLIP = {
     "visual.transformer.resblocks.{}.mlp.c_proj": "blocks.{}.mlp.fc2",
     "visual.ln_post": "norm",
 }
-"""CLIP as OpenAI published it -> timm's names."""
+"""OpenAI's CLIP -> names of timm."""
 
 TRANSFORMERS_CLIP = {
     "vision_model.embeddings.class_embedding": "cls_token",
@@ -93,14 +93,14 @@ TRANSFORMERS_CLIP = {
     "vision_model.encoder.layers.{}.mlp.fc2": "blocks.{}.mlp.fc2",
     "vision_model.post_layernorm": "norm",
 }
-"""CLIP in transformers -> timm's names, with q, k and v apart."""
+"""CLIP in transformers -> names of timm, with separate q, k and v."""
 
 PIECES = {"word_embeddings": 0, "query_key_value": 0, "dense_h_to_4h": 0, "self_attention.dense": 1, "dense_4h_to_h": 1}
-"""The dimension in which Megatron's tensor parallelism cuts a module's weight; biases of those cut in 1 are whole."""
+"""Dimension in which Megatron's tensor parallelism splits a weight. Biases of weights split in 1 are not split."""
 
 
 def translate(name: str, table: dict[str, str]) -> str | None:
-    """Our name of a tensor, or None where the table does not know it."""
+    """Our name of a tensor; None if it is not in the table."""
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
     if name in table:
         return table[name]
@@ -115,7 +115,7 @@ def translate(name: str, table: dict[str, str]) -> str | None:
 
 
 def piece_dimension(name: str) -> int | None:
-    """Where a tensor is cut by tensor parallelism, or None where every rank holds the whole."""
+    """Dimension in which a tensor is split by tensor parallelism; None if every rank holds all of it."""
     for module, dimension in PIECES.items():
         if name.endswith(f"{module}.weight") or (dimension == 0 and name.endswith(f"{module}.bias")):
             return dimension
@@ -132,8 +132,8 @@ def megatron_to_gpt2(target: str, tensor: Tensor, num_heads: int) -> Tensor:
 
 
 def timesformer_names(timm_name: str) -> str:
-    """What becomes of a timm ViT's tensor. Its bias of the keys is dropped: it changes no attention, since it adds the
-    same to all scores of a query."""
+    """Our name of a timm ViT's tensor. The bias of the keys is dropped: it has no effect, since it adds the same value
+    to all scores of a query."""
     name = re.sub(r"\.attn\.[qkv]\.", ".attn.qkv.", timm_name)
     if name.endswith("attn.qkv.bias"):
         return f"{name.removesuffix('qkv.bias')}q_bias, {name.removesuffix('qkv.bias')}v_bias"
@@ -141,7 +141,7 @@ def timesformer_names(timm_name: str) -> str:
 
 
 def timm_to_timesformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT under timm's names, with q, k and v together or apart -> TimeSformer's tensors."""
+    """A ViT with names of timm, with joint or separate q, k and v -> tensors of TimeSformer."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if ".attn.q." in name:
@@ -149,10 +149,10 @@ def timm_to_timesformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif ".attn.k." in name or ".attn.v." in name:
             continue
         ours = timesformer_names(name).split(", ")
-        # clone: two names of one tensor would not be saved
+        # clone: safetensors does not save two names of one tensor
         parts = [tensor] if len(ours) == 1 else [part.clone() for part in tensor.chunk(3)[::2]]
         tensors |= zip(ours, parts, strict=True)
     for name in ("cls_token", "pos_embed"):
-        while tensors[name].ndim < 3:  # CLIP's have no leading 1
+        while tensors[name].ndim < 3:  # CLIP's embeddings have no leading dimension of 1
             tensors[name] = tensors[name][None]
     return tensors

@@ -1,4 +1,4 @@
-"""What the tensors of a published checkpoint, and the files beside it, tell about the network they belong to."""
+"""Derives the configuration of a network from the tensors of a published checkpoint and the files next to it."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def load_source_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def gpt2_config(folder: Path, tokenizer: PreTrainedTokenizerFast, state: dict[str, Tensor], prefix: str) -> GPT2Config:
-    """Sizes from the tensors; what those do not tell from the folder's config.json, with Megatron's defaults."""
+    """Sizes from the tensors; other settings from config.json, with Megatron's defaults."""
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} must hold config.json, as ModelScope's GPT-3 folders do.")
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def gpt2_config(folder: Path, tokenizer: PreTrainedTokenizerFast, state: dict[st
 
 
 def infer_vision_config(tensors: dict[str, Tensor], heads: int, num_frames: int) -> TimeSformerConfig:
-    """Sizes from the tensors, under TimeSformer's names; the number of heads is not in them."""
+    """Sizes from tensors with TimeSformer's names. They do not determine the number of heads."""
     width, _, patch, _ = tensors["patch_embed.weight"].shape
     patches = tensors["pos_embed"].shape[1] - 1
     side = math.isqrt(patches)
@@ -99,7 +99,7 @@ def validate_present(names: list[str], state: Collection[str], what: str) -> Non
     missing = [name for name in names if name not in state]
     if missing:
         found = ", ".join(list(state)[:3])
-        raise ConversionError(f"{what} must hold {missing[0]}; there is none. Its first tensors are {found}.")
+        raise ConversionError(f"{what} must hold {missing[0]}, it is missing. Its first tensors are {found}.")
 
 
 def validate_patches(image_size: int, patch_size: int) -> int:

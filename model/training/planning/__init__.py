@@ -1,1 +1,1 @@
-"""What a run needs, before it is launched."""
+"""Estimates the resources of a run before it is launched."""

@@ -1,8 +1,8 @@
-"""What a run will take, before it is launched: memory per GPU, checkpoints, operations.
+"""Estimates memory per GPU, checkpoint sizes and operations of a run.
 
-Weights, gradients and optimizer state follow from shapes. Activations are measured here: the loss of the architecture
-in its real widths is computed and differentiated with one layer and with two, and what that takes at most goes on
-linearly with the depth (to the byte, where tried) and with the clips.
+Weights, gradients and optimizer state follow from shapes. Activations are measured: the loss of the architecture in its
+real widths is computed and differentiated with one and with two layers. Its peak memory grows linearly with depth
+(exactly, in all cases tried) and with the number of clips.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from model.training.planning.peak_memory import PeakMemory
 
 CPU_RUNTIME, GPU_RUNTIME = 0.65e9, 1.5e9
 BUCKET = 5e8
-"""Elements of DeepSpeed's buffer for gradients under way, at most."""
+"""Maximum number of elements in DeepSpeed's gradient buffer."""
 LOGIT_ROWS = 512
-"""Tokens that have logits at the same time, with their gradient, in fp32 and in the weights' precision."""
+"""Tokens with logits at the same time, including gradients in fp32 and in the precision of the weights."""
 CLIPS = (2, 4)
-"""Of the measurements. What does not grow with the clips, as a gradient of weights, shows between them."""
+"""Numbers of clips in the measurements. Their difference separates the constant part, such as gradients."""
 VOCABULARY = 512
-"""Words in the measurement: the logits' share is added by hand."""
+"""Vocabulary size in the measurements; logits are added separately."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,15 @@ class Memory:
     """Bytes of each process."""
 
     runtime: float
-    """Python, torch, DeepSpeed; on a GPU, its context and the buffers of NCCL (a guess: none was at hand)."""
+    """Python, torch, DeepSpeed; on a GPU its context and NCCL's buffers (a guess, not measured on a GPU)."""
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    """And what the backward pass holds beside them for a moment."""
+    """Including temporary memory of the backward pass."""
     logits: float
     host: float
-    """The copy that a checkpoint is written from: beside the rest on a CPU, in the host's memory else."""
+    """The copy for a checkpoint, in host memory."""
 
     @property
     def device(self) -> float:
@@ -57,24 +57,24 @@ class RunPlan:
     frozen: int
     memory: Memory
     checkpoint_bytes: int
-    """State of all processes together; names and offsets come on top."""
+    """State of all processes, without names and offsets."""
     model_bytes: int
-    """Of the published model's weights; names and offsets come on top."""
+    """Weights of the published model, without names and offsets."""
     step_flops: float
-    """Of all processes together, forward and backward."""
+    """Operations of all processes, forward and backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     memory: float
-    """Bytes that the process takes at most; on a GPU, of the GPU's memory."""
+    """Peak memory of the process, or of the GPU, in bytes."""
     step_s: float
     clip_s: float | None
-    """One core's time to read and decode a clip; None where there are no shards."""
+    """CPU time to read and decode a clip; None if there are no shards."""
 
 
 def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunPlan:
-    """Raises ConfigError where the batch cannot be shared by so many processes."""
+    """Raises ConfigError if the batch size is not a multiple of the number of processes."""
     micro_batch, share = micro_batch_size(config, processes)
     task = build_meta_task(config)
     model = task.model
@@ -83,7 +83,7 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
     passes = task.decoder_passes(task.example_batch(micro_batch))
     width, vocabulary = _width(config), model.config.get_text_config().vocab_size
     stage, part = config.training.zero_stage, 1.0 / processes
-    # in stage 0 and fp32 the weights are what the optimizer updates; else it has an fp32 copy of its own
+    # in stage 0 with fp32 the optimizer updates the weights directly; otherwise it has an fp32 copy of them
     copies = 2 if stage == 0 and width == 4 else 3
     under_way = min(BUCKET, trained) * width + 4 * trained * part if stage else 0.0
     memory = Memory(
@@ -103,8 +103,8 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
 
 
 def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
-    """What a forward and backward pass takes at most beside weights and gradients."""
-    # what a measurement does not depend on is made equal: one serves for all
+    """Peak memory of a forward and backward pass, without weights and gradients."""
+    # equal values for settings without influence, so that one cached measurement serves all
     common = {"zero_stage": 0, "gradient_accumulation": 1}
     alike = config.model_copy(update={"training": config.training.model_copy(update=common)})
     constant, per_clip = _growth(alike.model_dump_json(), on_cpu)
@@ -113,10 +113,10 @@ def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
 
 @lru_cache
 def _growth(config_json: str, on_cpu: bool) -> tuple[float, float]:
-    """Bytes that do not depend on the clips, and bytes per clip."""
+    """Constant bytes, and bytes per clip."""
     config = RunConfig.model_validate_json(config_json)
     text_layers = decoder_shape(config).num_hidden_layers
-    # on a GPU attention is fused, as in fp32 on a CPU; bf16 on a CPU has its own way
+    # attention is fused on a GPU and in fp32 on a CPU, but not in bf16 on a CPU
     dtype = torch.bfloat16 if on_cpu and _width(config) == 2 else torch.float32
     scale = 0.5 if not on_cpu and _width(config) == 2 else 1.0
     few, many = CLIPS
@@ -134,7 +134,7 @@ def _peak(config: RunConfig, dtype: torch.dtype, layers: tuple[int, int], clips:
     task = build_meta_task(config, "cpu", layers, vocabulary=VOCABULARY)
     model = task.model.to(dtype).train()
     for weights in model.parameters():
-        if weights.requires_grad:  # gradients are counted by themselves
+        if weights.requires_grad:  # gradients are counted separately
             weights.register_post_accumulate_grad_hook(lambda weights: setattr(weights, "grad", None))
     batch = task.normalize(task.example_batch(clips))
     with PeakMemory([*model.parameters(), *model.buffers(), *batch.values()]) as memory:

@@ -1,6 +1,6 @@
-"""A few real steps of a run on this machine, with weights of no meaning and no data: what they take, and how long.
+"""Measures memory and time of a few real steps on this machine, with arbitrary weights and without data.
 
-`python -m model.training.planning.measure CONFIG [key=value …]` prints a JSON object; `mplug plan --measure` runs it.
+`python -m model.training.planning.measure CONFIG [key=value …]` prints a JSON object. `mplug plan --measure` runs it.
 """
 
 import json
@@ -29,7 +29,7 @@ STEPS, CLIPS = 4, 24
 
 
 def measure_steps(config: RunConfig) -> Measurement:
-    """Steps over `data.batch_size` clips at a time, on one process."""
+    """Runs steps over `data.batch_size` clips on one process."""
     os.environ |= ALONE
     with processes(config.watchdog) as group:
         task = build_meta_task(config, "cpu")

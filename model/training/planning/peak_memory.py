@@ -1,4 +1,4 @@
-"""How much memory tensors take at most while something is computed, counted tensor by tensor on any device."""
+"""Peak memory of tensors during a computation, on any device."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what operations allocate and when it is let go; `known` tensors do not count."""
+    """Tracks allocations of operations and their release. `known` tensors do not count."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

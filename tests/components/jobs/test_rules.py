@@ -50,7 +50,7 @@ CONTAINER = (*POD, "containers", 0)
         (put(*CONTAINER, "args", value=["train", "x", "checkpoint.max_attempts=1000000"]), "restarts forever on OOM"),
         (put(*CONTAINER, "command", value=["torchrun"]), "restarts forever on OOM"),
         (put(*CONTAINER, "command", value=["python"]), "must start mplug or torchrun"),
-        (put("spec", "runPolicy", "cleanPodPolicy", value="None"), "leaves the others running"),
+        (put("spec", "runPolicy", "cleanPodPolicy", value="None"), "keeps other pods running"),
         (put("spec", "runPolicy", "cleanPodPolicy", value=None), "cleanPodPolicy must be Running"),
         (put("spec", "runPolicy", "backoffLimit", value=3), "backoffLimit must be unset"),
         (put("spec", "nprocPerNode", value="auto"), "one process per core"),
@@ -64,7 +64,7 @@ CONTAINER = (*POD, "containers", 0)
         (put(*MASTER, "replicas", value=2), "Master: replicas must be given, and 1, got 2"),
         (put(*REPLICAS, "Worker", "replicas", value=0), "Worker: replicas must be 1 at least"),
         (put(*REPLICAS, "Chief", value={"template": {"spec": {"containers": []}}}), "Chief: must be a replica type"),
-        (put(*MASTER, value=None), "no pod is told where the first one is"),
+        (put(*MASTER, value=None), "pods do not know the address of the first pod"),
         (put("spec", "elasticPolicy", value={"minReplicas": 1}), "elasticPolicy must go without a Master"),
         (put(*CONTAINER, "name", value="main"), "one container must be named pytorch"),
         (put(*CONTAINER, "readinessProbe", value={"httpGet": {}}), "must have no readinessProbe"),
@@ -168,7 +168,7 @@ def test_a_job_of_one_pod_must_know_what_is_permanent() -> None:
     evaluation = render_job(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[-1]
     assert problems(evaluation) == []
     del evaluation["spec"]["podFailurePolicy"]
-    assert any("podFailurePolicy must end the job" in problem for problem in problems(evaluation))
+    assert any("podFailurePolicy must fail the job" in problem for problem in problems(evaluation))
 
 
 def test_a_wrong_shape_is_refused_where_the_job_is_rendered() -> None:

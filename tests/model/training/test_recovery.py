@@ -50,7 +50,7 @@ def test_a_killed_command_leaves_no_process_behind(settings: list[str], tmp_path
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     if is_training:
-        assert "is saved, the next start goes on from it" in run.end(child).said
+        assert "is saved, the next start resumes from it" in run.end(child).said
 
 
 @pytest.fixture(scope="module")
