@@ -50,7 +50,7 @@ class Followed:
             found = workflow_of_run(self.cluster, self.run_id)
             if not found:
                 self.say(
-                    f"namespace {self.cluster.namespace} has no workflow of run {self.run_id}; it may be on another cluster"
+                    f"namespace {self.cluster.namespace} has no workflow of {self.run_id}: is it the right cluster?"
                 )
             return found
         except (ClusterError, OutageError) as error:

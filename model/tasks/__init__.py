@@ -1,6 +1,6 @@
-"""One file per objective, with all that is specific to it: examples -> batch -> loss, predictions, scores.
+"""One file per objective, which contains everything specific to it: batches, loss, predictions, scores.
 
-The registry is DATASETS in model/config/schema.py: a task `captioning` is the class Captioning of captioning.py here.
+The registry is DATASETS in model/config/schema.py. The task `captioning` is the class Captioning in captioning.py.
 """
 
 from importlib import import_module
@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 
 def task_class(name: str) -> "type[Task]":
-    """The class of a task; imported here, so that a process imports the one that it runs."""
+    """The class of a task. It is imported here, so that a process only imports the task that it runs."""
     found: type[Task] = getattr(import_module(f"model.tasks.{name}"), name.title().replace("_", ""))
     return found

@@ -1,4 +1,4 @@
-"""What every objective provides. A task is given its network: model/tasks/build.py makes it."""
+"""The interface of all objectives. A task is given its network, which model/tasks/build.py builds."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Prediction = dict[str, Any]
-"""One evaluated clip, ready for JSON: `video`, and what the task adds."""
+"""One evaluated clip in JSON types: `video`, and fields of the task."""
 Predictions = Sequence[Prediction]
 Scores = dict[str, float]
 """Metrics by name."""
@@ -28,15 +28,15 @@ Logs = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderPass:
-    """What the decoder reads in one pass of a training step, for counting operations."""
+    """One pass of the decoder in a training step, for counting operations."""
 
     rows: int
     length: int
-    """Tokens per row, visual prefix and padding included."""
+    """Tokens per row, including visual prefix and padding."""
     scored: int = 0
-    """Tokens of all rows that have logits."""
+    """Number of tokens with logits, in all rows."""
     after_prefix: bool = True
-    """Whether the rows begin with the visual prefix, to which the gradient goes."""
+    """Whether the rows start with the visual prefix, which receives a gradient."""
 
 
 class Task(ABC):
@@ -44,13 +44,13 @@ class Task(ABC):
 
     reads_video: ClassVar[bool] = True
     architecture: ClassVar[str] = ""
-    """Class of model.mplug_video that the task trains; empty: the decoder alone."""
+    """Class of model.mplug_video that the task trains; empty: only the decoder."""
     planned_classes: ClassVar[int] = 0
-    """Outputs of the classification head while the dataset is not there yet."""
+    """Outputs of the classification head for planning, before the dataset exists."""
     metrics: ClassVar[tuple[str, ...]] = ()
-    """Names of what `score` returns. A task without metrics has no evaluation beside its loss."""
+    """Names of the metrics that `score` returns. A task without metrics is only evaluated by its loss."""
     headline: ClassVar[str] = ""
-    """The metric that the paper's tables lead with (arXiv 2306.04362, tables 3 to 5)."""
+    """The main metric in the tables of the paper (arXiv 2306.04362, tables 3 to 5)."""
 
     def __init__(self, config: RunConfig, model: "PreTrainedModel", processor: MPlugVideoProcessor) -> None:
         self.config, self.model, self.processor = config, model, processor
@@ -58,7 +58,7 @@ class Task(ABC):
         self.network = TaskNetwork(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a loader process gets of a task: enough to collate, and no weights."""
+        """The part of a task that loader processes receive: enough to collate, without weights."""
         return {name: value for name, value in self.__dict__.items() if name not in {"model", "network"}}
 
     @classmethod
@@ -72,22 +72,22 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
-        """The loss to minimise and its parts, of a batch with normalised pixels."""
+        """The loss to minimise, and its parts, for a batch with normalised pixels."""
 
     @abstractmethod
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
-        """What the decoder reads to make the loss of a batch."""
+        """The passes of the decoder that the loss of a batch needs."""
 
     @abstractmethod
     def example_batch(self, clips: int) -> Batch:
-        """A training batch of the largest shapes that occur, for planning."""
+        """A training batch with the largest possible shapes, for planning."""
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
-        """Evaluation batch; holds the annotations as well."""
+        """Evaluation batch, which also contains the annotations."""
         return {**self.collate(examples), "annotations": [example.annotation for example in examples]}
 
     def read_split(self, annotations: list[Annotation]) -> None:  # noqa: B027  # most tasks need none
-        """Sees all of a split before its first batch, for tasks that compare clips with the texts of others."""
+        """Receives all annotations of a split before its first batch, for tasks that compare clips with all texts."""
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """One prediction per clip of an evaluation batch with normalised pixels."""
@@ -100,47 +100,47 @@ class Task(ABC):
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """What guessing scores; empty where there is no such level."""
+        """The scores of guessing; empty for metrics without a chance level."""
         return {}
 
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
-        """(predicted, true) text of each clip, as people are shown it."""
+        """(predicted, true) text of each clip, for display."""
         return []
 
     @staticmethod
     def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
-        """Of each text, the clips that are most similar to it, the nearest first; empty for tasks without search."""
+        """For each text, the most similar clips, nearest first; empty for tasks without search."""
         return []
 
     def stack_frames(self, examples: list[Example]) -> Tensor:
-        """The examples' clips as they were decoded, uint8 (B, T, H, W, C)."""
+        """The clips of the examples, uint8 (B, T, H, W, C)."""
         return torch.stack([example.clip for example in examples if example.clip is not None])
 
     def example_frames(self, clips: int) -> Tensor:
-        """Frames for `example_batch`: a view of one number, which needs no memory."""
+        """Frames for `example_batch`: an expanded view of one element, which needs no memory."""
         vision = self.config.model.vision
         shape = (clips, vision.num_frames, vision.image_size, vision.image_size, 3)
         return torch.zeros(1, dtype=torch.uint8).expand(shape)
 
     def normalize(self, batch: Batch) -> Batch:
-        """The batch with `pixel_values` (B, C, T, H, W) float32 in place of `frames`, made on their device."""
+        """Replaces `frames` by `pixel_values` (B, C, T, H, W) float32, computed on the device of the frames."""
         rest = {name: value for name, value in batch.items() if name != "frames"}
         return {**rest, "pixel_values": self.processor.normalize(batch["frames"])} if "frames" in batch else rest
 
     def encode_texts(self, examples: list[Example], max_words: int) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask (B, L) of the examples' cleaned texts."""
+        """Token IDs and attention mask (B, L) of the cleaned texts of the examples."""
         texts = [clean_caption(example.annotation.text, max_words) for example in examples]
         return self.processor.texts(texts, self.config.data.max_length)
 
     def read_by_decoder(self, ids: Tensor, scored: Tensor | None = None) -> DecoderPass:
-        """A pass over texts (B, L) after the visual prefix, with logits where `scored` is 1."""
+        """A decoder pass over texts (B, L) after the visual prefix, with logits where `scored` is 1."""
         length = self.model.config.num_queries + ids.shape[1]
         return DecoderPass(rows=len(ids), length=length, scored=0 if scored is None else int(scored.sum()))
 
 
 class TaskNetwork(nn.Module):
-    """A task's loss as a module, so that an engine that wraps `forward` (ZeRO, DDP) sees every parameter's use."""
+    """The loss of a task as a module, so that engines that wrap `forward` (ZeRO, DDP) see all uses of parameters."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Builds a task's network: from published or trained weights, or without any, to plan a run."""
+"""Builds the network of a task: from weights, or on the meta device for planning."""
 
 import json
 from typing import Any
@@ -18,12 +18,12 @@ from model.tasks import task_class
 from model.tasks.base import Task
 
 FRESH_HEADS = ("vision_proj.", "text_proj.", "temperature", "classifier.")
-"""Parameters that a task may add to the model it starts from. Any other missing weight is an error."""
+"""Parameters that a task may add to the model that it starts from. Any other missing weight is an error."""
 Built = tuple[PreTrainedModel, MPlugVideoProcessor]
 
 
 def build_task(config: RunConfig) -> Task:
-    """The task of a configuration, on top of `model.decoder` or with the weights of `model.init_from`."""
+    """The task of a configuration, built on `model.decoder` or from the weights of `model.init_from`."""
     task = task_class(config.task)
     try:
         if not task.architecture:
@@ -31,7 +31,7 @@ def build_task(config: RunConfig) -> Task:
         else:
             model, processor = (_continued if config.model.init_from else _fresh)(config, task)
             model.checkpoint_activations(config.training.activation_checkpointing)
-    except ValueError as error:  # transformers refuses a shape: the configuration is wrong, not the program
+    except ValueError as error:  # transformers rejects a shape of the configuration
         raise ConfigError(f"model cannot be built: {' '.join(str(error).split())}") from error
     return task(config, model, processor)
 
@@ -39,9 +39,9 @@ def build_task(config: RunConfig) -> Task:
 def build_meta_task(
     config: RunConfig, device: str = "meta", layers: tuple[int, int] | None = None, vocabulary: int = 0
 ) -> Task:
-    """A task with weights of no meaning, without tokenizer and data; on "meta" it takes no memory.
+    """A task with arbitrary weights, without tokenizer and data. On "meta" it takes no memory.
 
-    `layers` replaces the depths of the vision encoder and of the decoder, `vocabulary` the number of words.
+    `layers` overrides the depths of vision encoder and decoder, `vocabulary` the vocabulary size.
     """
     task, vision, text = task_class(config.task), config.model.vision, decoder_shape(config)
     text.update({"dtype": torch.float32})
@@ -62,7 +62,7 @@ def build_meta_task(
 
 
 def decoder_shape(config: RunConfig) -> PreTrainedConfig:
-    """The decoder's configuration: of the folder that is named, or of `model.text` if there is none yet."""
+    """The configuration of the decoder: from its folder, or from `model.text` if the folder does not exist yet."""
     settings = config.model
     for uri, key in ((settings.init_from, "text_config"), (settings.decoder, "")):
         try:
@@ -74,7 +74,7 @@ def decoder_shape(config: RunConfig) -> PreTrainedConfig:
     text = dict(settings.text)
     if not text:
         raise ConfigError(
-            "the decoder's shape must be known: give model.decoder a folder, or describe it in model.text."
+            "the shape of the decoder is unknown: set model.decoder to a folder, or describe it in model.text."
         )
     return AutoConfig.for_model(text.pop("model_type"), **text)
 
@@ -106,7 +106,7 @@ def _model_config(
 
 
 def _freezing(config: RunConfig) -> dict[str, bool]:
-    """Fields of MPlugVideoConfig that say what is trained."""
+    """Fields of MPlugVideoConfig that select the trained parts."""
     return config.model.model_dump(include={"freeze_decoder", "freeze_vision", "decoder_dropout"})
 
 
@@ -142,7 +142,7 @@ def _continued(config: RunConfig, task: type[Task]) -> Built:
 
 
 def _fresh_decoder(config: RunConfig) -> Built:
-    """A decoder built from `model.text`, with the tokenizer that `model.decoder` names."""
+    """A decoder built from `model.text`, with the tokenizer of `model.decoder`."""
     tokenizer = AutoTokenizer.from_pretrained(manifest.fetch_folder(config.model.decoder))
     text = dict(config.model.text)
     text_config = AutoConfig.for_model(
@@ -161,7 +161,7 @@ def _fresh_decoder(config: RunConfig) -> Built:
 
 
 def _validate_length(config: RunConfig, prefix: int, text_config: PreTrainedConfig) -> None:
-    """A prefix and a text must fit into the decoder's positions together."""
+    """Prefix and text together must fit into the positions of the decoder."""
     positions, longest = getattr(text_config, "max_position_embeddings", None), config.data.max_length
     if positions and prefix + longest > positions:
         raise ConfigError(
@@ -171,7 +171,7 @@ def _validate_length(config: RunConfig, prefix: int, text_config: PreTrainedConf
 
 
 def _validate_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> None:
-    """A preset is made for one decoder: its sizes must be those of the folder that was given."""
+    """A preset is made for one decoder, whose sizes must match the given folder."""
     for key, value in expected.items():
         if getattr(found, key, None) != value:
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""BLEU, ROUGE-L and CIDEr-D as the COCO caption evaluation computes them, on texts that are lists of words.
+"""BLEU, ROUGE-L and CIDEr-D of the COCO caption evaluation, for texts given as lists of words.
 
-Equal to the package pycocoevalcap, which the published figures come from; tests compare with it. METEOR and SPICE need
-Java and are left out.
+The results equal those of pycocoevalcap, which the published figures were computed with; tests compare both. METEOR and
+SPICE need Java and are not implemented.
 """
 
 import math
@@ -12,17 +12,17 @@ import numpy as np
 
 Words = Sequence[str]
 LONGEST = 4
-"""Words of the longest n-grams."""
+"""Length of the longest n-grams."""
 ROUGE_BETA = 1.2
 """Weight of recall against precision."""
 CIDER_SIGMA = 6.0
 """Standard deviation of the penalty on a difference in length."""
 SMALL, TINY = 1e-9, 1e-15
-"""Added to numerators and denominators of BLEU, which are 0 for short texts."""
+"""Added to denominators and numerators of BLEU, which can be 0 for short texts."""
 
 
 def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """BLEU-1 to 4 of a corpus, each candidate with several references; the reference closest in length counts."""
+    """BLEU-1 to 4 of a corpus with several references per candidate, of which the closest in length counts."""
     matched, total = [0] * LONGEST, [0] * LONGEST
     length = reference_length = 0
     for candidate, accepted in zip(candidates, references, strict=True):
@@ -46,7 +46,7 @@ def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
 
 
 def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """Mean F-measure of the longest common subsequence, with the best precision and the best recall of a candidate."""
+    """Mean F-measure of the longest common subsequence, from the best precision and the best recall of a candidate."""
     scores = []
     for candidate, accepted in zip(candidates, references, strict=True):
         own, texts = _nonempty(candidate), [_nonempty(reference) for reference in accepted]
@@ -77,7 +77,7 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
     for candidate, accepted in zip(candidates, references, strict=True):
         own, similarity = weigh(candidate), np.zeros(LONGEST)
         for reference in accepted:
-            # lengths in 2-grams, as the published implementation counts them
+            # the published implementation measures lengths in 2-grams
             gap = float(max(0, len(candidate) - 1) - max(0, len(reference) - 1))
             penalty = math.e ** (-(gap**2) / (2 * CIDER_SIGMA**2))
             pairs = zip(own, weigh(reference), strict=True)
@@ -87,7 +87,7 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
 
 
 def _clipped_cosine(ours: dict[Words, float], theirs: dict[Words, float]) -> float:
-    """Cosine similarity in which repeating an n-gram gains nothing."""
+    """Cosine similarity with clipped weights, so that repeating an n-gram gains nothing."""
     product = 0.0
     for ngram, weight in ours.items():
         known = theirs.get(ngram, 0.0)

@@ -1,4 +1,4 @@
-"""Video captioning: train on (clip, caption), write captions by beam search."""
+"""Video captioning: trains on (clip, caption), generates captions by beam search."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores,
 MAX_WORDS = 80
 NUM_BEAMS = 5
 RELEASED_NEW_TOKENS = 119
-"""The released search's buffer: 20 places for a prompt and 100 tokens, of which the begin token takes one."""
+"""Size of the released search's buffer: 20 positions for a prompt and 100 tokens, minus the begin token."""
 
 
 class Captioning(Task):
-    """Captions have no prompt, as in the shipped recipe: every token of the caption is learned."""
+    """Captions have no prompt, as in the released recipe, so every token of a caption is trained."""
 
     architecture = "MPlugVideoForConditionalGeneration"
     metrics = metrics.CAPTION_METRICS

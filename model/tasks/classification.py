@@ -1,4 +1,4 @@
-"""Category prediction: the likelihood of each category's name as an answer, and a classification head."""
+"""Category prediction: by the likelihood of each category name as an answer, and by a classification head."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,12 +18,12 @@ from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores,
 if TYPE_CHECKING:
     from model.mplug_video.modeling import MPlugVideoForClassification
 
-PROMPT = "视频标题：{} 视频类目："  # the released models were trained on this wording
-PROMPT_RESERVE = 15  # characters of a title that make room for the prompt's own words
+PROMPT = "视频标题：{} 视频类目："  # the prompt of the released models
+PROMPT_RESERVE = 15  # characters by which the title is shortened, for the words of the prompt
 MAX_WORDS = 80
 ACCURACIES = (1, 5)
 SOURCES = {"head_scores": "", "generation_scores": "generation_"}
-"""Scores of a prediction, and the prefix of the metrics that are made of them."""
+"""Scores of a prediction, and the prefix of the metrics computed from them."""
 
 
 class Classification(Task):
@@ -101,7 +101,7 @@ class Classification(Task):
 
     @staticmethod
     def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """Top-1 and top-5 accuracy of the head, and of the answers' likelihoods (`generation_`)."""
+        """Top-1 and top-5 accuracy of the head, and of the answer likelihoods (`generation_`)."""
         labels = np.array([class_names.index(prediction["label"]) for prediction in predictions])
         scores: Scores = {}
         for source, prefix in SOURCES.items():
@@ -120,7 +120,7 @@ class Classification(Task):
 
 
 def answer_and_head_loss(model: "MPlugVideoForClassification", prefix: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
-    """The loss of the right answer's tokens, and of the head on prefix + title alone (a second pass)."""
+    """The loss of the tokens of the answer, plus that of the head, which reads prefix + title in a second pass."""
     mask = batch["loss_mask"]
     generation = model.token_losses(prefix, batch["input_ids"], mask).sum() / mask.sum()
     logits = model.classify(prefix, batch["title_ids"], batch["title_mask"]).float()
@@ -133,7 +133,7 @@ def answer_and_head_passes(task: Task, batch: Batch) -> list[DecoderPass]:
 
 
 def example_answers(task: Task, rows: int) -> Batch:
-    """The texts and labels of `example_batch`, for a head and answers of `rows` rows."""
+    """The texts and labels of `example_batch`, with `rows` rows, for head and answers."""
     ids = torch.ones(rows, task.config.data.max_length, dtype=torch.long)
     texts = {"input_ids": ids, "loss_mask": ids[:, 1:], "title_ids": ids, "title_mask": ids}
     return {**texts, "labels": torch.zeros(rows, dtype=torch.long)}

@@ -1,4 +1,4 @@
-"""Features of all processes for contrastive losses. With one process, the features themselves."""
+"""Gathers the features of all processes for contrastive losses."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """Not torch's own: on gloo (torch 2.13) it mixes up the numbers of a gradient that is not contiguous."""
+    """Replaces torch's function, which on gloo (torch 2.13) corrupts gradients that are not contiguous."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -19,12 +19,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # what every process's loss says about every process's features
+        dist.all_reduce(gradient)  # sums the gradients of all losses for the features of all processes
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(features: Tensor) -> Tensor:
-    """(B, …) of each process -> (W · B, …), in rank order; gradients flow back to the process they came from."""
+    """(B, …) of each process -> (W · B, …) in rank order. Gradients flow back to the process of the features."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
     gathered: Tensor = _Gather.apply(features.contiguous())  # type: ignore[no-untyped-call]
@@ -32,6 +32,6 @@ def gather(features: Tensor) -> Tensor:
 
 
 def own_rows(batch: int, device: torch.device) -> Tensor:
-    """Where this process's rows stand in `gather`'s result."""
+    """Positions of this process's rows in the result of `gather`."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.arange(rank * batch, (rank + 1) * batch, device=device)

@@ -1,8 +1,8 @@
-"""Teaches the tiny decoder the corpus's language before it is frozen. The published decoders come pre-trained.
+"""Trains the tiny decoder on the titles of the corpus before it is frozen. The published decoders are pre-trained.
 
-Each title follows as many of its own tokens, in random order, as the visual prefix will have. A decoder that has read
-billions of texts uses what stands before; one that has read 800 titles must be shown that it is worth it, or no visual
-prefix can steer it later (measured: without, a clip tells it nothing after 20,000 clips; with, after 3,000).
+Each title is preceded by a random selection of its own tokens, as many as the visual prefix has. A decoder that was
+trained on billions of texts uses its context. One that has read 800 titles must learn to, or a visual prefix has no
+effect later (measured: none after 20,000 clips without this, a clear one after 3,000 with it).
 """
 
 import random
@@ -23,7 +23,7 @@ from model.tasks.pretraining import MAX_WORDS
 
 
 class LanguageModeling(Task):
-    """`model.decoder` names the tokenizer; the decoder itself is built from `model.text`."""
+    """The tokenizer is that of `model.decoder`; the decoder is built from `model.text`."""
 
     reads_video = False
 
@@ -54,9 +54,9 @@ class LanguageModeling(Task):
 
 
 def publish_tokenizer(raw: str, root: str, vocab_size: int) -> str:
-    """Learns a GPT-3 style tokenizer on the pre-training titles below `raw`; returns its URI.
+    """Trains the tokenizer of the tiny decoder on the pre-training titles below `raw`.
 
-    The tiny decoder has no published one. The URI is <root>/models/tokenizer/<version>.
+    Returns its URI, <root>/models/tokenizer/<version>.
     """
     titles = [clean_caption(row.text, MAX_WORDS) for row in read_annotations(raw, "pretrain", "train")]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""The matching variant of retrieval (ITM): does this title belong to this clip? Answered in words and by a head.
+"""The matching variant of retrieval (ITM): whether a title belongs to a clip, as a generated answer and by a head.
 
-Upstream pairs its negatives with the clip they came from, so that they are true pairs labelled false; here a negative
-is the title of another clip.
+The original code pairs negatives with the clip they belong to, so that true pairs are labelled as false. Here a
+negative is the title of another clip.
 """
 
 import random
@@ -20,11 +20,11 @@ from model.tasks import metrics
 from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
 from model.tasks.classification import SOURCES, answer_and_head_loss, answer_and_head_passes, example_answers
 
-PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the released models were trained on this wording
-PROMPT_RESERVE = 20  # characters of a title that make room for the prompt's own words
+PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the prompt of the released models
+PROMPT_RESERVE = 20  # characters by which the title is shortened, for the words of the prompt
 MAX_WORDS = 80
 NEGATIVES = 2
-"""Titles of other clips per clip."""
+"""Number of titles of other clips per clip."""
 
 
 class Matching(Task):
@@ -76,7 +76,7 @@ class Matching(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        """Scores of every title of the split for each clip: the likelihood of 是, and the head's probability."""
+        """Scores of every title of the split for each clip: the likelihood of 是, and the probability of the head."""
         every = {name: tensor.to(self.model.device) for name, tensor in self.candidates.items()}
         prefixes, predictions = self.model.encode_video(batch["pixel_values"]).prefix, []
         for row, annotation in enumerate(batch["annotations"]):
@@ -117,7 +117,7 @@ class Matching(Task):
         return clean_caption(annotation.text, MAX_WORDS)
 
     def _questions(self, titles: list[str], answers: list[str]) -> Batch:
-        """Prompt and answer as token ids, and the titles alone, which the head reads."""
+        """Token IDs of prompts with answers, and of the titles, which the head reads."""
         length = self.config.data.max_length
         questions = [PROMPT.format(title[: length - PROMPT_RESERVE]) for title in titles]
         ids, loss_mask = self.processor.pairs(zip(questions, answers, strict=True), length)

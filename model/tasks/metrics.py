@@ -27,7 +27,7 @@ def recalls(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> dic
 def recall_scores(
     predictions: Predictions, text_to_video: NDArray[np.float64], video_to_text: NDArray[np.float64]
 ) -> Scores:
-    """Recalls of both directions from similarities (queries, items); rows of the same clip are each other's answers."""
+    """Recalls of both directions from similarities (queries, items). All rows of the same clip are relevant."""
     names = np.array([prediction["video"] for prediction in predictions])
     relevant = names[:, None] == names[None, :]
     ways = {"text_to_video": text_to_video, "video_to_text": video_to_text}
@@ -47,7 +47,7 @@ def nearest_texts(predictions: Predictions, similarity: NDArray[np.float64]) -> 
 
 
 def nearest_columns(similarity: NDArray[np.float64], count: int) -> list[list[int]]:
-    """Of each row, the `count` columns that are most similar, the nearest first."""
+    """For each row, the `count` most similar columns, nearest first."""
     found: list[list[int]] = (-similarity).argsort(axis=1, kind="stable")[:, :count].tolist()
     return found
 

@@ -43,7 +43,7 @@ class Pretraining(Task):
 
 
 def contrastive_loss(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
-    """Clips against titles of all processes: each title meets the query that is nearest to it.
+    """Contrastive loss over clips and titles of all processes. The similarity is that of the nearest query.
 
     `video` (B, K, E) and `text` (B, E) are unit vectors.
     """

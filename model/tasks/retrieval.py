@@ -1,4 +1,4 @@
-"""Video-text retrieval with a dual encoder: clips and texts of one row are each other's positives."""
+"""Video-text retrieval with a dual encoder: the clip and the text of a row are a positive pair."""
 
 import hashlib
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def embeddings(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def matching_loss(video: Tensor, text: Tensor, match_ids: Tensor, temperature: Tensor) -> Tensor:
-    """Soft cross entropies of clip -> text and text -> clip over all processes' rows.
+    """Mean cross entropy with soft targets of clip -> text and text -> clip, over the rows of all processes.
 
     `video` and `text` are unit vectors (B, E); rows with equal ids share the target's mass.
     """
@@ -101,5 +101,5 @@ def matching_loss(video: Tensor, text: Tensor, match_ids: Tensor, temperature: T
 
 
 def _match_id(example: Example) -> int:
-    """A number that is equal for rows of the same clip, on every process."""
+    """A number that is equal for all rows of a clip, on all processes."""
     return int.from_bytes(hashlib.sha256(example.annotation.video.encode()).digest()[:7])
