@@ -20,6 +20,8 @@ DOCUMENTS = [
         "docs/configuration.md",
         "docs/data.md",
         "docs/training.md",
+        "model/data/README.md",
+        "model/training/README.md",
         "k8s/README.md",
     )
 ]
