@@ -122,7 +122,7 @@ def shard(
     short_side: ShortSide = 256,
     partition: Partition = "1/1",
     available: Annotated[
-        bool, typer.Option("--available", help="Shard the downloaded clips, and record the others as missing.")
+        bool, typer.Option("--available", help="Shard the downloaded clips, and record the rest as missing.")
     ] = False,
     max_quarantined: Annotated[
         float, typer.Option(min=0, max=1, help="Share of a split's clips that may be broken.")

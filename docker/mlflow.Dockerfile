@@ -1,4 +1,4 @@
-# MLflow's server with its drivers for PostgreSQL and S3: make images
+# MLflow server with drivers for PostgreSQL and S3: make images
 FROM docker.io/library/python:3.11-slim-bookworm AS installed
 WORKDIR /build
 COPY requirements.lock pyproject.toml ./

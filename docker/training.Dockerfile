@@ -1,11 +1,11 @@
-# Every command of `mplug`, training pods and steps of Kubeflow Pipelines: make images
-# On an index with CUDA builds (PyPI's) torch brings CUDA with it; the driver comes from the node. TORCH_INDEX names an
-# index to take torch from: https://download.pytorch.org/whl/cpu makes the image of the steps without a GPU.
+# Image of training pods and steps of Kubeflow Pipelines; has every command of `mplug`: make images
+# torch from an index with CUDA builds (such as PyPI) includes CUDA; the node provides the driver. TORCH_INDEX sets another
+# index for torch: https://download.pytorch.org/whl/cpu for the image of steps without a GPU.
 FROM docker.io/library/python:3.11-slim-bookworm AS dependencies
 WORKDIR /build
 ARG TORCH_INDEX=
 COPY requirements.lock pyproject.toml ./
-# the lock also holds what tests and benchmarks need: it says which version, pyproject.toml says which packages
+# packages from pyproject.toml, versions from the lock, which also lists packages for tests and benchmarks
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > dependencies.txt \
@@ -48,7 +48,7 @@ LABEL org.opencontainers.image.title="mplug-video training" \
 COPY --from=installed /opt/mplug /opt/mplug
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp mplug \
     && install --directory --owner=mplug --group=mplug /cache
-# everything that is written goes to /tmp and /cache: the rest may be read-only
+# all writes go to /tmp and /cache, so that the rest can be read-only
 ENV PATH=/opt/mplug/bin:$PATH \
     HOME=/tmp \
     MPLUG_CACHE=/cache \

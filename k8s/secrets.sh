@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Makes the secrets that the manifests refer to, where they are not there yet: k8s/secrets.sh [NAMESPACE]
-#   mplug-postgres   a random password of MLflow's database
+# Creates the secrets that the manifests refer to, unless they exist: k8s/secrets.sh [NAMESPACE]
+#   mplug-postgres   a random password for MLflow's database
 #   mplug-s3         keys of the bucket: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment, or random ones
-#                    for the S3 server of overlays/local, which takes whatever it is started with
-# k8s/secrets.sh --copy-to NAMESPACE [FROM] gives another namespace the keys and addresses of FROM (mplug), for pipelines
-# whose steps run there.
+#                    for the S3 server of overlays/local
+# k8s/secrets.sh --copy-to NAMESPACE [FROM] copies keys and addresses of namespace FROM (default mplug) to another
+# namespace, for pipelines whose steps run there.
 set -euo pipefail
 
-secret() { # NAME KEY=VALUE…, by way of a pipe: arguments are readable from outside
+secret() { # NAME KEY=VALUE…; a pipe, because command-line arguments are visible to other users
   name=$1
   shift
   if kubectl --namespace "$namespace" get secret "$name" >/dev/null 2>&1; then
-    echo "secret/$name is there already"
+    echo "secret/$name already exists"
     return
   fi
   printf '%s\n' "$@" | kubectl --namespace "$namespace" create secret generic "$name" --from-env-file=/dev/stdin
@@ -37,5 +37,5 @@ namespace=${1:-mplug}
 kubectl get namespace "$namespace" >/dev/null
 secret mplug-s3 "AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-$(random 8)}" \
   "AWS_SECRET_ACCESS_KEY=${AWS_SECRET_ACCESS_KEY:-$(random 20)}"
-# last: MLflow starts when it has this one, and takes the other as it is then
+# last, because MLflow starts as soon as this one exists, and then needs the other one
 secret mplug-postgres "POSTGRES_PASSWORD=$(random 24)"

@@ -93,7 +93,7 @@ def _installed(cluster: Cluster) -> Iterator[Finding]:
             elif kind == "secrets":
                 yield warned(name, "does not exist", "Not needed with a cloud role; otherwise run k8s/secrets.sh.")
             else:
-                yield failed(name, "is not there", APPLY)
+                yield failed(name, "does not exist", APPLY)
         else:
             yield fine(name, "is there")
 

@@ -1,7 +1,7 @@
 """Renders the manifests of jobs: PyTorchJobs, TrainJobs, and Jobs for single pods. Knows no kfp.
 
 The pod is the PodTemplate `training`, which the overlays of k8s/ install. PyTorchJobs are built from the models of
-kubeflow-training, the others from the YAML files in this folder.
+kubeflow-training, Jobs and TrainJobs from the YAML files in this folder.
 """
 
 import copy
