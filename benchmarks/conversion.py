@@ -83,9 +83,12 @@ def main(preset: str) -> None:
         seconds, size = time.perf_counter() - start, source.stat().st_size
     peak = int(ran.stdout.split()[-1])
     found = {
-        "preset": preset, "checkpoint_bytes": size, "peak_bytes": peak, "peak_over_checkpoint": peak / size,
+        "preset": preset,
+        "checkpoint_bytes": size,
+        "peak_bytes": peak,
+        "peak_over_checkpoint": peak / size,
         "seconds": seconds,
-    }  # fmt: skip
+    }
     print(json.dumps(found, indent=1))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "conversion.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -186,8 +186,10 @@ def difference(raw: Path, split: str) -> dict[str, float]:
         ours = np.stack(reader.frames(record, wanted))
         at_size = [resized(torch.from_numpy(frames), SIZE).float() for frames in (ours, theirs)]
         gaps.append((at_size[0] - at_size[1]).abs())
-    return {"mean": round(float(torch.stack([gap.mean() for gap in gaps]).mean()), 3),
-            "p99": round(float(torch.cat([gap.flatten()[::97] for gap in gaps]).quantile(0.99)), 1)}  # fmt: skip
+    return {
+        "mean": round(float(torch.stack([gap.mean() for gap in gaps]).mean()), 3),
+        "p99": round(float(torch.cat([gap.flatten()[::97] for gap in gaps]).quantile(0.99)), 1),
+    }
 
 
 # --- storage ----------------------------------------------------------------------------------------------------------
@@ -211,12 +213,13 @@ def rates(local: str, remote: str, *, decode: bool) -> dict[str, Any]:
     ours = loaded if decode else fetched
     taken = interleaved(
         {
-            "local": lambda _: ours(local), "s3": lambda _: ours(remote),
+            "local": lambda _: ours(local),
+            "s3": lambda _: ours(remote),
             "webdataset local": lambda _: by_webdataset(local, decode=decode),
             "webdataset s3": lambda _: by_webdataset(remote, decode=decode),
         },
         time.perf_counter,
-    )  # fmt: skip
+    )
     return {
         "clips_per_s": {name: round(600 / statistics.median(seconds), 1) for name, seconds in taken.items()},
         "s3_over_local": ratio(taken["s3"], taken["local"]),

@@ -28,12 +28,14 @@ def metrics(folder: Path) -> dict[str, Any]:
             shards = {
                 kind: build_shards(
                     ShardSettings(
-                        raw=f"{base}/raw/youku-mplug", root=str(folder), dataset=task,
+                        raw=f"{base}/raw/youku-mplug",
+                        root=str(folder),
+                        dataset=task,
                         form=Form(kind=kind, num_frames=16, short_side=72),
                     )
                 )
                 for kind in ("frames", "original")
-            }  # fmt: skip
+            }
             jobs = [(kind, seed) for seed in SEEDS for kind in shards]
             scores = list(pool.map(lambda job: score(base, folder, task, shards[job[0]], *job), jobs))  # noqa: B023
             found[task] = {
@@ -54,10 +56,13 @@ def difference(row: dict[str, list[float]]) -> float:
 
 def score(base: str, folder: Path, task: str, shards: str, kind: str, seed: int) -> dict[str, float]:
     settings = [
-        f"name={task}-{kind}-{seed}", f"seed={seed}", f"output={folder}", f"data.shards={shards}",
+        f"name={task}-{kind}-{seed}",
+        f"seed={seed}",
+        f"output={folder}",
+        f"data.shards={shards}",
         f"model.init_from={manifest.latest_version(f'{base}/models/tiny-pretraining-random')}",
         f"model.decoder={manifest.latest_version(f'{base}/models/tiny-decoder-titles')}",
-    ]  # fmt: skip
+    ]
     trained = run("train", f"tiny_{task}", *settings).split()[-1]
     scores: dict[str, float] = json.loads(run("evaluate", trained, shards))
     return scores

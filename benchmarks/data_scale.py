@@ -126,13 +126,15 @@ def two_servers(folder: Path) -> Iterator[dict[str, str]]:
     before = dict(os.environ)
     with object_storage(folder / "a"), object_storage(folder / "b"):
         for name in ("a", "b"):
-            made = local_services(folder / name).environment()
-            endpoints[name] = made["AWS_ENDPOINT_URL_S3"]
+            environment = local_services(folder / name).environment()
+            endpoints[name] = environment["AWS_ENDPOINT_URL_S3"]
             lines += [
-                f"[profile {name}]", "region = us-east-1", f"endpoint_url = {endpoints[name]}",
-                f"aws_access_key_id = {made['AWS_ACCESS_KEY_ID']}",
-                f"aws_secret_access_key = {made['AWS_SECRET_ACCESS_KEY']}",
-            ]  # fmt: skip
+                f"[profile {name}]",
+                "region = us-east-1",
+                f"endpoint_url = {endpoints[name]}",
+                f"aws_access_key_id = {environment['AWS_ACCESS_KEY_ID']}",
+                f"aws_secret_access_key = {environment['AWS_SECRET_ACCESS_KEY']}",
+            ]
         (folder / "config").write_text("\n".join(lines) + "\n")
         (folder / "credentials").write_text("\n".join(lines).replace("[profile ", "[") + "\n")
         os.environ["AWS_CONFIG_FILE"] = str(folder / "config")
@@ -179,7 +181,15 @@ def mplug(source: str, root: str) -> None:
 
 def s5cmd(endpoint: str, profile: str, folder: Path, source: str, dest: str) -> None:
     command = [
-        str(Path(sys.executable).with_name("s5cmd")), "--endpoint-url", endpoint, "--profile", profile,
-        "--credentials-file", str(folder / "credentials"), "cp", source, dest,
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("s5cmd")),
+        "--endpoint-url",
+        endpoint,
+        "--profile",
+        profile,
+        "--credentials-file",
+        str(folder / "credentials"),
+        "cp",
+        source,
+        dest,
+    ]
     subprocess.run(command, check=True, capture_output=True)

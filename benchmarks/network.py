@@ -40,13 +40,25 @@ PROMPT_TOKENS = 28  # of the 40 that all classes share; then a name, a token per
 CLASS_NAMES = Path(__file__).parents[1] / "tests" / "fixtures" / "classname.json"
 END = -1  # no token: every search writes NEW_TOKENS
 VISION = {
-    "image_size": 112, "patch_size": 16, "num_frames": 8, "hidden_size": 384, "num_hidden_layers": 6,
+    "image_size": 112,
+    "patch_size": 16,
+    "num_frames": 8,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
     "num_attention_heads": 6,
-}  # fmt: skip
+}
 TEXT = {
-    "model_type": "gpt2", "n_embd": 512, "n_layer": 6, "n_head": 8, "vocab_size": 51200, "n_positions": 2048,
-    "activation_function": "gelu_pytorch_tanh", "bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 7,
-}  # fmt: skip
+    "model_type": "gpt2",
+    "n_embd": 512,
+    "n_layer": 6,
+    "n_head": 8,
+    "vocab_size": 51200,
+    "n_positions": 2048,
+    "activation_function": "gelu_pytorch_tanh",
+    "bos_token_id": 5,
+    "eos_token_id": 7,
+    "pad_token_id": 7,
+}
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
 """glibc gives back what is freed, so that a process's peak is that of live tensors; slower, so not while timing."""
 RESULTS = Path(__file__).parent / "results"
@@ -121,16 +133,19 @@ def build(path: str, kind: type[Model], device: str) -> Model:
     plain = path == "plain"
     torch.manual_seed(0)
     config = MPlugVideoConfig(
-        vision_config=VISION, text_config=TEXT, num_queries=64, decoder_dropout=plain,
+        vision_config=VISION,
+        text_config=TEXT,
+        num_queries=64,
+        decoder_dropout=plain,
         class_names=[str(number) for number in range(CLASSES)],
-    )  # fmt: skip
+    )
     model = kind(config)
     if plain:
         model.decoder.set_attn_implementation("eager")
         vision.Attention.forward = plain_attention
         nn.LayerNorm.forward = plain_layer_norm
         Linear.forward = nn.Linear.forward
-        vision.remade = vision.kept
+        vision.recompute_intermediate = vision.keep_intermediate
     return model.to(device)
 
 

@@ -62,8 +62,8 @@ def corpus(folder: Path) -> list[str]:
     shards = build_shards(ShardSettings(raw=str(source), root=str(folder), dataset=next(iter(COLUMNS)), form=form))
     tokenizer = publish_tokenizer(str(source), str(folder), vocab_size=448)
     train = [MPLUG, "train", "tiny_decoder", f"data.shards={shards}", f"model.decoder={tokenizer}", f"output={folder}"]
-    made = subprocess.run([*train, "training.steps=50"], check=True, capture_output=True, text=True)
-    return [f"data.shards={shards}", f"model.decoder={made.stdout.strip()}", f"output={folder}", "data.workers=0"]
+    result = subprocess.run([*train, "training.steps=50"], check=True, capture_output=True, text=True)
+    return [f"data.shards={shards}", f"model.decoder={result.stdout.strip()}", f"output={folder}", "data.workers=0"]
 
 
 @contextmanager
@@ -161,8 +161,8 @@ def waiting(folder: Path) -> dict[str, Any]:
 
 def _history(settings: list[str], *overrides: str, count: int = 1) -> dict[str, float]:
     command = [MPLUG, "train", "tiny_pretraining", "--processes", str(count), *settings, *overrides]
-    made = subprocess.run(command, check=True, capture_output=True, text=True)
-    points = [json.loads(line) for line in (Path(made.stdout.strip()) / "history.jsonl").read_text().splitlines()][1:]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    points = [json.loads(line) for line in (Path(result.stdout.strip()) / "history.jsonl").read_text().splitlines()][1:]
     names = ("perf/data_wait_share", "perf/clips_per_s", "perf/mfu")
     return {name: round(statistics.median(point[name] for point in points), 4) for name in names}
 
@@ -173,22 +173,24 @@ def saving(folder: Path) -> dict[str, Any]:
     config: RunConfig = load_config("tiny_pretraining", [*corpus(folder), *wide, "data.batch_size=2"])
     with object_storage(folder / "s3"), alone() as group:
         engine = Engine(build_task(config).network, config, group)
-        made = Checkpoints(f"s3://{BUCKET}/run", config.checkpoint, engine, "", group)
-        made.save(0, b"", {})
-        made.wait()  # the copy's memory is allocated once per run
+        checkpoints = Checkpoints(f"s3://{BUCKET}/run", config.checkpoint, engine, "", group)
+        checkpoints.save(0, b"", {})
+        checkpoints.wait()  # the copy's memory is allocated once per run
         waits, whole = [], []
         for step in range(1, ROUNDS + 1):
             start = time.perf_counter()
-            made.save(step, b"", {})
+            checkpoints.save(step, b"", {})
             waits.append(time.perf_counter() - start)
-            made.wait()
+            checkpoints.wait()
             whole.append(time.perf_counter() - start)
         size = sum(tensor.nbytes for tensor in engine.state.tensors().values())
     ratio = statistics.median(a / b for a, b in zip(waits, whole, strict=True))
     return {
-        "bytes": size, "in the step, s": round(statistics.median(waits), 3),
-        "blocking, s": round(statistics.median(whole), 3), "share": round(ratio, 4),
-    }  # fmt: skip
+        "bytes": size,
+        "in the step, s": round(statistics.median(waits), 3),
+        "blocking, s": round(statistics.median(whole), 3),
+        "share": round(ratio, 4),
+    }
 
 
 def scaling(folder: Path) -> dict[str, Any]:

@@ -41,21 +41,42 @@ class Rig:
 
     def mlflow(self) -> Any:
         command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.mlflow_port),
-            "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.mlflow_port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/mlflow.db",
+        ]
         return run_process(command, self.folder / "mlflow.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
     def start(self, trial: int) -> Run:
         settings = [
-            *self.overrides, f"output=s3://{BUCKET}/root", f"training.steps={STEPS}", f"checkpoint.every={EVERY}",
-            "optim.warmup_steps=2", "training.log_every=1", "data.batch_size=16", f"trial={trial}", "data.workers=1",
-            "training.precision=fp32", f"tracking.uri={self.tracking}", "watchdog.silence_s=10",
-        ]  # fmt: skip
+            *self.overrides,
+            f"output=s3://{BUCKET}/root",
+            f"training.steps={STEPS}",
+            f"checkpoint.every={EVERY}",
+            "optim.warmup_steps=2",
+            "training.log_every=1",
+            "data.batch_size=16",
+            f"trial={trial}",
+            "data.workers=1",
+            "training.precision=fp32",
+            f"tracking.uri={self.tracking}",
+            "watchdog.silence_s=10",
+        ]
         return subprocess.Popen(
             [MPLUG, "train", "tiny_pretraining", "--processes", "2", *settings],
-            stdout=subprocess.PIPE, stderr=(self.folder / f"trial-{trial}.log").open("a"), text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=(self.folder / f"trial-{trial}.log").open("a"),
+            text=True,
+        )
 
     def points(self) -> list[dict[str, Any]]:
         """What the processes of a run have logged so far, from their journals."""
@@ -137,9 +158,15 @@ def _hit(rig: Rig, server: _Server, rng: random.Random, kind: str, trial: int, m
     # every process keeps a journal
     again = {point["step"] for point in rig.points() if point["time_ms"] / 1000 > hit_at and point["step"] <= before}
     return {
-        "kind": kind, "who": who, "step": before, "weights": weights, "series": series,
-        "at, s": round(moment_s, 1), "steps done again": len(again), "took, s": last_step_at - start,
-    }  # fmt: skip
+        "kind": kind,
+        "who": who,
+        "step": before,
+        "weights": weights,
+        "series": series,
+        "at, s": round(moment_s, 1),
+        "steps done again": len(again),
+        "took, s": last_step_at - start,
+    }
 
 
 def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> str:

@@ -28,15 +28,21 @@ from model.training.planning.measure import STEPS, measure_steps
 
 PLAIN = "plain loop"
 WAYS = {
-    PLAIN: "[]", "ours": "[]", "ours, compiled": "[]", "ours, vision recomputed": "[vision]",
+    PLAIN: "[]",
+    "ours": "[]",
+    "ours, compiled": "[]",
+    "ours, vision recomputed": "[vision]",
     "ours, vision recomputed, compiled": "[vision]",
-}  # fmt: skip
+}
 """What of the activations is made again in the backward pass."""
 SMALL = [
-    "model.vision.image_size=112", "model.vision.hidden_size=384", "model.vision.num_hidden_layers=6",
-    "model.vision.num_attention_heads=6", "model.text={model_type: gpt2, n_embd: 256, n_layer: 4, n_head: 4, "
+    "model.vision.image_size=112",
+    "model.vision.hidden_size=384",
+    "model.vision.num_hidden_layers=6",
+    "model.vision.num_attention_heads=6",
+    "model.text={model_type: gpt2, n_embd: 256, n_layer: 4, n_head: 4, "
     "n_positions: 256, vocab_size: 4480, bos_token_id: 0, eos_token_id: 0}",
-]  # fmt: skip
+]
 ROUNDS = 3
 
 
@@ -48,7 +54,7 @@ def config_of(way: str, clips: int) -> RunConfig:
 
 
 def plain(config: RunConfig) -> Measurement:
-    vision.remade = vision.kept
+    vision.recompute_intermediate = vision.keep_intermediate
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task, seconds = build_meta_task(config, str(device)), []
     model = task.model.train()
@@ -106,13 +112,14 @@ def steps(_folder: Path) -> dict[str, Any]:
     rates = {way: clips[way] / statistics.median(row["step_s"] for row in rows) for way, rows in found.items()}
     summary = {
         way: {
-            "clips": clips[way], "clips/s": round(rates[way], 2),
+            "clips": clips[way],
+            "clips/s": round(rates[way], 2),
             "over the plain loop": round(rates[way] / rates[PLAIN], 3),
             "mfu": round(statistics.median(row["mfu"] for row in rows), 4),
             "memory, GB": round(max(row["memory"] for row in rows) / 1e9, 2),
         }
         for way, rows in found.items()
-    }  # fmt: skip
+    }
     return {"device": torch.cuda.get_device_name() if on_gpu else "CPU, small network", **summary}
 
 

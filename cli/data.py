@@ -62,9 +62,14 @@ def download(
 
     index, count = parse_partition(partition)
     options = Options(
-        only=only or (), index=index, count=count, threads=threads, rate=rate_limit * 1e6, max_failed=max_failed,
+        only=only or (),
+        index=index,
+        count=count,
+        threads=threads,
+        rate=rate_limit * 1e6,
+        max_failed=max_failed,
         policy=RetryPolicy(attempts=attempts),
-    )  # fmt: skip
+    )
     print(run(source, root, dataset, options)[0])
 
 
@@ -144,9 +149,15 @@ def shard(
     from model.data.shards.format import Form
 
     settings = ShardSettings(
-        raw=raw, root=root, dataset=dataset, form=Form(kind=form, num_frames=num_frames, short_side=short_side),
-        decoder=decoder, deadline_s=deadline, available_only=available, max_quarantined=max_quarantined,
-    )  # fmt: skip
+        raw=raw,
+        root=root,
+        dataset=dataset,
+        form=Form(kind=form, num_frames=num_frames, short_side=short_side),
+        decoder=decoder,
+        deadline_s=deadline,
+        available_only=available,
+        max_quarantined=max_quarantined,
+    )
     index, count = parse_partition(partition)
     if count > 1:
         build_parts(plan_shards(settings), index=index, count=count, workers=workers)
@@ -183,8 +194,8 @@ def import_own(
 
     stored = Form(kind=form, num_frames=num_frames, short_side=short_side)
     rows = read_rows(table, videos, dataset)
-    with tempfile.TemporaryDirectory() as made:
-        own = ImportedVideos(videos, rows, dataset, Path(made))
+    with tempfile.TemporaryDirectory() as folder:
+        own = ImportedVideos(videos, rows, dataset, Path(folder))
         own.validate_same(storage.join(root, "raw", name))
         raw, _ = copy(own, root, name)
     print(build_shards(ShardSettings(raw=raw, root=root, dataset=dataset, form=stored)))

@@ -39,9 +39,9 @@ def run_demo(folder: Path, *, scale: float, overrides: list[str]) -> int:
     with _interruptible():
         source = _corpus(folder, scale)
         console.print("[bold]starting S3 and MLflow[/]")
-        with run_services(folder) as made:
-            _run_pipeline(folder, source, made, overrides)
-            report, results = _fetch_report(folder, made)
+        with run_services(folder) as services:
+            _run_pipeline(folder, source, services, overrides)
+            report, results = _fetch_report(folder, services)
     missed = _print_results(results)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nreport   {report}\nMLflow   [bold]{_mplug()} ui {folder}[/]\ntook     {minutes:.1f} minutes")
@@ -54,8 +54,8 @@ def serve_demo(folder: Path) -> None:
     """Runs S3 and MLflow with the results of a demo until Ctrl-C."""
     if not (folder / "mlflow.db").exists():
         raise StageError(f"{folder} holds no demo. Run `mplug demo {folder}` first.")
-    with _interruptible(), run_services(folder) as made:
-        console.print(f"MLflow   [bold]{made.tracking_uri}[/]   (Ctrl-C stops it)")
+    with _interruptible(), run_services(folder) as services:
+        console.print(f"MLflow   [bold]{services.tracking_uri}[/]   (Ctrl-C stops it)")
         signal.pause()
 
 
@@ -72,11 +72,11 @@ def _corpus(folder: Path, scale: float) -> Path:
     return source
 
 
-def _run_pipeline(folder: Path, source: Path, made: LocalServices, overrides: list[str]) -> None:
+def _run_pipeline(folder: Path, source: Path, services: LocalServices, overrides: list[str]) -> None:
     log = folder / "pipeline.log"
     command = [
         _mplug(), "pipeline", "run", "--folder", str(folder / "kfp"), "mplug-video", f"source={source}", f"root={ROOT}",
-        f"tracking_uri={made.tracking_uri}", f"run_name={RUN_NAME}", f"overrides={json.dumps(overrides)}",
+        f"tracking_uri={services.tracking_uri}", f"run_name={RUN_NAME}", f"overrides={json.dumps(overrides)}",
     ]  # fmt: skip
     console.print(f"[bold]running the pipeline[/], log in {log}")
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -105,7 +105,7 @@ def _show(line: str) -> None:
         print(f"  {line}", flush=True)
 
 
-def _fetch_report(folder: Path, made: LocalServices) -> tuple[Path, list[dict[str, Any]]]:
+def _fetch_report(folder: Path, services: LocalServices) -> tuple[Path, list[dict[str, Any]]]:
     """Copies the report of this run out of S3, which is stopped with the demo."""
     uri = storage.join(ROOT, "reports", RUN_NAME)
     storage.download_file(storage.join(uri, "report.html"), folder / "report.html")

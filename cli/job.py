@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from components.jobs.manifests import Launch
 
 job = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
     help="Run a command of `mplug` on a Kubernetes cluster: training as a PyTorchJob, others as a Job with one pod.",
-)  # fmt: skip
+)
 # the arguments after the options are another command line with its own options
 COMMAND_LINE = {"allow_interspersed_args": False}
 Command = Annotated[
@@ -35,9 +36,16 @@ ApiName = Annotated[Api, typer.Option("--api", help="pytorchjob of Training Oper
 
 @job.command(context_settings=COMMAND_LINE)
 def render(
-    command: Command, overlay: Overlay = None, namespace: Namespace = "", name: Title = "", nodes: Nodes = 1,
-    processes: Processes = 0, image: Image = "", deadline_hours: Deadline = 0, api: ApiName = "pytorchjob",
-) -> None:  # fmt: skip
+    command: Command,
+    overlay: Overlay = None,
+    namespace: Namespace = "",
+    name: Title = "",
+    nodes: Nodes = 1,
+    processes: Processes = 0,
+    image: Image = "",
+    deadline_hours: Deadline = 0,
+    api: ApiName = "pytorchjob",
+) -> None:
     """Print the manifest of a job, for `kubectl apply -f -` or a repository. Needs no cluster with --overlay.
 
     Example: `mplug job render --overlay k8s/overlays/production --nodes 8 train pretrain_1.3b data.shards=s3://…`
@@ -51,9 +59,16 @@ def render(
 
 @job.command(context_settings=COMMAND_LINE)
 def apply(
-    command: Command, overlay: Overlay = None, namespace: Namespace = "", name: Title = "", nodes: Nodes = 1,
-    processes: Processes = 0, image: Image = "", deadline_hours: Deadline = 0, api: ApiName = "pytorchjob",
-) -> None:  # fmt: skip
+    command: Command,
+    overlay: Overlay = None,
+    namespace: Namespace = "",
+    name: Title = "",
+    nodes: Nodes = 1,
+    processes: Processes = 0,
+    image: Image = "",
+    deadline_hours: Deadline = 0,
+    api: ApiName = "pytorchjob",
+) -> None:
     """Create a job and print its name. An existing job is kept, or replaced if it has failed.
 
     Example: `mplug job apply --nodes 8 train pretrain_1.3b data.shards=s3://… model.decoder=s3://…`

@@ -14,9 +14,12 @@ from model.errors import exit_codes
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings=HELP,
+    pretty_exceptions_enable=False,
     help="mPLUG-Video: video-language pre-training on Youku-mPLUG, from clips to registered models.",
-)  # fmt: skip
+)
 app.add_typer(data, name="data")
 app.add_typer(pipeline, name="pipeline")
 app.add_typer(job, name="job")
@@ -65,9 +68,15 @@ def convert(
     from model.mplug_video.conversion.shapes import read_class_list
 
     conversion = convert_to(
-        source, dest, decoder=decoder, vision_heads=vision_heads, image_size=image_size, num_frames=num_frames,
-        class_names=read_class_list(class_names) if class_names else None, drop=drop or [],
-    )  # fmt: skip
+        source,
+        dest,
+        decoder=decoder,
+        vision_heads=vision_heads,
+        image_size=image_size,
+        num_frames=num_frames,
+        class_names=read_class_list(class_names) if class_names else None,
+        drop=drop or [],
+    )
     print(conversion.summary(), file=sys.stderr)
     print(dest)
 
@@ -173,9 +182,14 @@ def doctor(
     from cli.doctor.examine import Question, print_findings
 
     question = Question(
-        root=root, tracking_uri=tracking_uri, cluster=cluster or pod, namespace=namespace, nodes=nodes,
-        processes=processes, gpus=gpus,
-    )  # fmt: skip
+        root=root,
+        tracking_uri=tracking_uri,
+        cluster=cluster or pod,
+        namespace=namespace,
+        nodes=nodes,
+        processes=processes,
+        gpus=gpus,
+    )
     fits = print_findings(question)
     if pod:
         from cli.doctor.cluster import ask_in_a_pod

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from pipelines.kfp_host import Host
 
 pipeline = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
     help="Run a pipeline on this machine or on Kubeflow Pipelines: pretrain, finetune, benchmark, or mplug-video.",
-)  # fmt: skip
+)
 Name = Annotated[str, typer.Argument(help="pretrain, finetune, benchmark or mplug-video.")]
 Arguments = Annotated[
     list[str] | None, typer.Argument(help="parameter=value, values as YAML; `mplug pipeline parameters` lists them.")
@@ -123,9 +124,14 @@ def submit(
     validate_arguments(values)
     host = _host(url, token, headers, profile)
     run_id = sending.submit_run(
-        host, name, given, run_name=values["run_name"], experiment=experiment, service_account=service_account,
+        host,
+        name,
+        given,
+        run_name=values["run_name"],
+        experiment=experiment,
+        service_account=service_account,
         caching=cache,
-    )  # fmt: skip
+    )
     print(host.link(run_id), flush=True)
     if wait or retries:
         follow_run(host, run_id, retries)

@@ -94,10 +94,12 @@ def _memory_bytes(run: RunConfig, hardware: Hardware, found: RunPlan, measured: 
     host = found.memory.host if on_cpu else 0.0
     if not measured:
         return found.memory.device + host
-    alone = run.model_copy(update={
-        "data": run.data.model_copy(update={"batch_size": found.micro_batch}),
-        "training": run.training.model_copy(update={"gradient_accumulation": 1}),
-    })  # fmt: skip
+    alone = run.model_copy(
+        update={
+            "data": run.data.model_copy(update={"batch_size": found.micro_batch}),
+            "training": run.training.model_copy(update={"gradient_accumulation": 1}),
+        }
+    )
     return measured.memory - plan_run(alone, 1, on_cpu=on_cpu).memory.device + found.memory.device + host
 
 
@@ -106,9 +108,13 @@ def _memory_table(memory: Memory, total: float, measured: Measurement | None, *,
     table.add_column("for")
     table.add_column("", justify="right")
     parts = {
-        "Python, torch, DeepSpeed": memory.runtime, "weights": memory.weights, "gradients": memory.gradients,
-        "optimizer": memory.optimizer, "activations": memory.activations, "logits": memory.logits,
-    }  # fmt: skip
+        "Python, torch, DeepSpeed": memory.runtime,
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "logits": memory.logits,
+    }
     if on_cpu:
         parts["copy for a checkpoint"] = memory.host
     for name, size in parts.items():

@@ -55,7 +55,7 @@ def local_services(folder: Path) -> LocalServices:
     path = folder / "services.json"
     if path.exists():
         return LocalServices(**json.loads(path.read_text(encoding="utf-8")))
-    made = LocalServices(
+    services = LocalServices(
         weed_port=free_ports(len(WEED_PORTS)),
         mlflow_port=free_ports(1),
         access_key=secrets.token_hex(8),
@@ -64,21 +64,21 @@ def local_services(folder: Path) -> LocalServices:
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.touch(mode=0o600)
-    partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    partial.write_text(json.dumps(asdict(services)), encoding="utf-8")
     partial.rename(path)
-    return made
+    return services
 
 
 @contextmanager
 def object_storage(folder: Path) -> Iterator[LocalServices]:
     """Runs the S3 server during the block, and points the environment of this process to it."""
-    made = local_services(folder)
-    os.environ.update(made.environment())
+    services = local_services(folder)
+    os.environ.update(services.environment())
     log = folder / "s3.log"
-    with run_process(_weed(folder, made), log, {"GOMEMLIMIT": "400MiB"}) as server:
+    with run_process(_weed(folder, services), log, {"GOMEMLIMIT": "400MiB"}) as server:
         # the health page answers before the server can store objects
         _wait(server, lambda: storage.write(f"s3://{BUCKET}/ready", b""), log)
-        yield made
+        yield services
 
 
 @contextmanager
@@ -86,15 +86,15 @@ def run_services(folder: Path) -> Iterator[LocalServices]:
     """Runs S3 and MLflow during the block."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = folder / "mlflow.log"
-    with object_storage(folder) as made, run_process(_mlflow(folder, made), log, quiet) as server:
-        _wait(server, lambda: urllib.request.urlopen(f"{made.tracking_uri}/health", timeout=2).close(), log)
-        yield made
+    with object_storage(folder) as services, run_process(_mlflow(folder, services), log, quiet) as server:
+        _wait(server, lambda: urllib.request.urlopen(f"{services.tracking_uri}/health", timeout=2).close(), log)
+        yield services
 
 
-def _weed(folder: Path, made: LocalServices) -> list[str]:
+def _weed(folder: Path, services: LocalServices) -> list[str]:
     data = folder / "s3"
     data.mkdir(parents=True, exist_ok=True)
-    ports = [f"-{name}={made.weed_port + offset}" for offset, name in enumerate(WEED_PORTS)]
+    ports = [f"-{name}={services.weed_port + offset}" for offset, name in enumerate(WEED_PORTS)]
     return [
         str(Path(sys.executable).with_name("weed")), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         *ports, "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
@@ -102,9 +102,9 @@ def _weed(folder: Path, made: LocalServices) -> list[str]:
     ]  # fmt: skip
 
 
-def _mlflow(folder: Path, made: LocalServices) -> list[str]:
+def _mlflow(folder: Path, services: LocalServices) -> list[str]:
     return [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(made.mlflow_port),
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(services.mlflow_port),
         "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
         "--artifacts-destination", f"s3://{BUCKET}/mlflow",
     ]  # fmt: skip

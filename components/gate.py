@@ -5,9 +5,13 @@ from components.image import component
 
 @component()
 def gate(
-    evaluations: list[str], root: str, minimum: dict[str, float], tolerance: float, tracking: dict[str, str],
+    evaluations: list[str],
+    root: str,
+    minimum: dict[str, float],
+    tolerance: float,
+    tracking: dict[str, str],
     code_version: str,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Returns the evaluations if all of them pass; fails otherwise."""
     from model.evaluation.gate import check_gate
     from model.tracking import stage

@@ -28,8 +28,14 @@ VERSIONS = ("1.30", "1.34", "1.37")
 SCHEMAS = {kind: HERE / "schemas" / f"{kind.lower()}.json" for kind in ("PyTorchJob", "TrainJob", "TrainingRuntime")}
 """Of training-operator 1.9 and of Trainer 2.3, made strict: without descriptions, unknown fields refused."""
 FOREIGN = {
-    "ClusterQueue", "LocalQueue", "ResourceFlavor", "Queue", "PodMonitor", "ServiceMonitor", "PrometheusRule",
-}  # fmt: skip
+    "ClusterQueue",
+    "LocalQueue",
+    "ResourceFlavor",
+    "Queue",
+    "PodMonitor",
+    "ServiceMonitor",
+    "PrometheusRule",
+}
 Document = dict[str, Any]
 
 

@@ -135,10 +135,8 @@ def _unfinished(server: "MlflowClient", run: "Run", last_stages: Sequence[str]) 
 
 def _pipeline_runs(server: "MlflowClient", experiment: str, name: str) -> list["Run"]:
     return list(
-        server.search_runs(
-            [experiment], f"tags.`{PIPELINE}` = '{name}'", order_by=["attributes.start_time DESC"]
-        )
-    )  # fmt: skip
+        server.search_runs([experiment], f"tags.`{PIPELINE}` = '{name}'", order_by=["attributes.start_time DESC"])
+    )
 
 
 def _newest(server: "MlflowClient", run: "Run", *, finished: bool = False) -> dict[str, "Run"]:

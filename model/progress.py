@@ -29,7 +29,15 @@ def progress(
     is_terminal = sys.stderr.isatty()
     interval_s = 0.5 if is_terminal else LINE_EVERY_S
     bar: tqdm[T] = tqdm(
-        items, total=total, desc=desc, unit=unit, disable=not show, initial=initial,
-        file=sys.stderr if is_terminal else Lines(), mininterval=interval_s, maxinterval=interval_s, miniters=0,
-    )  # type: ignore[assignment] # fmt: skip
+        items,
+        total=total,
+        desc=desc,
+        unit=unit,
+        disable=not show,
+        initial=initial,
+        file=sys.stderr if is_terminal else Lines(),
+        mininterval=interval_s,
+        maxinterval=interval_s,
+        miniters=0,
+    )  # type: ignore[assignment]
     return bar

@@ -9,8 +9,8 @@ from model.errors import ATTEMPTS, CONFIGURATION, DATA, FAILED
 PERMANENT = [FAILED, CONFIGURATION, DATA, ATTEMPTS]
 """Exit codes that fail a Job immediately. The API needs a list; the policy of a PyTorchJob covers 1 to 127."""
 MAX_ATTEMPTS = 10
-"""Starts of a run without a new checkpoint, over all layers; the default of checkpoint.max_attempts. It is counted in the
-bucket, so a lost pod, an out-of-memory kill or a new job cannot reset it."""
+"""Starts of a run without a new checkpoint, over all layers; the default of checkpoint.max_attempts. They are counted
+in the bucket, so a lost pod, an out-of-memory kill or a new job cannot reset the count."""
 MAX_FAST_FAILURES, FAST_FAILURE_S = 10, 60.0
 """`mplug train` exits after this many consecutive attempts that each lasted less than this many seconds. Such attempts
 never reach a step, and a new container may help."""
@@ -21,13 +21,13 @@ TORCHRUN_RESTARTS = 0
 POD_RESTART_POLICY = "ExitCode"
 """Of a PyTorchJob: codes 1 to 127 fail the job; for codes from 128, the operator restarts the pod without limit."""
 MAX_POD_RESTARTS = 20
-"""Of one pod of a job, after which the launcher suspends the job, because the operator has no limit. The Job of a TrainJob
-enforces the same limit."""
+"""Of one pod of a job, after which the launcher suspends the job, because the operator has no limit. The Job of a
+TrainJob enforces the same limit."""
 JOB_RETRIES = 4
 """Of a job with one pod (evaluate, data, convert); these commands resume."""
 STEP_RETRIES = 0
-"""Of a pipeline step: Kubeflow Pipelines uses Argo's policy OnError, which repeats no exit code; the policy Always would
-repeat permanent errors. `mplug pipeline submit --retries` retries transient failures."""
+"""Of a pipeline step: Kubeflow Pipelines uses Argo's policy OnError, which repeats no exit code; the policy Always
+would repeat permanent errors. `mplug pipeline submit --retries` retries transient failures."""
 
 
 def is_restartable(code: int) -> bool:

@@ -21,9 +21,13 @@ PIPELINES = {
 }
 COMPILED = Path(__file__).parent / "compiled"
 YAML_TYPES: dict[str, tuple[type, ...]] = {
-    "STRING": (str,), "NUMBER_INTEGER": (int,), "NUMBER_DOUBLE": (int, float), "BOOLEAN": (bool,), "LIST": (list,),
+    "STRING": (str,),
+    "NUMBER_INTEGER": (int,),
+    "NUMBER_DOUBLE": (int, float),
+    "BOOLEAN": (bool,),
+    "LIST": (list,),
     "STRUCT": (dict,),
-}  # fmt: skip
+}
 
 
 def load_pipeline(name: str) -> Any:
@@ -95,8 +99,13 @@ def _yaml(text: str) -> Any:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "STRING": str, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float, "BOOLEAN": _yaml, "LIST": _yaml, "STRUCT": _yaml,
-}  # fmt: skip
+    "STRING": str,
+    "NUMBER_INTEGER": int,
+    "NUMBER_DOUBLE": float,
+    "BOOLEAN": _yaml,
+    "LIST": _yaml,
+    "STRUCT": _yaml,
+}
 
 
 def _refuse(problems: list[str]) -> Any:

@@ -16,9 +16,15 @@ CONFIG_KEYS = ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 USER = 10001
 SIZES = {
-    "download_cpu": "4", "download_memory": "8Gi", "shard_cpu": "30", "shard_memory": "60Gi",
-    "train_cpu": "500m", "train_memory": "2Gi", "evaluate_cpu": "8", "evaluate_memory": "48Gi",
-}  # fmt: skip
+    "download_cpu": "4",
+    "download_memory": "8Gi",
+    "shard_cpu": "30",
+    "shard_memory": "60Gi",
+    "train_cpu": "500m",
+    "train_memory": "2Gi",
+    "evaluate_cpu": "8",
+    "evaluate_memory": "48Gi",
+}
 """Defaults if neither the run nor the cluster sets them."""
 
 

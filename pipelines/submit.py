@@ -10,9 +10,15 @@ from pipelines.kfp_host import Host, call_api, check_version
 
 
 def submit_run(
-    host: Host, name: str, arguments: Mapping[str, Any], *, run_name: str, experiment: str, service_account: str = "",
+    host: Host,
+    name: str,
+    arguments: Mapping[str, Any],
+    *,
+    run_name: str,
+    experiment: str,
+    service_account: str = "",
     caching: bool = True,
-) -> str:  # fmt: skip
+) -> str:
     """Starts a run of pipeline `name` and returns its ID."""
     check_version(host)
     api = host.api()
@@ -27,8 +33,8 @@ def submit_run(
         service_account=service_account or None,
     )
     # this call is not repeated: if its response was lost, a second call would start a second run
-    made = call_api(kfp_server_api.RunServiceApi(api).run_service_create_run, run=run, patience_s=0)
-    run_id: str = made.run_id
+    created = call_api(kfp_server_api.RunServiceApi(api).run_service_create_run, run=run, patience_s=0)
+    run_id: str = created.run_id
     return run_id
 
 

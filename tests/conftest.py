@@ -24,9 +24,18 @@ collect_ignore = [] if "MPLUG_E2E" in os.environ else ["e2e"]
 
 
 LONGEST = (
-    "demo", "backend", "production", "pipelines", "planning", "torchrun", "recovery", "training", "kills", "tracking",
+    "demo",
+    "backend",
+    "production",
+    "pipelines",
+    "planning",
+    "torchrun",
+    "recovery",
+    "training",
+    "kills",
+    "tracking",
     "validation",
-)  # fmt: skip
+)
 """Test files, longest first: test processes that share the files then end together."""
 
 

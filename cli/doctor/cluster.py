@@ -14,10 +14,15 @@ from model.errors import ClusterError, ConfigError
 OLDEST = (1, 27)
 """Kubernetes version with pod failure policies and topology spreading by job."""
 RIGHTS = [
-    ("create", "kubeflow.org", "pytorchjobs"), ("watch", "kubeflow.org", "pytorchjobs"),
-    ("delete", "kubeflow.org", "pytorchjobs"), ("create", "batch", "jobs"), ("get", "", "podtemplates"),
-    ("list", "", "pods"), ("get", "", "pods/log"), ("list", "", "events"),
-]  # fmt: skip
+    ("create", "kubeflow.org", "pytorchjobs"),
+    ("watch", "kubeflow.org", "pytorchjobs"),
+    ("delete", "kubeflow.org", "pytorchjobs"),
+    ("create", "batch", "jobs"),
+    ("get", "", "podtemplates"),
+    ("list", "", "pods"),
+    ("get", "", "pods/log"),
+    ("list", "", "events"),
+]
 APPLY = "kubectl apply -k k8s/overlays/<yours>"
 
 

@@ -65,9 +65,10 @@ def _template(cluster: Cluster) -> tuple[str, str, str]:
     arguments = " ".join([*(container.get("command") or []), *(container.get("args") or [])])
     image = re.search(r"pytorch-init-container-image[= ](\S+)", arguments)
     mounted = {
-        mount["name"]: mount for mount in container.get("volumeMounts") or []
+        mount["name"]: mount
+        for mount in container.get("volumeMounts") or []
         if mount["mountPath"].rstrip("/") in (CONFIG_FOLDER, f"{CONFIG_FOLDER}/{TEMPLATE}")
-    }  # fmt: skip
+    }
     for volume in spec.get("volumes") or []:
         if volume["name"] in mounted and "configMap" in volume:
             name = volume["configMap"]["name"]

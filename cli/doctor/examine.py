@@ -67,8 +67,10 @@ def print_findings(question: Question) -> bool:
     """Prints the findings within 80 columns, each followed by its remedy. Returns whether there were no failures."""
     console, fits = Console(highlight=False), True
     marks: dict[Literal["ok", "warning", "failure"], str] = {
-        "ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"
-    }  # fmt: skip
+        "ok": "[green]✓[/]",
+        "warning": "[yellow]![/]",
+        "failure": "[red]✗[/]",
+    }
     for finding in run_checks(question):
         fits = fits and finding.kind != "failure"
         table = Table.grid(padding=(0, 2))

@@ -56,17 +56,25 @@ class Kind:
 
 KINDS = {
     "PyTorchJob": Kind(
-        "kubeflow.org", "v1", "pytorchjobs", "Succeeded",
-        "training.kubeflow.org/job-name={}", "training.kubeflow.org/replica-type=master",
+        "kubeflow.org",
+        "v1",
+        "pytorchjobs",
+        "Succeeded",
+        "training.kubeflow.org/job-name={}",
+        "training.kubeflow.org/replica-type=master",
     ),
     "Job": Kind("batch", "v1", "jobs", "Complete", "job-name={}", "job-name"),
     "TrainJob": Kind(
-        "trainer.kubeflow.org", "v1alpha1", "trainjobs", "Complete",
-        "jobset.sigs.k8s.io/jobset-name={}", "batch.kubernetes.io/job-completion-index=0",
+        "trainer.kubeflow.org",
+        "v1alpha1",
+        "trainjobs",
+        "Complete",
+        "jobset.sigs.k8s.io/jobset-name={}",
+        "batch.kubernetes.io/job-completion-index=0",
     ),
     "TrainingRuntime": Kind("trainer.kubeflow.org", "v1alpha1", "trainingruntimes", "", "", ""),
     "Workload": Kind("kueue.x-k8s.io", "v1beta2", "workloads", "", "", ""),
-}  # fmt: skip
+}
 
 
 def parse_amount(quantity: str | int) -> float:
@@ -123,10 +131,10 @@ class Cluster:
 
     def create(self, manifest: Manifest) -> Manifest:
         kind = KINDS[manifest["kind"]]
-        made: Manifest = self.call(
+        created: Manifest = self.call(
             self.custom.create_namespaced_custom_object, kind.group, kind.version, self.namespace, kind.plural, manifest
         )
-        return made
+        return created
 
     def get(self, kind: str, name: str) -> Manifest | None:
         """The object; None if it does not exist."""
@@ -145,9 +153,13 @@ class Cluster:
         """The objects with these labels."""
         of = KINDS[kind]
         found = self.call(
-            self.custom.list_namespaced_custom_object, of.group, of.version, self.namespace, of.plural,
+            self.custom.list_namespaced_custom_object,
+            of.group,
+            of.version,
+            self.namespace,
+            of.plural,
             label_selector=selector,
-        )  # fmt: skip
+        )
         return list(found["items"])
 
     def patch(self, kind: str, name: str, changes: Manifest) -> None:
@@ -162,9 +174,14 @@ class Cluster:
         body = {**options, "preconditions": {"uid": uid}} if uid else options
         try:
             self.call(
-                self.custom.delete_namespaced_custom_object, of.group, of.version, self.namespace, of.plural, name,
+                self.custom.delete_namespaced_custom_object,
+                of.group,
+                of.version,
+                self.namespace,
+                of.plural,
+                name,
                 body=body,
-            )  # fmt: skip
+            )
         except ClusterError as error:
             if error.status == 404 or (uid and error.status == 409):
                 return False
@@ -179,10 +196,16 @@ class Cluster:
         of, watcher = KINDS[kind], watch.Watch()
         try:
             for event in watcher.stream(
-                self.custom.list_namespaced_custom_object, of.group, of.version, self.namespace, of.plural,
-                field_selector=f"metadata.name={name}", resource_version=version, timeout_seconds=seconds,
+                self.custom.list_namespaced_custom_object,
+                of.group,
+                of.version,
+                self.namespace,
+                of.plural,
+                field_selector=f"metadata.name={name}",
+                resource_version=version,
+                timeout_seconds=seconds,
                 _request_timeout=(TIMEOUT_S[0], seconds + TIMEOUT_S[1]),
-            ):  # fmt: skip
+            ):
                 yield None if event["type"] == "DELETED" else event["object"]
         except CALL_ERRORS as error:
             if not is_transient(error):
@@ -207,9 +230,13 @@ class Cluster:
     def log_lines(self, pod: str, *, follow: bool) -> Iterator[tuple[str, str]]:
         """Lines of a pod's log with their timestamps. Messages of the kubelet have no timestamp and are skipped."""
         stream = self.core.read_namespaced_pod_log(
-            pod, self.namespace, follow=follow, timestamps=True, _preload_content=False,
+            pod,
+            self.namespace,
+            follow=follow,
+            timestamps=True,
+            _preload_content=False,
             _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S),
-        )  # fmt: skip
+        )
         rest = b""
         for chunk in stream.stream():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -220,9 +247,13 @@ class Cluster:
     def log_end(self, pod: str, container: str, lines: int) -> list[str]:
         """The last lines of a container's log."""
         answer = self.call(
-            self.core.read_namespaced_pod_log, pod, self.namespace, container=container, tail_lines=lines,
+            self.core.read_namespaced_pod_log,
+            pod,
+            self.namespace,
+            container=container,
+            tail_lines=lines,
             _preload_content=False,
-        )  # fmt: skip
+        )
         return str(answer.data.decode(errors="replace")).splitlines()
 
     def read(self, path: str) -> Manifest:
@@ -240,9 +271,7 @@ class Cluster:
     def is_allowed(self, verb: str, group: str, resource: str) -> bool:
         """Whether the current user has this permission in the namespace."""
         name, _, part = resource.partition("/")
-        attributes = {
-            "namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part
-        }  # fmt: skip
+        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part}
         review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
         found = self._json(
             client.AuthorizationV1Api(self.api).create_self_subject_access_review,

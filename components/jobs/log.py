@@ -39,9 +39,14 @@ def _show_log(cluster: Cluster, kind: str, name: str, ended: threading.Event, se
 
 
 def print_log(
-    cluster: Cluster, kind: str, name: str, shown: dict[str, str], seen: Callable[[str], None] = lambda _line: None, *,
+    cluster: Cluster,
+    kind: str,
+    name: str,
+    shown: dict[str, str],
+    seen: Callable[[str], None] = lambda _line: None,
+    *,
     follow: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Prints new lines. `shown` holds the time of the last printed line of each pod by UID."""
     for pod in cluster.pods(kind, name, first=True):
         uid, known = pod["metadata"]["uid"], shown.get(pod["metadata"]["uid"], "")

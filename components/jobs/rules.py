@@ -12,10 +12,14 @@ from components.jobs.pod_security import containers, violations
 
 Manifest = Mapping[str, Any]
 POD_PATHS: dict[str, tuple[str, ...]] = {
-    "Pod": (), "PodTemplate": ("template",), "Deployment": ("spec", "template"), "StatefulSet": ("spec", "template"),
-    "DaemonSet": ("spec", "template"), "Job": ("spec", "template"),
+    "Pod": (),
+    "PodTemplate": ("template",),
+    "Deployment": ("spec", "template"),
+    "StatefulSet": ("spec", "template"),
+    "DaemonSet": ("spec", "template"),
+    "Job": ("spec", "template"),
     "CronJob": ("spec", "jobTemplate", "spec", "template"),
-}  # fmt: skip
+}
 SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SAVING_S = 60
 """Maximum time of a run to save a checkpoint after SIGTERM (model.training.launch.SHUTDOWN_S)."""

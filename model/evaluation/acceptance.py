@@ -37,11 +37,21 @@ def check_requirements(evaluations: Sequence[Evaluation]) -> Iterator[Requiremen
         with_, without = by_start[task, True], by_start[task, False]
         chance = with_.chance[metric]
         yield Requirement(
-            task=task, metric=metric, value=with_.scores[metric], without_pretraining=without.scores[metric],
-            chance=chance, required=factor * chance, strict=False,
-        )  # fmt: skip
+            task=task,
+            metric=metric,
+            value=with_.scores[metric],
+            without_pretraining=without.scores[metric],
+            chance=chance,
+            required=factor * chance,
+            strict=False,
+        )
     cider, without_cider = (by_start["captioning", start].scores["cider"] for start in (True, False))
     yield Requirement(
-        task="captioning", metric="cider", value=cider, without_pretraining=without_cider,
-        chance=None, required=without_cider, strict=True,
-    )  # fmt: skip
+        task="captioning",
+        metric="cider",
+        value=cider,
+        without_pretraining=without_cider,
+        chance=None,
+        required=without_cider,
+        strict=True,
+    )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.mplug_video.configuration import MPlugVideoConfig
-from model.mplug_video.vision import MLP, kept
+from model.mplug_video.vision import MLP, keep_intermediate
 
 
 class VisualAbstractor(nn.Module):
@@ -30,4 +30,4 @@ class VisualAbstractor(nn.Module):
         x = self.norm_queries(self.queries).expand(tokens.shape[0], -1, -1)  # (B, K, D)
         tokens = self.norm_tokens(tokens)
         x = x + self.attn(x, tokens, tokens, need_weights=False)[0]
-        return x + self.mlp(self.norm_mlp(x), kept)
+        return x + self.mlp(self.norm_mlp(x), keep_intermediate)

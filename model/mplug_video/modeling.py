@@ -210,9 +210,13 @@ class MPlugVideoForConditionalGeneration(MPlugVideoPreTrainedModel):
         if foreign := options.keys() - {"num_beams", "do_sample"}:
             raise ValueError(f"released_beam_search takes no {', '.join(sorted(foreign))}. Set it False to use them.")
         found = beam_search(
-            self.decoder, embeddings, num_beams=num_beams, max_new_tokens=max_new_tokens,
-            width=input_ids.shape[1] + max_new_tokens, end=text.eos_token_id,
-        )  # fmt: skip
+            self.decoder,
+            embeddings,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            width=input_ids.shape[1] + max_new_tokens,
+            end=text.eos_token_id,
+        )
         texts = [torch.tensor(row.found[0][1], device=embeddings.device) for row in found]
         return pad_sequence(texts, batch_first=True, padding_value=text.pad_token_id)
 

@@ -42,14 +42,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def kept(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def keep_intermediate(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return then(make(*inputs))
 
 
-def remade(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recompute_intermediate(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Keeps only the inputs of `make` for the backward pass and recomputes its result: for norms and activations."""
-    made = checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False)
-    storage = made.untyped_storage().data_ptr()
+    output = checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False)
+    storage = output.untyped_storage().data_ptr()
 
     def pack(tensor: Tensor) -> Any:
         if tensor.untyped_storage().data_ptr() != storage:
@@ -63,7 +63,7 @@ def remade(then: Callable[[Tensor], Tensor], make: Callable[..., Tensor], *input
             return make(*inputs).as_strided(*packed)
 
     with saved_tensors_hooks(pack, unpack):
-        return then(made)
+        return then(output)
 
 
 class Attention(nn.Module):
@@ -180,12 +180,12 @@ class TimeSformer(PreTrainedModel):
         x = x + self.pos_embed[:, None, 1:] + self.temporal_embed[:, :, None]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)  # (B, 1, D)
         cls, x = self.norm_pre(cls), self.norm_pre(x)
-        remakes = torch.is_grad_enabled() and not self.is_compiled  # a compiler decides itself what to make again
+        recompute = torch.is_grad_enabled() and not self.is_compiled  # a compiler decides itself what to recompute
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                cls, x = checkpoint(block, cls, x, kept, use_reentrant=False, preserve_rng_state=False)
+                cls, x = checkpoint(block, cls, x, keep_intermediate, use_reentrant=False, preserve_rng_state=False)
             else:
-                cls, x = block(cls, x, remade if remakes else kept)
+                cls, x = block(cls, x, recompute_intermediate if recompute else keep_intermediate)
         return self.norm(torch.cat((cls, x.flatten(1, 2)), dim=1))  # (B, 1 + T·N, D)
 
     def compile_blocks(self) -> None:

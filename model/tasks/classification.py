@@ -89,14 +89,16 @@ class Classification(Task):
         predictions = []
         for row, annotation in enumerate(batch["annotations"]):
             answers = batch["answer_ids"][row], batch["answer_mask"][row]
-            predictions.append({
-                "video": annotation.video,
-                "text": annotation.text,
-                "label": annotation.label,
-                "prediction": names[int(head[row].argmax())],
-                "generation_scores": self.model.score_answers(prefix[row, None], *answers).float().tolist(),
-                "head_scores": head[row].float().tolist(),
-            })  # fmt: skip
+            predictions.append(
+                {
+                    "video": annotation.video,
+                    "text": annotation.text,
+                    "label": annotation.label,
+                    "prediction": names[int(head[row].argmax())],
+                    "generation_scores": self.model.score_answers(prefix[row, None], *answers).float().tolist(),
+                    "head_scores": head[row].float().tolist(),
+                }
+            )
         return predictions
 
     @staticmethod

@@ -83,12 +83,14 @@ class Matching(Task):
             prefix = prefixes[row, None]
             answers = self.model.score_answers(prefix, every["input_ids"], every["loss_mask"])
             head = self.model.classify_candidates(prefix, every["title_ids"], every["title_mask"])
-            predictions.append({
-                "video": annotation.video,
-                "text": annotation.text,
-                "generation_scores": answers.float().tolist(),
-                "head_scores": head.float().softmax(dim=1)[:, 1].tolist(),
-            })  # fmt: skip
+            predictions.append(
+                {
+                    "video": annotation.video,
+                    "text": annotation.text,
+                    "generation_scores": answers.float().tolist(),
+                    "head_scores": head.float().softmax(dim=1)[:, 1].tolist(),
+                }
+            )
         return predictions
 
     @staticmethod

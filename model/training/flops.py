@@ -27,9 +27,13 @@ class Gpu:
 
 
 GPUS = {
-    "B200": Gpu(180e9, 2250e12), "H200": Gpu(141e9, 989e12), "H100": Gpu(80e9, 989e12), "A100": Gpu(80e9, 312e12),
-    "L40S": Gpu(48e9, 362e12), "A10G": Gpu(24e9, 70e12),
-}  # fmt: skip
+    "B200": Gpu(180e9, 2250e12),
+    "H200": Gpu(141e9, 989e12),
+    "H100": Gpu(80e9, 989e12),
+    "A100": Gpu(80e9, 312e12),
+    "L40S": Gpu(48e9, 362e12),
+    "A10G": Gpu(24e9, 70e12),
+}
 """Data sheet values by a part of the device name."""
 
 

@@ -68,9 +68,14 @@ def run_training(config: RunConfig) -> None:
 
 
 def _train(
-    config: RunConfig, reader: ShardReader, folder: str, attempt: Attempt, group: Processes, watchdog: Watchdog,
+    config: RunConfig,
+    reader: ShardReader,
+    folder: str,
+    attempt: Attempt,
+    group: Processes,
+    watchdog: Watchdog,
     exporter: Exporter,
-) -> Attempt:  # fmt: skip
+) -> Attempt:
     torch.manual_seed(config.seed)  # for the same fresh weights on every process
     transformers_logging.disable_progress_bar()  # every process would show one
     task = build_task(config)
@@ -135,9 +140,13 @@ class Training:
         dtype = torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
         upcoming, meter = iter(batches), Meter(self.clock, self.group, dtype)
         bar = progress(
-            range(self.progress.step, self.total), total=self.total, initial=self.progress.step,
-            desc=self.config.name, unit="step", show=self.group.is_main,
-        )  # fmt: skip
+            range(self.progress.step, self.total),
+            total=self.total,
+            initial=self.progress.step,
+            desc=self.config.name,
+            unit="step",
+            show=self.group.is_main,
+        )
         self.watchdog.enter("first_step")
         with profiled(self.config, self.group) as step_is_done:
             for step in bar:
@@ -264,14 +273,21 @@ class Training:
     def _batches(self) -> Batches:
         config, accumulation = self.config, self.config.training.gradient_accumulation
         source = ClipSource(
-            reader=self.reader, processor=self.task.processor, augment=config.data, seed=config.seed,
+            reader=self.reader,
+            processor=self.task.processor,
+            augment=config.data,
+            seed=config.seed,
             read_video=self.task.reads_video,
-        )  # fmt: skip
+        )
         order = BatchSampler(
-            size=len(self.reader), seed=config.seed, batch_size=config.data.batch_size // accumulation,
-            steps=self.total * accumulation, rank=self.group.rank, world_size=self.group.world_size,
+            size=len(self.reader),
+            seed=config.seed,
+            batch_size=config.data.batch_size // accumulation,
+            steps=self.total * accumulation,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
             start_step=self.progress.step * accumulation,
-        )  # fmt: skip
+        )
         return training_batches(source, order, self.task.collate, config.data)
 
 

@@ -50,9 +50,13 @@ class Validation:
         """Losses over full batches of the training size, since contrastive losses depend on the batch size."""
         batch_size = self.config.data.batch_size // self.config.training.gradient_accumulation
         order = BatchSampler(
-            size=self.clips, seed=0, batch_size=batch_size, steps=self.clips // batch_size,
-            rank=self.group.rank, world_size=self.group.world_size,
-        )  # fmt: skip
+            size=self.clips,
+            seed=0,
+            batch_size=batch_size,
+            steps=self.clips // batch_size,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+        )
         found: dict[str, list[torch.Tensor]] = {}
         stream = BatchStream(self.source, order, self.task.collate, self.config.data.read_ahead)
         for batch in Batches(stream, workers=0, max_failures=0):

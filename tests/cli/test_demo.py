@@ -165,8 +165,10 @@ def test_a_training_run_shows_its_configuration_and_curves(tracking: mlflow.Mlfl
 def test_an_evaluation_holds_tables_and_a_figure_in_s3(tracking: mlflow.MlflowClient, tmp_path: Path) -> None:
     run = runs(tracking)["evaluate-tiny-captioning-pretrained"]
     assert {item.path for item in tracking.list_artifacts(run.info.run_id)} >= {
-        "metrics.json", "predictions.json", "predictions.png",
-    }  # fmt: skip
+        "metrics.json",
+        "predictions.json",
+        "predictions.png",
+    }
     picture = tracking.download_artifacts(run.info.run_id, "predictions.png", str(tmp_path))
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
     assert "test/cider" in run.data.metrics

@@ -205,9 +205,7 @@ def test_an_operator_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> N
 @pytest.mark.parametrize(
     ("frameworks", "kind"), [(["batch/job"], "failure"), (["batch/job", "kubeflow.org/pytorchjob"], "ok")]
 )
-def test_a_kueue_that_does_not_know_pytorchjobs_is_a_failure(
-    kube: FakeKube, frameworks: list[str], kind: str
-) -> None:  # fmt: skip
+def test_a_kueue_that_does_not_know_pytorchjobs_is_a_failure(kube: FakeKube, frameworks: list[str], kind: str) -> None:
     shape = copy.deepcopy(GPU)
     shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
     kube.put("podtemplates", shape)
@@ -255,10 +253,14 @@ def test_a_quota_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
 
 
 def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:
-    kube.put("resourcequotas", {
-        "metadata": {"name": "mplug"}, "spec": {"hard": {"requests.nvidia.com/gpu": "16"}},
-        "status": {"hard": {"requests.nvidia.com/gpu": "16"}, "used": {"requests.nvidia.com/gpu": "8"}},
-    })  # fmt: skip
+    kube.put(
+        "resourcequotas",
+        {
+            "metadata": {"name": "mplug"},
+            "spec": {"hard": {"requests.nvidia.com/gpu": "16"}},
+            "status": {"hard": {"requests.nvidia.com/gpu": "16"}, "used": {"requests.nvidia.com/gpu": "8"}},
+        },
+    )
     assert found(CLUSTER, "quota").said == "requests.nvidia.com/gpu: the job asks for 16, 8 of 16 are left"
 
 

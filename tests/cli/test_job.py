@@ -77,5 +77,7 @@ def test_a_manifest_is_rendered_without_a_cluster(tmp_path: Path, monkeypatch: p
     rendered = mplug("render", "--overlay", str(ROOT / "k8s/overlays/local"), "--name", "tiny", "--nodes", "2", *TRAIN)
     manifest = yaml.safe_load(rendered.stdout)
     assert (manifest["kind"], manifest["metadata"]["name"], manifest["metadata"]["namespace"]) == (
-        "PyTorchJob", "tiny", "mplug"
-    )  # fmt: skip
+        "PyTorchJob",
+        "tiny",
+        "mplug",
+    )

@@ -16,10 +16,18 @@ from model.training.planning.estimate import plan_run
 from tests.helpers.killing import MPLUG
 
 WIDE = [
-    "model.vision.hidden_size=768", "model.vision.num_attention_heads=8", "model.vision.num_hidden_layers=2",
-    "data.batch_size=64", "training.precision=fp32", "training.steps=3", "optim.warmup_steps=0", "checkpoint.every=1",
-    "training.log_every=1", "model.use_contrastive=false", "data.max_length=24",
-]  # fmt: skip
+    "model.vision.hidden_size=768",
+    "model.vision.num_attention_heads=8",
+    "model.vision.num_hidden_layers=2",
+    "data.batch_size=64",
+    "training.precision=fp32",
+    "training.steps=3",
+    "optim.warmup_steps=0",
+    "checkpoint.every=1",
+    "training.log_every=1",
+    "model.use_contrastive=false",
+    "data.max_length=24",
+]
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -20,20 +20,30 @@ def test_the_step_of_a_pipeline_trains_on_the_cluster_and_returns_what_came_of_i
 
     def act() -> None:
         """What the operator and the pods would do."""
-        (made,) = kube.wait_for("pytorchjobs")
-        container = made["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+        (created,) = kube.wait_for("pytorchjobs")
+        container = created["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
         config = load_config(container["args"][1], container["args"][2:])
         config = count_in_steps(config, read_dataset_info(config.data.shards)["clips"]["train"])
         attempts.finish_attempt(attempts.run_folder(config), attempts.Attempt(key="k", model="the/model"))
-        kube.conclude("pytorchjobs", made["metadata"]["name"], "Succeeded")
+        kube.conclude("pytorchjobs", created["metadata"]["name"], "Succeeded")
 
     threading.Thread(target=act, daemon=True).start()
     uri = train.python_func(
-        config="tiny_pretraining", shards=shards, root=str(tmp_path), decoder="s3://d", pretrained="", init="scratch",
-        nodes=2, processes=0, image="registry.example/training:2", namespace="mplug", deadline_hours=1.0,
-        overrides=["training.steps=9", "optim.warmup_steps=1"], tracking={"uri": "http://m", "pipeline": "r1"},
+        config="tiny_pretraining",
+        shards=shards,
+        root=str(tmp_path),
+        decoder="s3://d",
+        pretrained="",
+        init="scratch",
+        nodes=2,
+        processes=0,
+        image="registry.example/training:2",
+        namespace="mplug",
+        deadline_hours=1.0,
+        overrides=["training.steps=9", "optim.warmup_steps=1"],
+        tracking={"uri": "http://m", "pipeline": "r1"},
         code_version="abc",
-    )  # fmt: skip
+    )
     assert uri == "the/model"
     (job,) = kube.wait_for("pytorchjobs")
     container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]

@@ -99,9 +99,17 @@ def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: P
         path.chmod(0o777)  # the pods are nobody here
     container["volumeMounts"] += [{"name": name, "mountPath": f"/{name}"} for name in folders]
     command = (
-        "train", "tiny_pretraining", "data.shards=/work/shards", "model.decoder=/work/decoder", "output=/out",
-        "tracking.uri=", "training.steps=4", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8",
-    )  # fmt: skip
+        "train",
+        "tiny_pretraining",
+        "data.shards=/work/shards",
+        "model.decoder=/work/decoder",
+        "output=/out",
+        "tracking.uri=",
+        "training.steps=4",
+        "training.log_every=1",
+        "optim.warmup_steps=1",
+        "data.batch_size=8",
+    )
     (job,) = render_job(Launch(command=command, name="tiny", nodes=2), shape, "mplug")
     played: list[dict[str, Any]] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mplug-config"}, "data": {"MPLUG_ROOT": "/out"}}

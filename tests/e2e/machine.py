@@ -20,24 +20,29 @@ CLUSTER_SH = Path(os.environ.get("CLUSTER_SH", ROOT.parent / "shared" / "tools" 
 BINARIES = Path.home() / ".cache" / "k8s-1.20" / "bin" / "kubelet"
 KUBECONFIG = Path("/run/k8s-1.20/kubeconfig")
 IMAGES = {
-    "localhost/mplug-video/training:0.1.0": "", "localhost/mplug-video/mlflow:0.1.0": "",
-    "docker.io/chrislusf/seaweedfs:4.48": "seaweedfs", "docker.io/library/postgres:17.6-bookworm": "postgres",
-}  # fmt: skip
+    "localhost/mplug-video/training:0.1.0": "",
+    "localhost/mplug-video/mlflow:0.1.0": "",
+    "docker.io/chrislusf/seaweedfs:4.48": "seaweedfs",
+    "docker.io/library/postgres:17.6-bookworm": "postgres",
+}
 GATEWAY = "10.244.0.1"
 """Of the pods' network, and where kubelet tells them to ask for names."""
 VOLUMES = {"postgres": ("1Gi", 999), "seaweedfs": ("50Gi", 10001)}
 
 LABELS = {"app": "training-operator"}
 OPERATOR = {
-    "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "training-operator", "namespace": "kubeflow"},
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {"name": "training-operator", "namespace": "kubeflow"},
     "spec": {
-        "replicas": 0, "selector": {"matchLabels": LABELS},
+        "replicas": 0,
+        "selector": {"matchLabels": LABELS},
         "template": {
             "metadata": {"labels": LABELS},
             "spec": {"containers": [{"name": "training-operator", "image": "training-operator:1.9.4"}]},
         },
     },
-}  # fmt: skip
+}
 """The real one's Deployment, without pods: what k8s/README.md patches, and the double looks at."""
 
 
@@ -114,12 +119,16 @@ def _make_volumes(folder: Path) -> None:
         path.mkdir(parents=True)
         os.chown(path, owner, owner)
         volume = {
-            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": name},
             "spec": {
-                "capacity": {"storage": size}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": str(path)},
+                "capacity": {"storage": size},
+                "accessModes": ["ReadWriteOnce"],
+                "hostPath": {"path": str(path)},
                 "claimRef": {"namespace": "mplug", "name": f"data-{name}-0"},
             },
-        }  # fmt: skip
+        }
         kubectl("apply", "--validate=false", "-f", "-", stdin=json.dumps(volume))
 
 
@@ -129,9 +138,17 @@ def _names(folder: Path) -> Iterator[None]:
     hosts, stopped = folder / "hosts", threading.Event()
     hosts.touch()
     command = [
-        "dnsmasq", "--no-daemon", "--no-resolv", "--no-hosts", f"--addn-hosts={hosts}", "--local=/cluster.local/",
-        f"--listen-address={GATEWAY}", "--bind-dynamic", "--user=root", "--pid-file=",
-    ]  # fmt: skip
+        "dnsmasq",
+        "--no-daemon",
+        "--no-resolv",
+        "--no-hosts",
+        f"--addn-hosts={hosts}",
+        "--local=/cluster.local/",
+        f"--listen-address={GATEWAY}",
+        "--bind-dynamic",
+        "--user=root",
+        "--pid-file=",
+    ]
     with _process(command, folder / "dnsmasq.log") as server:
 
         def keep() -> None:

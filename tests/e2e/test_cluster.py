@@ -151,8 +151,11 @@ def test_two_nodes_train_lose_a_pod_and_go_on(installed: str, data: list[str], b
     )
     watching = subprocess.Popen(
         [MPLUG, "job", "watch", name, "--namespace", installed],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     checkpoints = wait_for_checkpoint(bucket)
     kubectl("--namespace", installed, "delete", "pod", f"{name}-worker-0")
     out, err = watching.communicate(timeout=600)
@@ -201,9 +204,11 @@ def test_the_backup_reaches_the_bucket(installed: str, bucket: dict[str, str], m
     documents = yaml.safe_load_all(kubectl("kustomize", str(ROOT / "k8s" / "overlays" / "local")))
     cron = next(document for document in documents if document["kind"] == "CronJob")
     job = {
-        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "backup-now", "namespace": installed},
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "backup-now", "namespace": installed},
         "spec": cron["spec"]["jobTemplate"]["spec"],
-    }  # fmt: skip
+    }
     unchecked = ["--validate=false"] if minor < 25 else []
     kubectl("apply", *unchecked, "-f", "-", stdin=yaml.safe_dump(job))
     kubectl("--namespace", installed, "wait", "--for=condition=complete", "job/backup-now", "--timeout=180s")

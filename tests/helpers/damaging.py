@@ -25,9 +25,16 @@ class Damaged:
 
 
 def clip(
-    frames: int = LEVELS, width: int = 160, height: int = 120, codec: str = "libx264", form: str = "mp4",
-    pix_fmt: str = "yuv420p", times_ms: list[int] | None = None, movflags: str = "faststart", **options: str,
-) -> bytes:  # fmt: skip
+    frames: int = LEVELS,
+    width: int = 160,
+    height: int = 120,
+    codec: str = "libx264",
+    form: str = "mp4",
+    pix_fmt: str = "yuv420p",
+    times_ms: list[int] | None = None,
+    movflags: str = "faststart",
+    **options: str,
+) -> bytes:
     texture = np.random.default_rng(0).integers(0, 255, (height // 4, width + LEVELS * 4, 3), dtype=np.uint8)
     settings = {"movflags": movflags} if form == "mp4" and movflags else {}
     with (

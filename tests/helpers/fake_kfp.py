@@ -49,11 +49,11 @@ class Handler(BaseHTTPRequestHandler):
             case "GET", ["experiments"]:
                 self.say(200, self.page(dict(parse_qsl(url.query))))
             case "POST", ["experiments"]:
-                made = kfp.V2beta1Experiment(
+                created = kfp.V2beta1Experiment(
                     experiment_id=f"e{len(fake.experiments)}", **self.known(body, "Experiment")
                 )
-                fake.experiments.append(made)
-                self.say(200, made)
+                fake.experiments.append(created)
+                self.say(200, created)
             case "POST", ["runs"]:
                 run = kfp.V2beta1Run(run_id=f"r{len(fake.runs)}", state="PENDING", **self.known(body, "Run"))
                 fake.runs.append(run)

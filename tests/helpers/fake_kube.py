@@ -102,10 +102,13 @@ class FakeKube:
         return self.put(
             "pods",
             {
-                "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels},
-                "spec": {"containers": [{"name": "pytorch"}]}, "status": {"phase": phase, **status},
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": name, "labels": labels},
+                "spec": {"containers": [{"name": "pytorch"}]},
+                "status": {"phase": phase, **status},
             },
-        )  # fmt: skip
+        )
 
     def forget(self) -> None:
         """Watches from any version so far are told that it is too old."""
@@ -160,10 +163,17 @@ class Handler(BaseHTTPRequestHandler):
                 raise StatusError(404, "NotFound", "the server could not find the requested resource")
             self.answer(match, dict(parse_qsl(url.query)), body)
         except StatusError as error:
-            self.say(error.code, {
-                "kind": "Status", "apiVersion": "v1", "status": "Failure", "message": str(error),
-                "reason": error.reason, "code": error.code,
-            })  # fmt: skip
+            self.say(
+                error.code,
+                {
+                    "kind": "Status",
+                    "apiVersion": "v1",
+                    "status": "Failure",
+                    "message": str(error),
+                    "reason": error.reason,
+                    "code": error.code,
+                },
+            )
 
     do_GET = do_POST = do_DELETE = do_PATCH = serve  # noqa: N815
 
@@ -323,11 +333,15 @@ def fake_kube(kubeconfig: Path) -> Iterator[FakeKube]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     context = {"cluster": "c", "user": "u", "namespace": "mplug"}
-    kubeconfig.write_text(json.dumps({
-        "apiVersion": "v1", "kind": "Config", "current-context": "x", "contexts": [{"name": "x", "context": context}],
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "x",
+        "contexts": [{"name": "x", "context": context}],
         "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"}}],
         "users": [{"name": "u", "user": {}}],
-    }))  # fmt: skip
+    }
+    kubeconfig.write_text(json.dumps(config))
     try:
         yield kube
     finally:

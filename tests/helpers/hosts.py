@@ -51,9 +51,12 @@ def start(space: str, name: str, command: list[str], environment: Mapping[str, s
     script = 'hostname "$0" && exec "$@"'
     return subprocess.Popen(
         ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", script, name, *command],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
 
 
 def _ip(*arguments: str) -> None:

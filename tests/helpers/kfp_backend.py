@@ -114,9 +114,7 @@ class Backend:
     def _go(self, run: Run) -> None:
         run.state = "RUNNING"
         root = run.spec["root"]
-        defaults = {
-            key: item.get("defaultValue") for key, item in root["inputDefinitions"]["parameters"].items()
-        }  # fmt: skip
+        defaults = {key: item.get("defaultValue") for key, item in root["inputDefinitions"]["parameters"].items()}
         try:
             self._dag(run, root, {**defaults, **run.parameters}, f"{run.workflow}.root(0)")
             run.state = "SUCCEEDED"
@@ -148,9 +146,17 @@ class Backend:
         return {key: results[item["producerSubtask"]][item["outputParameterKey"]] for key, item in chosen.items()}
 
     def _task(
-        self, run: Run, name: str, task: Tree, around: Tree, inputs: Tree, results: Tree, path: str,
-        *, is_handler: bool = False,
-    ) -> Tree:  # fmt: skip
+        self,
+        run: Run,
+        name: str,
+        task: Tree,
+        around: Tree,
+        inputs: Tree,
+        results: Tree,
+        path: str,
+        *,
+        is_handler: bool = False,
+    ) -> Tree:
         if path in run.done:
             return run.done[path]
         component = run.spec["components"][task["componentRef"]["name"]]
@@ -190,8 +196,14 @@ class Backend:
         asked = re.findall(r'"componentInputParameter": "([^"]+)"', json.dumps([task, platform]))
         if unknown := [name for name in asked if name not in known]:
             message = f"parent DAG does not have input parameter {unknown[0]}"
-            self._node(run, f"{path}-driver(0)", f"{path.rpartition('.')[2]}-driver(0)", "Pod", "Failed",
-                       f"Error (exit code 1): {message}")  # fmt: skip
+            self._node(
+                run,
+                f"{path}-driver(0)",
+                f"{path.rpartition('.')[2]}-driver(0)",
+                "Pod",
+                "Failed",
+                f"Error (exit code 1): {message}",
+            )
             raise NodeFailedError(message)
         for key, item in task.get("inputs", {}).get("parameters", {}).items():
             if "componentInputParameter" in item:
@@ -209,8 +221,13 @@ class Backend:
         with self.kube.changed:
             nodes = self.kube.find(NAMESPACE, "workflows", run.workflow)["status"]["nodes"]
             nodes[path] = {
-                "id": path, "name": path, "displayName": display, "type": kind, "phase": phase, "message": message
-            }  # fmt: skip
+                "id": path,
+                "name": path,
+                "displayName": display,
+                "type": kind,
+                "phase": phase,
+                "message": message,
+            }
 
     # a pod
 
@@ -252,10 +269,11 @@ class Backend:
             "pods",
             {
                 "metadata": {"name": pod, "labels": labels, "annotations": {"workflows.argoproj.io/node-name": node}},
-                "spec": {"containers": [{"name": "main", "resources": resources}]}, "status": {"phase": "Running"},
+                "spec": {"containers": [{"name": "main", "resources": resources}]},
+                "status": {"phase": "Running"},
             },
             NAMESPACE,
-        )  # fmt: skip
+        )
         platform = run.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][component["executorLabel"]]
         environment = {**os.environ, "MPLUG_TERMINATION_LOG": str(folder / "termination")}
         environment |= {item["name"]: item["value"] for item in container.get("env", [])}
@@ -276,8 +294,8 @@ class Backend:
         self.kube.log(pod, *(folder / "log").read_text(errors="replace").splitlines())
         if code:
             return code, {}, (folder / "termination").read_text()
-        made = json.loads((folder / "output.json").read_text()) if (folder / "output.json").exists() else {}
-        return 0, made.get("parameterValues", {}), ""
+        outputs = json.loads((folder / "output.json").read_text()) if (folder / "output.json").exists() else {}
+        return 0, outputs.get("parameterValues", {}), ""
 
 
 def dependencies(task: Tree) -> set[str]:
@@ -305,6 +323,7 @@ def executor_input(component: Tree, given: Tree, folder: Path) -> Tree:
         "inputs": {"parameterValues": {key: value for key, value in given.items() if key in known}},
         "outputs": {
             "parameters": {key: {"outputFile": str(folder / f"out-{key}")} for key in outputs.get("parameters", {})},
-            "artifacts": artifacts, "outputFile": str(folder / "output.json"),
+            "artifacts": artifacts,
+            "outputFile": str(folder / "output.json"),
         },
-    }  # fmt: skip
+    }

@@ -39,15 +39,24 @@ def pod_of(job: Object, role: str, index: int, master: str, init_containers: str
     metadata = template["metadata"]
     metadata["name"] = pod_name(job, role, index)
     metadata["labels"] |= {
-        f"{LABEL}/job-name": job["metadata"]["name"], f"{LABEL}/replica-type": role.lower(),
-        f"{LABEL}/replica-index": str(index), f"{LABEL}/operator-name": "pytorchjob-controller",
-    }  # fmt: skip
+        f"{LABEL}/job-name": job["metadata"]["name"],
+        f"{LABEL}/replica-type": role.lower(),
+        f"{LABEL}/replica-index": str(index),
+        f"{LABEL}/operator-name": "pytorchjob-controller",
+    }
     processes = job["spec"]["nprocPerNode"]
     environment = {
-        "PYTHONUNBUFFERED": "1", "MASTER_ADDR": master, "MASTER_PORT": "23456", "RANK": str(rank),
-        "WORLD_SIZE": str(total * int(processes)), "PET_MASTER_ADDR": master, "PET_MASTER_PORT": "23456",
-        "PET_NODE_RANK": str(rank), "PET_NNODES": str(total), "PET_NPROC_PER_NODE": processes,
-    }  # fmt: skip
+        "PYTHONUNBUFFERED": "1",
+        "MASTER_ADDR": master,
+        "MASTER_PORT": "23456",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(total * int(processes)),
+        "PET_MASTER_ADDR": master,
+        "PET_MASTER_PORT": "23456",
+        "PET_NODE_RANK": str(rank),
+        "PET_NNODES": str(total),
+        "PET_NPROC_PER_NODE": processes,
+    }
     for container in template["spec"]["containers"]:
         container["env"] = [*container["env"], *({"name": key, "value": value} for key, value in environment.items())]
     template["spec"]["restartPolicy"] = "Never"  # what ExitCode becomes
@@ -65,7 +74,7 @@ class Operator:
     def reconcile(self, job: Object) -> None:
         conditions = {
             item["type"] for item in (job.get("status") or {}).get("conditions", []) if item["status"] == "True"
-        }  # fmt: skip
+        }
         if conditions & {"Succeeded", "Failed"}:
             return
         self.warn(job)
@@ -96,13 +105,15 @@ class Operator:
         service = {
             "metadata": {"name": pod["metadata"]["name"], "ownerReferences": pod["metadata"]["ownerReferences"]},
             "spec": {
-                "clusterIP": "None", "ports": [{"name": "pytorchjob-port", "port": 23456}],
+                "clusterIP": "None",
+                "ports": [{"name": "pytorchjob-port", "port": 23456}],
                 "selector": {
-                    f"{LABEL}/job-name": name, f"{LABEL}/replica-type": role.lower(),
+                    f"{LABEL}/job-name": name,
+                    f"{LABEL}/replica-type": role.lower(),
                     f"{LABEL}/replica-index": str(index),
                 },
             },
-        }  # fmt: skip
+        }
         try:
             self.core.create_namespaced_service(self.namespace, service)
         except ApiException as error:
@@ -145,12 +156,11 @@ class Operator:
         new = {"type": condition, "status": "True", "reason": f"PyTorchJob{condition}", "message": message}
         body = {
             "conditions": [*status.get("conditions", []), {**new, "lastTransitionTime": now, "lastUpdateTime": now}],
-            "startTime": status.get("startTime", now), "replicaStatuses": {},
-        }  # fmt: skip
+            "startTime": status.get("startTime", now),
+            "replicaStatuses": {},
+        }
         name = job["metadata"]["name"]
-        self.custom.patch_namespaced_custom_object_status(
-            *GROUP, self.namespace, "pytorchjobs", name, {"status": body}
-        )  # fmt: skip
+        self.custom.patch_namespaced_custom_object_status(*GROUP, self.namespace, "pytorchjobs", name, {"status": body})
 
 
 def exit_code(pod: Any) -> int:

@@ -30,12 +30,12 @@ def main(demo: Path, out: Path) -> None:
         server.wait()
 
 
-def _statistics(page: browser.Page, demo: Path, shards: str, made: Path, out: Path) -> None:
+def _statistics(page: browser.Page, demo: Path, shards: str, page_file: Path, out: Path) -> None:
     """The page of `mplug data stats`; the demo's S3 runs with its MLflow."""
     environment = {**os.environ, **local_services(demo).environment()}
-    command = [Path(sys.executable).with_name("mplug"), "data", "stats", shards, "--out", made]
+    command = [Path(sys.executable).with_name("mplug"), "data", "stats", shards, "--out", page_file]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    page.open(f"file://{made}")
+    page.open(f"file://{page_file}")
     page.picture(out / "stats.png", height=1500)
 
 

@@ -11,15 +11,13 @@ FILE = ROOT / "k8s" / "base" / "training" / "pod-template.yaml"
 
 def shape(**resources: dict[str, str]) -> dict[str, Any]:
     """With these requests and limits, where some are given."""
-    made: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    container = made["template"]["spec"]["containers"][0]
+    template: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    container = template["template"]["spec"]["containers"][0]
     container["image"] = "registry.example/training:1"
     if resources:
         container["resources"] = resources
-    return made
+    return template
 
 
 CPU = shape()
-GPU = shape(
-    requests={"cpu": "96", "memory": "500Gi"}, limits={"memory": "500Gi", "nvidia.com/gpu": "8"}
-)  # fmt: skip
+GPU = shape(requests={"cpu": "96", "memory": "500Gi"}, limits={"memory": "500Gi", "nvidia.com/gpu": "8"})

@@ -162,16 +162,28 @@ def allows(policies: list[Document], own: dict[str, str], peer: dict[str, str], 
 @pytest.mark.parametrize(
     ("source", "target", "port", "expected"),
     [
-        (TRAINING, TRAINING, 23456, True), (TRAINING, TRAINING, 41234, True),  # torchrun's store, on a random port
-        (TRAINING, S3, 8333, True), (TRAINING, MLFLOW, 5000, True), (STEP, S3, 8333, True), (STEP, MLFLOW, 5000, True),
-        (MLFLOW, POSTGRES, 5432, True), (MLFLOW, S3, 8333, True), (BACKUP, POSTGRES, 5432, True),
+        (TRAINING, TRAINING, 23456, True),
+        (TRAINING, TRAINING, 41234, True),  # torchrun's store, on a random port
+        (TRAINING, S3, 8333, True),
+        (TRAINING, MLFLOW, 5000, True),
+        (STEP, S3, 8333, True),
+        (STEP, MLFLOW, 5000, True),
+        (MLFLOW, POSTGRES, 5432, True),
+        (MLFLOW, S3, 8333, True),
+        (BACKUP, POSTGRES, 5432, True),
         (BACKUP, S3, 8333, True),
-        (TRAINING, POSTGRES, 5432, False), (STEP, POSTGRES, 5432, False), (OTHER, MLFLOW, 5000, False),
-        (OTHER, S3, 8333, False), (OTHER, TRAINING, 23456, False), (MLFLOW, TRAINING, 23456, False),
-        (TRAINING, S3, 9333, False), (POSTGRES, S3, 8333, False), (S3, MLFLOW, 5000, False),
+        (TRAINING, POSTGRES, 5432, False),
+        (STEP, POSTGRES, 5432, False),
+        (OTHER, MLFLOW, 5000, False),
+        (OTHER, S3, 8333, False),
+        (OTHER, TRAINING, 23456, False),
+        (MLFLOW, TRAINING, 23456, False),
+        (TRAINING, S3, 9333, False),
+        (POSTGRES, S3, 8333, False),
+        (S3, MLFLOW, 5000, False),
         (STEP, TRAINING, 23456, False),
     ],
-)  # fmt: skip
+)
 def test_the_network_lets_through_what_the_data_flow_needs_and_nothing_else(
     builds: dict[str, list[Document]], source: dict[str, str], target: dict[str, str], port: int, expected: bool
 ) -> None:

@@ -38,7 +38,7 @@ def test_chatter_of_libraries_is_not_shown(tmp_path: Path) -> None:
         ("raise ConfigError('a must be 1.\\nb must be 2.')", 2, "a must be 1. b must be 2."),
         ("raise KeyError('a bug')", 1, "KeyError: 'a bug'"),
     ],
-)  # fmt: skip
+)
 def test_the_reason_is_left_where_kubernetes_reads_it(tmp_path: Path, ends: str, code: int, left: str) -> None:
     ended, found = run(tmp_path, ends)
     assert (ended.returncode, found) == (code, f"exit code {code}: {left}\n")

@@ -38,9 +38,12 @@ def test_a_run_that_is_killed_for_memory_says_so_and_ends_for_good(
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "checkpoint.max_attempts=2"]
     run = Training(tmp_path, settings)
     ended = subprocess.run(
-        run.command("--processes", "1"), capture_output=True, text=True, timeout=200,
+        run.command("--processes", "1"),
+        capture_output=True,
+        text=True,
+        timeout=200,
         preexec_fn=lambda: (cgroup / "cgroup.procs").write_text(str(os.getpid())),
-    )  # fmt: skip
+    )
     assert ended.returncode == 4, ended.stderr
     killed = "killed for memory at the pod's limit of 250 MiB: raise it in the shape"
     assert len(re.findall(f"^error: a process was {killed}", ended.stderr, re.MULTILINE)) == 2, ended.stderr

@@ -62,9 +62,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    s3: str, corpus: Path, decoder: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:  # fmt: skip
+def cluster(s3: str, corpus: Path, decoder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("backend")
     before = dict(os.environ)
     os.environ["KUBECONFIG"] = str(folder / "kubeconfig")
@@ -76,9 +74,15 @@ def cluster(
         kube.put("configmaps", {"metadata": {"name": "mplug-config"}, "data": addresses})
         kube.put("configmaps", {"metadata": {"name": "mplug-pipelines"}, "data": sizes})
         items = [
-            f"source={corpus}", "source_version=1", f"decoder={decoder}", "config=tiny_pretraining", "num_frames=8",
-            "short_side=72", f"overrides={SHORT}", "nodes=2",
-        ]  # fmt: skip
+            f"source={corpus}",
+            "source_version=1",
+            f"decoder={decoder}",
+            "config=tiny_pretraining",
+            "num_frames=8",
+            "short_side=72",
+            f"overrides={SHORT}",
+            "nodes=2",
+        ]
         assert kfp.backend
         yield Cluster(kube, kfp, kfp.backend, mlflow.MlflowClient(uri), items)
     os.environ.clear()

@@ -48,9 +48,16 @@ def test_a_run_takes_what_the_cluster_says_unless_it_is_given(kube: FakeKube) ->
     del found["code_version"]
     image = CPU["template"]["spec"]["containers"][0]["image"]
     assert found == {
-        "raw": "s3://r", "pretrained": "s3://p", "namespace": "team", "root": "s3://team/work", "gpus": 0,
-        "tracking_uri": "http://mlflow.team.svc:5000", "shard_cpu": "1", "image": image, "cpu_image": image,
-    }  # fmt: skip
+        "raw": "s3://r",
+        "pretrained": "s3://p",
+        "namespace": "team",
+        "root": "s3://team/work",
+        "gpus": 0,
+        "tracking_uri": "http://mlflow.team.svc:5000",
+        "shard_cpu": "1",
+        "image": image,
+        "cpu_image": image,
+    }
 
 
 def test_without_a_namespace_it_is_that_of_the_context(kube: FakeKube, tmp_path: Path) -> None:

@@ -135,8 +135,9 @@ def test_an_input_that_only_the_resources_of_a_step_in_a_loop_use_is_found() -> 
     del loop["inputDefinitions"]["parameters"]["pipelinechannel--gpus"]
     del loop["inputDefinitions"]["parameters"]["pipelinechannel--node_selector"]
     assert [item.rpartition(" ")[2] for item in sorted(unknown_inputs(spec, platform))] == [
-        "pipelinechannel--gpus", "pipelinechannel--node_selector",
-    ]  # fmt: skip
+        "pipelinechannel--gpus",
+        "pipelinechannel--node_selector",
+    ]
 
 
 def test_what_steps_take_are_parameters() -> None:
@@ -181,8 +182,11 @@ def test_what_is_missing_is_told_with_its_meaning() -> None:
 def test_values_are_read_by_the_type_of_their_parameter() -> None:
     items = ["source=1", "nodes=010", "partitions=[1/2, 2/2]", "deadline_hours=1e-1"]
     assert parse_arguments("pretrain", items) == {
-        "source": "1", "nodes": 10, "partitions": ["1/2", "2/2"], "deadline_hours": 0.1,
-    }  # fmt: skip
+        "source": "1",
+        "nodes": 10,
+        "partitions": ["1/2", "2/2"],
+        "deadline_hours": 0.1,
+    }
     assert parse_arguments("finetune", ["minimum={classification: 5e-1}"]) == {"minimum": {"classification": 0.5}}
 
 

@@ -34,9 +34,9 @@ class Row:
 class ImportedVideos:
     """Videos of a folder or bucket, with annotation files generated from the user's CSV."""
 
-    def __init__(self, videos: str, rows: list[Row], dataset: str, made: Path) -> None:
-        """`made` is an empty local folder for the generated annotation files."""
-        self.videos, self.made = videos, made
+    def __init__(self, videos: str, rows: list[Row], dataset: str, generated: Path) -> None:
+        """`generated` is an empty local folder for the generated annotation files."""
+        self.videos, self.generated = videos, generated
         self.rows = rows
         self._annotate(dataset)
 
@@ -44,13 +44,13 @@ class ImportedVideos:
         """Raises DataError if `raw` holds other annotations: the rows of two datasets would be mixed."""
         for dataset, split in itertools.product(COLUMNS, SPLITS):
             name = f"{dataset}/{split}.csv"
-            theirs, ours = storage.join(raw, name), self.made / name
+            theirs, ours = storage.join(raw, name), self.generated / name
             if storage.exists(theirs) and (not ours.exists() or ours.read_bytes() != storage.read(theirs)):
                 raise DataError(f"{raw} holds another dataset, {name} differs. Choose another --name.")
 
     def files(self) -> Iterator[Remote]:
-        for path in sorted(self.made.rglob("*.*")):
-            yield self._remote(path.relative_to(self.made).as_posix(), str(path))
+        for path in sorted(self.generated.rglob("*.*")):
+            yield self._remote(path.relative_to(self.generated).as_posix(), str(path))
         for video in sorted({row.video for row in self.rows}):
             yield self._remote(video, storage.join(self.videos, video))
 
@@ -68,7 +68,7 @@ class ImportedVideos:
         for row in self.rows:
             by_split[row.split].append(row)
         for split, rows in by_split.items():
-            path = self.made / dataset / f"{split}.csv"
+            path = self.generated / dataset / f"{split}.csv"
             path.parent.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
@@ -77,7 +77,7 @@ class ImportedVideos:
         if dataset == "classification":
             names = sorted({row.label for row in self.rows})
             numbers = json.dumps({name: number for number, name in enumerate(names)}, ensure_ascii=False)
-            (self.made / "classname.json").write_text(numbers + "\n", encoding="utf-8")
+            (self.generated / "classname.json").write_text(numbers + "\n", encoding="utf-8")
 
 
 def read_rows(table: str, videos: str, dataset: str) -> list[Row]:
@@ -98,9 +98,11 @@ def read_rows(table: str, videos: str, dataset: str) -> list[Row]:
         seen: dict[tuple[str, str], int] = {}
         for item in reader:
             row = Row(
-                video=item[video] or "", text=item[text] or "", label=item.get("label") or "",
+                video=item[video] or "",
+                text=item[text] or "",
+                label=item.get("label") or "",
                 split=item.get("split") or _drawn(item[video] or "", dataset),
-            )  # fmt: skip
+            )
             problem = _problem(row, videos, dataset)
             if earlier := seen.get((row.video, row.text)):
                 problem = f"line {earlier} has the same video and text."

@@ -89,9 +89,11 @@ class ModelScopeSource:
                 if item["Type"] != "tree":
                     validate_path(item["Path"])
                     yield Remote(
-                        path=item["Path"], location=self._address(item["Path"]), size=item["Size"] or None,
+                        path=item["Path"],
+                        location=self._address(item["Path"]),
+                        size=item["Size"] or None,
                         sha256=item.get("Sha256") or "",
-                    )  # fmt: skip
+                    )
             if len(files) < PAGE:
                 return
 
@@ -145,8 +147,10 @@ def signed_url(key: dict[str, str], folder: str, path: str, now: float | None = 
     resource = f"/{key['Bucket']}/{name}?security-token={key['SecurityToken']}"
     digest = hmac.new(key["AccessSecret"].encode(), f"GET\n\n\n{expires}\n{resource}".encode(), hashlib.sha1).digest()
     query = {
-        "OSSAccessKeyId": key["AccessId"], "Expires": expires, "Signature": base64.b64encode(digest).decode(),
+        "OSSAccessKeyId": key["AccessId"],
+        "Expires": expires,
+        "Signature": base64.b64encode(digest).decode(),
         "security-token": key["SecurityToken"],
-    }  # fmt: skip
+    }
     host = OSS_HOST.format(bucket=key["Bucket"], region=key["Region"])
     return f"{host}/{urllib.parse.quote(name)}?{urllib.parse.urlencode(query)}"

@@ -115,9 +115,14 @@ def plan_shards(settings: ShardSettings) -> ShardPlan:
         where = storage.join(settings.raw, settings.dataset)
         raise DataError(f"{where} must hold a CSV for one of {', '.join(SPLITS)}; none found.")
     facts = [
-        VERSION, settings.dataset, asdict(settings.form), settings.decoder, settings.deadline_s,
-        settings.available_only, class_names(settings),
-    ]  # fmt: skip
+        VERSION,
+        settings.dataset,
+        asdict(settings.form),
+        settings.decoder,
+        settings.deadline_s,
+        settings.available_only,
+        class_names(settings),
+    ]
     state = hashlib.sha256(json.dumps(facts).encode())
     splits = []
     for name in names:
@@ -146,8 +151,12 @@ def build_parts(plan: ShardPlan, *, index: int = 0, count: int = 1, workers: int
         return
     workers, settings = workers or os.cpu_count() or 1, plan.settings
     size = PART_CLIPS[settings.form.kind]
-    total = sum(min(size, split.rows - start) for split in plan.splits for start in range(0, split.rows, size)
-                if start // size % count == index)  # fmt: skip
+    total = sum(
+        min(size, split.rows - start)
+        for split in plan.splits
+        for start in range(0, split.rows, size)
+        if start // size % count == index
+    )
     name = f"{index + 1}/{count}" if count > 1 else ""
     # spawn: forking a process with threads (boto3, torch) can deadlock
     pool = ProcessPool(workers, context=get_context("spawn"), initializer=limit_memory)

@@ -96,10 +96,15 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
         host=12 * trained * (part if stage else 1.0),
     )
     return RunPlan(
-        processes=processes, micro_batch=micro_batch, trained=trained, frozen=frozen, memory=memory,
-        checkpoint_bytes=12 * trained, model_bytes=width * (trained + frozen),
+        processes=processes,
+        micro_batch=micro_batch,
+        trained=trained,
+        frozen=frozen,
+        memory=memory,
+        checkpoint_bytes=12 * trained,
+        model_bytes=width * (trained + frozen),
         step_flops=step_flops(model, micro_batch, passes).total * share,
-    )  # fmt: skip
+    )
 
 
 def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:

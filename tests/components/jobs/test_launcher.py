@@ -208,8 +208,8 @@ def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
     stopped = threading.Event()
 
     def kueue() -> None:
-        made = kube.wait_for("pytorchjobs")[0]["metadata"]
-        labels = {"kueue.x-k8s.io/job-uid": made["uid"]}
+        metadata = kube.wait_for("pytorchjobs")[0]["metadata"]
+        labels = {"kueue.x-k8s.io/job-uid": metadata["uid"]}
         kube.put("workloads", {"metadata": {"name": "pytorchjob-job-1", "labels": labels}, "spec": {"active": True}})
         while not stopped.wait(0.1):
             with kube.changed:
@@ -283,9 +283,7 @@ def test_the_workflow_of_a_step_owns_its_job(
     monkeypatch.setattr("components.jobs.client.OWN_NAMESPACE", tmp_path / "namespace")
     monkeypatch.setenv("KFP_POD_NAME", "step")
     (owner,) = ensure_job(cluster, job)["metadata"]["ownerReferences"]
-    assert owner == {
-        **reference, "uid": workflow["metadata"]["uid"], "controller": False, "blockOwnerDeletion": False
-    }  # fmt: skip
+    assert owner == {**reference, "uid": workflow["metadata"]["uid"], "controller": False, "blockOwnerDeletion": False}
     step["metadata"]["ownerReferences"][0]["uid"] = "of-the-next-run"
     ensure_job(cluster, job)  # which takes the job over
     adopted = kube.objects["mplug", "pytorchjobs", "job"]

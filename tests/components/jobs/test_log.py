@@ -28,8 +28,8 @@ def test_a_job_is_created_followed_and_its_log_shown(
     started(act)
     run_job(cluster, job, LIMITS)
     assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 2", "step 3"]
-    made = kube.objects["mplug", "pytorchjobs", "job"]
-    assert made["spec"] == job[-1]["spec"]
+    created = kube.objects["mplug", "pytorchjobs", "job"]
+    assert created["spec"] == job[-1]["spec"]
 
 
 def test_a_log_goes_on_after_a_broken_connection_and_a_new_pod(

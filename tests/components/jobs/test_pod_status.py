@@ -18,10 +18,16 @@ def test_why_pods_wait_is_said(
         kube.wait_for("pytorchjobs")
         unplaced = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: Insufficient nvidia.com/gpu"}
         kube.pod("job-master-0", MASTER, phase="Pending", conditions=[unplaced])
-        kube.put("events", {
-            "metadata": {"name": "e"}, "involvedObject": {"name": "job"}, "type": "Warning",
-            "reason": "FailedCreatePod", "message": "violates PodSecurity: init-pytorch must not run as root",
-        })  # fmt: skip
+        kube.put(
+            "events",
+            {
+                "metadata": {"name": "e"},
+                "involvedObject": {"name": "job"},
+                "type": "Warning",
+                "reason": "FailedCreatePod",
+                "message": "violates PodSecurity: init-pytorch must not run as root",
+            },
+        )
         time.sleep(2.5)
         succeed(kube)
 
@@ -77,9 +83,7 @@ def test_a_pod_that_stays_in_an_init_container_is_named(
     assert "job-worker-1" not in caplog.text
 
 
-def test_pods_of_which_little_is_known_end_nothing(
-    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
-) -> None:  # fmt: skip
+def test_pods_of_which_little_is_known_end_nothing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     def act() -> None:
         kube.wait_for("pytorchjobs")
         kube.put("pods", {"metadata": {"name": "a", "labels": MASTER}})

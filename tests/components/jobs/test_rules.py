@@ -86,7 +86,7 @@ CONTAINER = (*POD, "containers", 0)
         (put(*CONTAINER, "env", 0, value={"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}), "must come from a secret"),
         (put(*POD, "automountServiceAccountToken", value=None), "automountServiceAccountToken must be false"),
     ],
-)  # fmt: skip
+)
 def test_a_job_that_would_go_wrong_is_told_apart(change: Callable[[Manifest], None], said: str) -> None:
     changed = copy.deepcopy(job())
     change(changed)
@@ -123,7 +123,7 @@ HOST = {"httpGet": {"host": "10.0.0.1", "path": "/", "port": 80}}
         (put(*CONTAINER, "securityContext", "procMount", value="Unmasked"), "procMount must be unset"),
         (put(*POD, "ephemeralContainers", value=[{"name": "debug", "image": "x:1"}]), "container debug: allowPriv"),
     ],
-)  # fmt: skip
+)
 def test_what_the_recorded_verdicts_leave_out_is_refused_as_well(change: Callable[[Manifest], None], said: str) -> None:
     changed = copy.deepcopy(job())
     change(changed)
@@ -133,9 +133,14 @@ def test_what_the_recorded_verdicts_leave_out_is_refused_as_well(change: Callabl
 @pytest.mark.parametrize(
     "change",
     [
-        put(*REPLICAS, "Worker", value={}), put(*MASTER, "replicas", value="1"), put(*MASTER, "template", value={}),
-        put(*POD, "containers", value=[{}]), put(*POD, "volumes", value=[{}]), put("spec", value={}),
-        put(*CONTAINER, "env", value=[{}]), put(*CONTAINER, "volumeMounts", value=[{}]),
+        put(*REPLICAS, "Worker", value={}),
+        put(*MASTER, "replicas", value="1"),
+        put(*MASTER, "template", value={}),
+        put(*POD, "containers", value=[{}]),
+        put(*POD, "volumes", value=[{}]),
+        put("spec", value={}),
+        put(*CONTAINER, "env", value=[{}]),
+        put(*CONTAINER, "volumeMounts", value=[{}]),
         put(*CONTAINER, "args", value=["train", "x", "checkpoint.max_attempts=many"]),
         lambda job: job["spec"]["pytorchReplicaSpecs"].update(Worker=None),
         lambda job: job["spec"]["pytorchReplicaSpecs"]["Worker"].update(replicas=None, template=None),
@@ -144,7 +149,7 @@ def test_what_the_recorded_verdicts_leave_out_is_refused_as_well(change: Callabl
             terminationGracePeriodSeconds=None, securityContext=None, containers=None, volumes=None
         ),
     ],
-)  # fmt: skip
+)
 def test_a_job_with_holes_is_refused_in_lines(change: Callable[[Any], None]) -> None:
     changed = copy.deepcopy(job())
     change(changed)

@@ -60,8 +60,10 @@ def test_jobs_of_the_run_that_still_run_are_stopped_and_have_time_to_save(
     assert end_run("mplug")[0] == "failed"
     assert time.monotonic() - begun > 1.4
     assert sorted(name for _, kind, name in kube.objects if kind == "pytorchjobs") == [
-        "finished", "given-up", "of-another-run",
-    ]  # fmt: skip
+        "finished",
+        "given-up",
+        "of-another-run",
+    ]
 
 
 def test_a_job_that_another_run_takes_over_is_that_runs(

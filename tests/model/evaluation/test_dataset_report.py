@@ -65,10 +65,15 @@ def test_mlflow_has_metrics_tables_figures_and_the_page(shown: tuple[str, Path, 
     assert run.info.status == "FINISHED"
     assert run.data.metrics["classification/quarantined_train"] == 3
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
-        "classification.html", "classification-distributions.png", "classification-categories.png",
-        "classification-supers.png", "classification-category.json", "classification-super-category.json",
-        "classification-resolution.json", "classification-quarantined-because.json",
-    }  # fmt: skip
+        "classification.html",
+        "classification-distributions.png",
+        "classification-categories.png",
+        "classification-supers.png",
+        "classification-category.json",
+        "classification-super-category.json",
+        "classification-resolution.json",
+        "classification-quarantined-because.json",
+    }
 
 
 def test_the_page_shows_its_categories_in_a_browser(shown: tuple[str, Path, str], tmp_path: Path) -> None:

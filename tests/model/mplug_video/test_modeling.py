@@ -20,9 +20,16 @@ from model.mplug_video.vision import Linear
 
 VISION = {"image_size": 32, "patch_size": 8, "num_frames": 3, "hidden_size": 32, "num_hidden_layers": 2}
 TEXT = {
-    "model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64,
-    "bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 7,
-}  # fmt: skip
+    "model_type": "gpt2",
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 100,
+    "n_positions": 64,
+    "bos_token_id": 5,
+    "eos_token_id": 7,
+    "pad_token_id": 7,
+}
 ALL = [
     MPlugVideoForConditionalGeneration,
     MPlugVideoForPreTraining,
@@ -190,16 +197,16 @@ def test_compilation_changes_no_gradient(model: MPlugVideoForPreTraining, monkey
 
 def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
-    for way in (vision.kept, vision.remade):
-        monkeypatch.setattr(vision, "remade", way)
+    for way in (vision.keep_intermediate, vision.recompute_intermediate):
+        monkeypatch.setattr(vision, "recompute_intermediate", way)
         torch.manual_seed(0)
         model = MPlugVideoForPreTraining(config()).train()
         for parameter in model.vision_encoder.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         model(clips(), torch.full((2, 6), 9), torch.ones(2, 5)).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    for kept, remade in zip(*gradients, strict=True):
-        torch.testing.assert_close(remade, kept)
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
 
 
 def test_a_linear_layer_on_a_cpu_is_a_linear_layer() -> None:

@@ -165,9 +165,9 @@ def test_classification(tmp_path: Path) -> None:
     mask = answer_mask(recording["in/eval_text.attention_mask"], recording["in/eval_text.prompt_lengths"].tolist())
     mask = mask.unflatten(0, (len(prefix), -1))
     with torch.no_grad():
-        scores = torch.stack([
-            model.score_answers(prefix[row, None], ids[row], mask[row]) for row in range(len(prefix))
-        ])  # fmt: skip
+        scores = torch.stack(
+            [model.score_answers(prefix[row, None], ids[row], mask[row]) for row in range(len(prefix))]
+        )
     close(scores, recording["out/eval.scores"])
     close(scores.softmax(dim=1), recording["out/eval.generation_logits"])
     close(model.classify(prefix, *title), recording["out/eval.cls_logits"])

@@ -43,11 +43,11 @@ def value(engine: Engine) -> float:
     return found.pop()
 
 
-def save(engine: Engine, made: Checkpoints, *steps: int, best: int = -1) -> None:
+def save(engine: Engine, store: Checkpoints, *steps: int, best: int = -1) -> None:
     for step in steps:
         fill(engine, step)
-        made.save(step, f'{{"step": {step}}}\n'.encode(), {"progress": {"step": step}}, best)
-        made.wait()
+        store.save(step, f'{{"step": {step}}}\n'.encode(), {"progress": {"step": step}}, best)
+        store.wait()
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -58,9 +58,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_a_checkpoint_brings_everything_back(engine: Engine, group: Processes, place: str) -> None:
-    made = checkpoints(engine, group, place)
-    assert made.restore() is None
-    save(engine, made, 4)
+    store = checkpoints(engine, group, place)
+    assert store.restore() is None
+    save(engine, store, 4)
     fill(engine, 0)
     again = checkpoints(engine, group, place)
     restored = again.restore()
@@ -71,23 +71,25 @@ def test_a_checkpoint_brings_everything_back(engine: Engine, group: Processes, p
 
 
 def test_the_newest_and_the_best_are_kept(engine: Engine, group: Processes, place: str) -> None:
-    made = checkpoints(engine, group, place)
+    store = checkpoints(engine, group, place)
     storage.write(f"{place}/step-00000003/state-00000-of-00001.safetensors", b"half-written by a killed process")
-    save(engine, made, 1, 2, 4, 6, 8, best=2)
+    save(engine, store, 1, 2, 4, 6, 8, best=2)
     assert saved_steps(place) == [8, 6, 2]
     assert {entry.path.partition("/")[0] for entry in storage.walk(place)} == {
-        "step-00000002", "step-00000006", "step-00000008",
-    }  # fmt: skip
+        "step-00000002",
+        "step-00000006",
+        "step-00000008",
+    }
 
 
 def test_a_checkpoint_that_cannot_be_written_is_known_as_lost(
     engine: Engine, group: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
-    made = checkpoints(engine, group, str(tmp_path / "run"))
-    save(engine, made, 4)
+    store = checkpoints(engine, group, str(tmp_path / "run"))
+    save(engine, store, 4)
     assert "checkpoint of step 4 was not written by process 0" in caplog.text
-    assert made.lost_step == 4
+    assert store.lost_step == 4
     progress = Progress(step=4)
     for value in (float("nan"), 1.0, 2.0):
         progress.note(value, lower_is_better=True)
@@ -104,19 +106,19 @@ def test_an_error_of_the_writing_thread_is_raised_in_the_loop(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(manifest, "commit_folder", commit)
-    made = checkpoints(engine, group, str(tmp_path / "run"))
-    made.save(4, b"", {})
+    store = checkpoints(engine, group, str(tmp_path / "run"))
+    store.save(4, b"", {})
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        made.wait()
+        store.wait()
 
 
 def test_a_running_save_holds_a_copy(engine: Engine, group: Processes, place: str) -> None:
-    made = checkpoints(engine, group, place)
+    store = checkpoints(engine, group, place)
     fill(engine, 7)
-    made.save(7, b"", {})
+    store.save(7, b"", {})
     fill(engine, 0)
-    made.wait()
-    made.restore()
+    store.wait()
+    store.restore()
     assert value(engine) == 7
 
 
@@ -142,25 +144,25 @@ def flip(path: Path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     engine: Engine, group: Processes, tmp_path: Path, damage: str
 ) -> None:
-    made = checkpoints(engine, group, str(tmp_path))
-    save(engine, made, 1, 2)
+    store = checkpoints(engine, group, str(tmp_path))
+    save(engine, store, 1, 2)
     DAMAGES[damage](tmp_path / "step-00000002")
-    restored = made.restore()
+    restored = store.restore()
     assert restored
     assert (restored["step"], value(engine)) == (1, 1.0)
-    save(engine, made, 3)  # and what comes after the damaged one does not push the good ones out
+    save(engine, store, 3)  # and what comes after the damaged one does not push the good ones out
     assert saved_steps(str(tmp_path))[0] == 3
 
 
 def test_where_no_checkpoint_is_whole_the_run_does_not_start_from_nothing_in_silence(
     engine: Engine, group: Processes, tmp_path: Path
 ) -> None:
-    made = checkpoints(engine, group, str(tmp_path))
-    save(engine, made, 1, 2)
+    store = checkpoints(engine, group, str(tmp_path))
+    save(engine, store, 1, 2)
     for step in (1, 2):
         flip(tmp_path / f"step-0000000{step}" / "state-00000-of-00001.safetensors")
     with pytest.raises(DataError, match="none of the 2 checkpoints"):
-        made.restore()
+        store.restore()
 
 
 def test_other_frozen_weights_are_refused(engine: Engine, group: Processes, tmp_path: Path) -> None:
@@ -186,14 +188,14 @@ def test_frozen_weights_are_hashed_and_not_saved(
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     engine: Engine, group: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = checkpoints(engine, group, str(tmp_path / "run"))
-    save(engine, made, 1)
+    store = checkpoints(engine, group, str(tmp_path / "run"))
+    save(engine, store, 1)
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("a file where a folder should be")
-    save(engine, made, 2)
+    save(engine, store, 2)
     assert "checkpoint of step 2 was not written" in caplog.text
     (tmp_path / "run").unlink()
-    save(engine, made, 3)
+    save(engine, store, 3)
     assert saved_steps(str(tmp_path / "run")) == [3]
 
 

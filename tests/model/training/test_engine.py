@@ -17,8 +17,10 @@ def found(decoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
         [*torchrun, "-m", "tests.helpers.engine_stages", decoder, str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, check=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        check=True,
+        timeout=300,
+    )
     return json.loads(out.read_text())
 
 

@@ -21,14 +21,14 @@ def test_the_count_is_that_of_torch(shards: dict[str, str], decoder: str, task: 
     preset = {"matching": "tiny_retrieval"}.get(task, f"tiny_{task}")
     settings = [f"model.decoder={decoder}", f"data.shards={shards[dataset]}", f"task={task}", "training.precision=fp32"]
     config = load_config(preset, [*settings, f"model.freeze_decoder={str(frozen).lower()}"])
-    made = build_task(config)
-    made.model.train()
-    clips = ClipSource(reader=ShardReader(f"{shards[dataset]}/train"), processor=made.processor)
-    batch = made.collate([clips.example((0, position), clips.fetch(position)) for position in range(CLIPS)])
+    built = build_task(config)
+    built.model.train()
+    clips = ClipSource(reader=ShardReader(f"{shards[dataset]}/train"), processor=built.processor)
+    batch = built.collate([clips.example((0, position), clips.fetch(position)) for position in range(CLIPS)])
     # on a CPU the counter does not see fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        made.network(batch)[0].backward()
-    ours = step_flops(made.model, CLIPS, made.decoder_passes(batch)).total
+        built.network(batch)[0].backward()
+    ours = step_flops(built.model, CLIPS, built.decoder_passes(batch)).total
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

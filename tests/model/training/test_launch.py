@@ -24,19 +24,31 @@ def static(number: int) -> dict[str, str]:
     """As training-operator sets it for one Master and one Worker: RANK and WORLD_SIZE count pods."""
     port, master = "23456", "job-master-0"
     return {
-        "PYTHONUNBUFFERED": "1", "MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(number),
-        "PET_MASTER_ADDR": master, "PET_MASTER_PORT": port, "PET_NNODES": "2", "PET_NODE_RANK": str(number),
+        "PYTHONUNBUFFERED": "1",
+        "MASTER_ADDR": master,
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "RANK": str(number),
+        "PET_MASTER_ADDR": master,
+        "PET_MASTER_PORT": port,
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": str(number),
         "PET_NPROC_PER_NODE": "auto",
-    }  # fmt: skip
+    }
 
 
 def elastic() -> dict[str, str]:
     """As training-operator sets it for one or two elastic Workers."""
     return {
-        "PYTHONUNBUFFERED": "1", "PET_RDZV_ENDPOINT": "job-worker-0:23456", "PET_RDZV_BACKEND": "c10d",
-        "PET_NNODES": "1:2", "PET_NPROC_PER_NODE": "1", "PET_MAX_RESTARTS": "3", "PET_STANDALONE": "",
+        "PYTHONUNBUFFERED": "1",
+        "PET_RDZV_ENDPOINT": "job-worker-0:23456",
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_NNODES": "1:2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MAX_RESTARTS": "3",
+        "PET_STANDALONE": "",
         "PET_RDZV_CONF": "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3",
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture

@@ -28,9 +28,13 @@ from tests.helpers.copying import copied
 from tests.helpers.killing import MPLUG, Training, workers
 
 SIZES = [
-    "model.vision.image_size=64", "model.vision.hidden_size=128", "model.vision.num_hidden_layers=4",
-    "model.vision.num_attention_heads=4", "model.num_queries=8", "model.text={}",
-]  # fmt: skip
+    "model.vision.image_size=64",
+    "model.vision.hidden_size=128",
+    "model.vision.num_hidden_layers=4",
+    "model.vision.num_attention_heads=4",
+    "model.num_queries=8",
+    "model.text={}",
+]
 LENGTH = ["training.steps=3", "optim.warmup_steps=1", "training.log_every=1", "checkpoint.every=1"]
 GPUS = 8
 RELEASED = [name for name in list_presets() if not name.startswith("tiny_")]

@@ -36,9 +36,11 @@ def plain_losses(preset: str, overrides: list[str]) -> list[float]:
     reader = ShardReader(f"{config.data.shards}/train")
     accumulation = config.training.gradient_accumulation
     sampler = BatchSampler(
-        size=len(reader), seed=config.seed, batch_size=config.data.batch_size // accumulation,
+        size=len(reader),
+        seed=config.seed,
+        batch_size=config.data.batch_size // accumulation,
         steps=config.training.steps * accumulation,
-    )  # fmt: skip
+    )
     clips = ClipSource(reader=reader, processor=task.processor, augment=config.data, seed=config.seed)
     optimizer = torch.optim.AdamW(
         parameter_groups(task.network, config.optim), betas=config.optim.betas, eps=config.optim.eps
@@ -103,9 +105,15 @@ def test_a_batch_that_does_not_divide_is_refused_by_the_processes(
     shards: dict[str, str], decoder: str, tmp_path: Path
 ) -> None:
     ended = command(
-        "train", "tiny_pretraining", "--processes", "2", f"data.shards={shards['pretrain']}",
-        f"model.decoder={decoder}", "data.batch_size=7", f"output={tmp_path}",
-    )  # fmt: skip
+        "train",
+        "tiny_pretraining",
+        "--processes",
+        "2",
+        f"data.shards={shards['pretrain']}",
+        f"model.decoder={decoder}",
+        "data.batch_size=7",
+        f"output={tmp_path}",
+    )
     assert ended.returncode == 2
     assert ended.stderr.count("error: data.batch_size must be a multiple of processes") == 1
     assert "Traceback" not in ended.stderr
@@ -119,9 +127,14 @@ def test_clips_that_cannot_be_read_end_the_command_with_code_3(
     for tar in damaged.rglob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
     ended = command(
-        "train", "tiny_pretraining", f"data.shards={damaged}", f"model.decoder={decoder}", "data.batch_size=4",
-        "data.workers=1", f"output={tmp_path}",
-    )  # fmt: skip
+        "train",
+        "tiny_pretraining",
+        f"data.shards={damaged}",
+        f"model.decoder={decoder}",
+        "data.batch_size=4",
+        "data.workers=1",
+        f"output={tmp_path}",
+    )
     assert ended.returncode == 3
     assert ended.stderr.count("error: no clip of the first batch can be read:") == 1
     assert "started again" not in ended.stderr

@@ -21,11 +21,13 @@ def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float
     start = time.monotonic()
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.watched", case], stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "tests.helpers.watched", case],
+            stderr=subprocess.PIPE,
+            text=True,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     codes: list[int | None] = []
     said = []
     stopped = int(case[0]) if case.endswith(("stops", "hangs")) else None

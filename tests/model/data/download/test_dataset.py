@@ -272,9 +272,12 @@ def test_modelscope_gives_the_repository_and_the_videos_that_its_annotations_nam
 
 def test_object_storage_addresses_are_signed_as_alibabas_own_client_signs_them() -> None:
     key = {
-        "AccessId": "AKID", "AccessSecret": "SECRET", "SecurityToken": "TOKEN+/=", "Bucket": "dataset-hub",
+        "AccessId": "AKID",
+        "AccessSecret": "SECRET",
+        "SecurityToken": "TOKEN+/=",
+        "Bucket": "dataset-hub",
         "Region": "oss-cn-hangzhou",
-    }  # fmt: skip
+    }
     url = modelscope.signed_url(key, "public-zip/modelscope/Youku-AliceMind/master", "videos/a b+中.mp4", 1_700_000_000)
     assert url.startswith("https://dataset-hub.oss-cn-hangzhou.aliyuncs.com/public-zip/modelscope/")
     assert "Signature=mtsY3hAtTkNqCxww7O0D4zeyjog%3D" in url  # recorded from oss2 2.19 for the same input

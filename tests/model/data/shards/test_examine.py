@@ -34,9 +34,9 @@ def shard(raw: Path, root: Path, **changes: object) -> str:
 
 @pytest.fixture(scope="module")
 def clips() -> list[Damaged]:
-    made = list(damaged_clips())
-    assert len({item.name for item in made}) == 300
-    return made
+    clips = list(damaged_clips())
+    assert len({item.name for item in clips}) == 300
+    return clips
 
 
 @pytest.fixture(scope="module")

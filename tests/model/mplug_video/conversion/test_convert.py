@@ -99,9 +99,15 @@ def test_a_timm_vit_becomes_a_vision_encoder_that_computes_what_upstream_made_of
 def test_clip_of_transformers_is_the_same_encoder_on_one_frame(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
-        hidden_act="gelu", layer_norm_eps=1e-6,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
     clip = CLIPVisionModel(config).eval()
     for parameter in clip.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
