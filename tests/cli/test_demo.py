@@ -86,7 +86,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(folder: Path, interrupted:
     assert "Traceback" not in interrupted
 
 
-def test_the_rerun_goes_on_where_the_first_stopped(folder: Path, interrupted: str, finished: str) -> None:
+def test_a_repeated_demo_resumes(folder: Path, interrupted: str, finished: str) -> None:
     assert "rendering" not in finished
     # kfp runs independent stages in any order: whichever were through the first time are not run again
     before, after = (set(re.findall(r"✓ ([a-z-]+)", output)) for output in (interrupted, finished))
@@ -95,11 +95,11 @@ def test_the_rerun_goes_on_where_the_first_stopped(folder: Path, interrupted: st
     assert processes_of(folder) == []
 
 
-def test_a_run_too_short_to_learn_names_what_it_missed(finished: str) -> None:
+def test_a_demo_that_is_too_short_lists_missed_requirements(finished: str) -> None:
     assert re.search(r"missed: classification top1 is 0\.\d+, required ≥ 0\.500", finished)
 
 
-def test_the_report_is_one_file_that_loads_nothing(folder: Path, finished: str) -> None:
+def test_the_report_is_one_file_without_external_resources(folder: Path, finished: str) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["']?(?!data:)[^"'>\s]+""", page)
     for part in ("Pre-training", "confusion matrix", "frames of a clip", "clip found", "top1", "cider"):
@@ -113,7 +113,7 @@ def repeated(folder: Path, finished: str) -> str:
     return output
 
 
-def test_a_repeated_demo_takes_every_stage_from_the_cache(folder: Path, finished: str, repeated: str) -> None:
+def test_a_third_demo_uses_the_cache_for_every_stage(folder: Path, finished: str, repeated: str) -> None:
     assert "results on the test splits" in repeated
     assert "step/s" not in repeated
     executed = re.findall(r"Executing task .*?'([a-z0-9-]+)'", (folder / "pipeline.log").read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def test_a_training_run_shows_its_configuration_and_curves(tracking: mlflow.Mlfl
         assert [point.step for point in tracking.get_metric_history(run.info.run_id, key)] == [1, 2, 3]
 
 
-def test_an_evaluation_holds_tables_and_a_figure_in_s3(tracking: mlflow.MlflowClient, tmp_path: Path) -> None:
+def test_an_evaluation_has_tables_and_a_figure_in_s3(tracking: mlflow.MlflowClient, tmp_path: Path) -> None:
     run = runs(tracking)["evaluate-tiny-captioning-pretrained"]
     assert {item.path for item in tracking.list_artifacts(run.info.run_id)} >= {
         "metrics.json",

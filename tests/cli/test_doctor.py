@@ -31,34 +31,34 @@ def found(question: Question, what: str) -> Finding:
 # ---- this machine
 
 
-def test_a_laptop_is_well(tmp_path: Path) -> None:
+def test_a_laptop_passes(tmp_path: Path) -> None:
     question = Question(root=str(tmp_path / "work"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     assert {finding.kind for finding in run_checks(question)} <= {"ok", "warning"}
     assert print_findings(question)
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_bucket_is_written_read_and_left_clean(s3: str) -> None:
+def test_the_bucket_check_writes_reads_and_deletes(s3: str) -> None:
     from model import storage
 
     finding = found(Question(root=f"{s3}/doctor"), "storage")
-    assert (finding.kind, finding.said) == ("ok", f"{s3}/doctor takes, keeps and removes")
+    assert (finding.kind, finding.said) == ("ok", f"{s3}/doctor can be written, read and removed")
     assert list(storage.walk(f"{s3}/doctor")) == []
 
 
-def test_a_bucket_that_is_not_there_is_a_failure(s3: str) -> None:
+def test_a_missing_bucket_is_a_failure(s3: str) -> None:
     finding = found(Question(root="s3://no-such-bucket/x"), "storage")
     assert finding.kind == "failure"
     assert "no-such-bucket" in finding.said
 
 
-def test_a_clock_that_is_off_is_a_failure(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_clock_is_a_failure(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.storage.clock_skew_s", lambda _uri: -700.0)
     finding = found(Question(root=f"{s3}/doctor"), "clock")
-    assert (finding.kind, finding.said) == ("failure", "-700 s off the store's")
+    assert (finding.kind, finding.said) == ("failure", "-700 s off the clock of the storage")
 
 
-def test_too_little_shared_memory_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_shared_memory_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.doctor.examine.shutil.disk_usage", lambda _path: SimpleNamespace(total=64e6, free=1e12))
     finding = found(Question(), "/dev/shm")
     assert finding.kind == "failure"
@@ -69,7 +69,7 @@ def test_missing_gpus_are_a_failure() -> None:
     assert found(Question(gpus=8), "GPUs").said == "0 of 8"
 
 
-def test_an_interface_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_interface_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib")
     finding = found(Question(), "NCCL_SOCKET_IFNAME")
     assert (finding.kind, finding.said) == ("failure", "ib: no interface of that name")
@@ -89,7 +89,7 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_tracking_server_that_refuses_its_name_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejected_host_header_of_mlflow_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     server = HTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -126,15 +126,15 @@ def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
 CLUSTER = Question(cluster=True, namespace="mplug", nodes=2)
 
 
-def test_a_cluster_is_well(kube: FakeKube) -> None:
+def test_a_complete_cluster_passes(kube: FakeKube) -> None:
     kinds = {finding.what: finding.kind for finding in run_checks(CLUSTER)}
     assert set(kinds.values()) <= {"ok", "warning"}, kinds
     assert {"API server", "rights", "training-operator", "shape", "init container", "quota"} <= set(kinds)
 
 
-def test_missing_rights_are_named(kube: FakeKube) -> None:
+def test_missing_permissions_are_listed(kube: FakeKube) -> None:
     kube.denied = {("create", "pytorchjobs"), ("list", "events")}
-    assert found(CLUSTER, "rights").said == "you may not: create pytorchjobs, list events"
+    assert found(CLUSTER, "rights").said == "not allowed: create pytorchjobs, list events"
 
 
 def test_a_cluster_without_the_operator_is_a_failure(kube: FakeKube) -> None:
@@ -143,14 +143,14 @@ def test_a_cluster_without_the_operator_is_a_failure(kube: FakeKube) -> None:
     assert (finding.kind, finding.remedy) == ("failure", "Install training-operator 1.9.")
 
 
-def test_what_is_not_installed_is_named(kube: FakeKube) -> None:
+def test_missing_components_are_listed(kube: FakeKube) -> None:
     kube.remove("configmaps", "mplug-config")
     kube.remove("podtemplates", "training")
     assert found(CLUSTER, "mplug-config").kind == "failure"
     assert found(CLUSTER, "shape").said == "namespace mplug has no PodTemplate training"
 
 
-def test_a_shape_that_breaks_a_rule_is_named(kube: FakeKube) -> None:
+def test_a_pod_template_that_violates_a_rule_is_reported(kube: FakeKube) -> None:
     shape = copy.deepcopy(GPU)
     shape["template"]["spec"]["containers"][0]["image"] = "registry.example/training:latest"
     kube.put("podtemplates", shape)
@@ -162,7 +162,7 @@ def operator_pod(kube: FakeKube) -> dict[str, Any]:
     return pod
 
 
-def test_the_operators_own_init_container_is_a_failure_under_the_restricted_standard(kube: FakeKube) -> None:
+def test_the_operators_default_init_container_is_a_failure(kube: FakeKube) -> None:
     """The ConfigMap is there, but nothing mounts it."""
     assert found(CLUSTER, "init container").kind == "ok"
     operator_pod(kube)["volumes"] = []
@@ -175,7 +175,7 @@ def test_the_operators_own_init_container_is_a_failure_under_the_restricted_stan
     assert found(CLUSTER, "init container").kind == "warning"  # admitted, but it waits for a name
 
 
-def test_a_template_of_ones_own_is_asked_about_with_the_operators_image(kube: FakeKube) -> None:
+def test_a_custom_init_container_is_checked_with_the_operators_image(kube: FakeKube) -> None:
     operator_pod(kube)["containers"][0]["args"] = ["--pytorch-init-container-image=registry.example/busybox:1"]
     config = kube.objects["kubeflow", "configmaps", "training-operator-init-container"]["data"]
     config["initContainer.yaml"] = "- {name: mine, image: '{{.InitContainerImage}}', command: ['true']}"
@@ -184,20 +184,20 @@ def test_a_template_of_ones_own_is_asked_about_with_the_operators_image(kube: Fa
     assert "container mine: allowPrivilegeEscalation must be false" in finding.said
 
 
-def test_who_may_not_create_pods_is_told_no_more(kube: FakeKube) -> None:
+def test_without_permission_to_create_pods_the_check_is_limited(kube: FakeKube) -> None:
     kube.denied = {("create", "pods")}
     finding = found(CLUSTER, "init container")
-    assert (finding.kind, "you may not create pods" in finding.said) == ("warning", True)
+    assert (finding.kind, "may not create pods" in finding.said) == ("warning", True)
 
 
 @pytest.mark.parametrize("template", ["a: {", "name: x", "[1]"])
-def test_a_template_that_cannot_be_read_is_a_failure(kube: FakeKube, template: str) -> None:
+def test_an_unreadable_init_container_template_is_a_failure(kube: FakeKube, template: str) -> None:
     config = kube.objects["kubeflow", "configmaps", "training-operator-init-container"]
     config["data"]["initContainer.yaml"] = template
     assert found(CLUSTER, "init container").kind == "failure"
 
 
-def test_an_operator_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
+def test_an_operator_without_read_permission_is_a_warning(kube: FakeKube) -> None:
     kube.faults.append(lambda _method, path: 403 if "deployments" in path else None)
     assert found(CLUSTER, "init container").kind == "warning"
 
@@ -205,7 +205,9 @@ def test_an_operator_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> N
 @pytest.mark.parametrize(
     ("frameworks", "kind"), [(["batch/job"], "failure"), (["batch/job", "kubeflow.org/pytorchjob"], "ok")]
 )
-def test_a_kueue_that_does_not_know_pytorchjobs_is_a_failure(kube: FakeKube, frameworks: list[str], kind: str) -> None:
+def test_kueue_without_the_pytorchjob_integration_is_a_failure(
+    kube: FakeKube, frameworks: list[str], kind: str
+) -> None:
     shape = copy.deepcopy(GPU)
     shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
     kube.put("podtemplates", shape)
@@ -225,11 +227,11 @@ STOCK = "spec: {templateDefaults: {retryStrategy: {limit: 2, retryPolicy: OnErro
     [
         ({"workflowDefaults": STOCK, "artifactRepository": "s3: {}"}, "ok", "Argo's retryPolicy is OnError"),
         ({"config": f"workflowDefaults: {{{STOCK}}}"}, "ok", "Argo's retryPolicy is OnError"),
-        ({"workflowDefaults": STOCK.replace("OnError", "Always")}, "warning", "also what is permanent"),
+        ({"workflowDefaults": STOCK.replace("OnError", "Always")}, "warning", "including permanent failures"),
         ({}, "ok", "is its default"),
     ],
 )
-def test_what_argo_repeats_is_said(kube: FakeKube, data: dict[str, str], kind: str, said: str) -> None:
+def test_the_retry_policy_of_argo_is_shown(kube: FakeKube, data: dict[str, str], kind: str, said: str) -> None:
     kube.put("configmaps", {"metadata": {"name": "workflow-controller-configmap"}, "data": data}, "kubeflow")
     finding = found(CLUSTER, "pipeline steps")
     assert finding.kind == kind
@@ -246,7 +248,7 @@ def test_the_findings_fit_80_columns(kube: FakeKube, monkeypatch: pytest.MonkeyP
     assert any(line.split()[:1] == ["→"] for line in lines)
 
 
-def test_a_quota_that_may_not_be_looked_at_is_a_warning(kube: FakeKube) -> None:
+def test_a_quota_without_read_permission_is_a_warning(kube: FakeKube) -> None:
     kube.faults.append(lambda _method, path: 403 if path.endswith("resourcequotas") else None)
     assert found(CLUSTER, "quota").kind == "warning"
     assert found(CLUSTER, "GPUs").kind == "ok"  # and the rest is looked at
@@ -275,5 +277,5 @@ def test_too_few_nodes_with_gpus_are_a_failure(kube: FakeKube) -> None:
 @pytest.mark.parametrize(
     ("text", "number"), [("500m", 0.5), ("64Gi", 64 * 2**30), ("2", 2), ("6Ti", 6 * 2**40), (3, 3)]
 )
-def test_quantities_are_numbers(text: str, number: float) -> None:
+def test_kubernetes_quantities_are_parsed(text: str, number: float) -> None:
     assert parse_amount(text) == number

@@ -29,7 +29,7 @@ def mplug(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([MPLUG, "job", *arguments], capture_output=True, text=True, env=os.environ, timeout=120)
 
 
-def test_a_job_is_applied_watched_read_and_cancelled(kube: FakeKube) -> None:
+def test_apply_watch_logs_and_cancel_of_a_job(kube: FakeKube) -> None:
     kube.put("podtemplates", CPU)
     applied = mplug("apply", "--nodes", "2", *TRAIN)
     name = applied.stdout.strip()
@@ -45,7 +45,7 @@ def test_a_job_is_applied_watched_read_and_cancelled(kube: FakeKube) -> None:
     assert ("mplug", "pytorchjobs", name) not in kube.objects
 
 
-def test_a_failed_job_is_a_failed_command(kube: FakeKube) -> None:
+def test_watching_a_failed_job_fails(kube: FakeKube) -> None:
     kube.put("podtemplates", CPU)
     name = mplug("apply", "evaluate", "s3://m", "s3://s", "--split", "val").stdout.strip()
     assert kube.wait_for("jobs")[0]["spec"]["template"]["spec"]["containers"][0]["args"][-2:] == ["--split", "val"]
@@ -55,7 +55,7 @@ def test_a_failed_job_is_a_failed_command(kube: FakeKube) -> None:
     assert watched.stderr.splitlines()[-1].startswith(f"error: Job {name} has failed: Job has reached the specified")
 
 
-def test_what_is_missing_is_said_in_a_line(kube: FakeKube) -> None:
+def test_a_missing_pod_template_is_a_one_line_error(kube: FakeKube) -> None:
     without_shape = mplug("apply", *TRAIN)
     assert without_shape.returncode == 1
     assert without_shape.stderr == (
@@ -64,7 +64,7 @@ def test_what_is_missing_is_said_in_a_line(kube: FakeKube) -> None:
     assert "has no job named other" in mplug("watch", "other").stderr
 
 
-def test_a_cluster_that_is_not_there_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cluster_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     ended = mplug("cancel", "job")
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr

@@ -15,7 +15,7 @@ def commands(group=None, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
-def test_help_teaches_by_an_example_that_names_the_command(path: tuple[str, ...]) -> None:
+def test_help_shows_an_example_of_the_command(path: tuple[str, ...]) -> None:
     group = get_command(app)
     for name in path:
         group = group.commands[name]
@@ -23,6 +23,6 @@ def test_help_teaches_by_an_example_that_names_the_command(path: tuple[str, ...]
     assert f"mplug {' '.join(path)}" in (group.help or "")
 
 
-def test_the_command_line_answers_without_loading_torch() -> None:
+def test_the_command_line_does_not_import_torch() -> None:
     code = "import sys, cli.main; print([name for name in ('torch', 'kfp', 'mlflow') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

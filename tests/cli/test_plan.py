@@ -34,7 +34,7 @@ def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([MPLUG, *arguments], capture_output=True, text=True, timeout=300)
 
 
-def test_memory_and_bytes_are_those_of_a_real_run(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
+def test_planned_memory_and_bytes_match_a_real_run(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", *WIDE]
     ended = command("train", "tiny_pretraining", *settings, f"output={tmp_path}")
     assert ended.returncode == 0, ended.stderr
@@ -59,7 +59,7 @@ def test_a_run_is_planned_without_weights_and_data() -> None:
     assert "2.8 GB for batches read ahead" in ended.stdout
 
 
-def test_what_does_not_fit_is_said_with_the_mildest_remedy() -> None:
+def test_a_run_that_does_not_fit_gets_the_cheapest_remedy() -> None:
     text = "model.text={model_type: gpt2, n_embd: 128, n_layer: 4, n_head: 4, n_positions: 128, vocab_size: 448}"
     one = ["--gpus", "1", "--gpu", "A10G", text, "data.batch_size=32768"]
     ended = command("plan", "tiny_pretraining", *one)
@@ -70,9 +70,7 @@ def test_what_does_not_fit_is_said_with_the_mildest_remedy() -> None:
     assert again.returncode == 0, again.stdout
 
 
-def test_a_plan_measures_this_machine_with_what_a_file_names(
-    shards: dict[str, str], decoder: str, tmp_path: Path
-) -> None:
+def test_measuring_uses_the_decoder_of_the_configuration(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
     tree = yaml.safe_load((PRESETS / "tiny_pretraining.yaml").read_text())
     tree["data"] |= {"shards": shards["pretrain"], "batch_size": 8}
     tree["model"]["decoder"] = decoder
@@ -80,18 +78,18 @@ def test_a_plan_measures_this_machine_with_what_a_file_names(
     ended = command("plan", str(tmp_path / "mine.yaml"), "--gpus", "0", "--measure")
     assert ended.returncode == 0, ended.stderr
     assert "as measured here" in ended.stdout
-    assert "beside that, measured here" in ended.stdout
+    assert "other, measured here" in ended.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["pretrain_1.3b"], "--clips must say how many clips"),
+        (["pretrain_1.3b"], "data.shards does not exist yet: give the number of clips with --clips"),
         (["pretrain_1.3b", "--clips", "1000000", "--gpus", "7"], "data.batch_size must be a multiple of processes"),
-        (["classification", "--clips", "100000"], "the decoder's shape must be known"),
+        (["classification", "--clips", "100000"], "the shape of the decoder is unknown"),
     ],
 )
-def test_what_cannot_be_planned_is_a_line_and_code_2(
+def test_an_invalid_plan_is_a_one_line_error(
     arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mplug", "plan", *arguments])

@@ -11,9 +11,7 @@ from tests.helpers.fake_kube import FakeKube
 from tests.helpers.shapes import CPU
 
 
-def test_the_step_of_a_pipeline_trains_on_the_cluster_and_returns_what_came_of_it(
-    kube: FakeKube, shards: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_pipeline_step_trains_on_the_cluster(kube: FakeKube, shards: dict[str, str], tmp_path: Path) -> None:
     from components.train import train
 
     kube.put("podtemplates", CPU)

@@ -37,7 +37,7 @@ def test_the_inventory_names_codecs_with_their_licences(script: ModuleType, tmp_
     assert named["libavcodec", "decord"] == "LicenseRef-nonfree-and-unredistributable"
 
 
-def test_notice_names_every_bundled_library_with_a_licence_of_its_own(script: ModuleType) -> None:
+def test_notice_lists_every_bundled_library_and_licence(script: ModuleType) -> None:
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     inside = {item["name"]: item for item in script.bundled(SITE_PACKAGES)}
     for name, license in script.LICENSES.items():
@@ -47,7 +47,7 @@ def test_notice_names_every_bundled_library_with_a_licence_of_its_own(script: Mo
         assert license.split(" ")[0] in notice
 
 
-def test_ffmpeg_reports_the_licence_that_notice_says() -> None:
+def test_the_licence_of_ffmpeg_matches_notice() -> None:
     for wheel, license in {"av": "LGPL version 3 or later", "decord": "nonfree and unredistributable"}.items():
         importlib.import_module(wheel)  # which loads what libavcodec itself needs
         (library,) = (SITE_PACKAGES / f"{wheel}.libs").glob("libavcodec*")

@@ -47,7 +47,7 @@ def run(image: str, *command: str, volumes: tuple[str, ...] = ()) -> str:
 
 
 @pytest.mark.parametrize("image", [TRAINING, MLFLOW])
-def test_an_image_runs_as_nobody_has_no_compiler_and_says_what_it_is(image: str) -> None:
+def test_an_image_is_non_root_labelled_and_without_compiler(image: str) -> None:
     assert run(image, "id", "-u") == "10001\n"
     assert "none" in run(image, "sh", "-c", "command -v gcc cc g++ clang make || echo none")
     labels = json.loads(podman("image", "inspect", image))[0]["Labels"]
@@ -68,7 +68,7 @@ def test_the_training_image_runs_the_commands_of_mplug() -> None:
     assert "✗" not in doctor
 
 
-def test_the_training_image_runs_a_step_as_kubeflow_pipelines_starts_it(tmp_path: Path) -> None:
+def test_the_training_image_runs_a_kubeflow_pipelines_step(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     container = compiled_documents("pretrain")[0]["deploymentSpec"]["executors"]["exec-start-run"]["container"]
     given = {"tracking_uri": "", "experiment": "e", "run_name": "r", "source": "s", "root": "/tmp/root"}

@@ -115,7 +115,7 @@ def data(bucket: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> li
     return [f"data.shards={shards}", f"model.decoder={decoder}"]
 
 
-def test_the_rights_are_the_least(installed: str) -> None:
+def test_permissions_are_minimal(installed: str) -> None:
     def may(account: str, *asked: str) -> bool:
         who = f"--as=system:serviceaccount:{installed}:{account}"
         return kubectl("auth", "can-i", *asked, "--namespace", installed, who, check=False).strip() == "yes"
@@ -136,14 +136,14 @@ def test_the_jobs_are_accepted_by_the_api_server(installed: str, minor: int) -> 
     assert said.count("created (server dry run)") == len(list((ROOT / "k8s" / "jobs").glob("*.yaml")))
 
 
-def test_the_doctor_finds_nothing_from_inside(installed: str) -> None:
+def test_the_doctor_passes_inside_a_pod(installed: str) -> None:
     said = mplug(dict(os.environ), "doctor", "--cluster", "--pod", "--namespace", installed)
     assert "✗" not in said
-    assert "s3://mplug/work takes, keeps and removes" in said
+    assert "s3://mplug/work can be written, read and removed" in said
     assert "http://mlflow.mplug.svc:5000 takes runs" in said
 
 
-def test_two_nodes_train_lose_a_pod_and_go_on(installed: str, data: list[str], bucket: dict[str, str]) -> None:
+def test_two_nodes_train_lose_a_pod_and_resume(installed: str, data: list[str], bucket: dict[str, str]) -> None:
     environment = dict(os.environ)
     options = ["--namespace", installed, "--nodes", "2"]
     name = mplug(
@@ -230,7 +230,7 @@ def pipelines(installed: str) -> Iterator[str]:
         yield address
 
 
-def test_the_benchmark_pipeline_runs_with_what_the_overlay_says(
+def test_the_benchmark_pipeline_runs_with_defaults_of_the_overlay(
     pipelines: str, data: list[str], bucket: dict[str, str]
 ) -> None:
     root, steps = "s3://mplug/work", "overrides=[training.steps=2,optim.warmup_steps=1,data.batch_size=8]"

@@ -1,4 +1,4 @@
-"""One of two processes: `torchrun engine_stages.py DECODER OUT` trains a few steps in every ZeRO stage and says how."""
+"""One of two processes: `torchrun engine_stages.py DECODER OUT` trains a few steps in every ZeRO stage."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from model.tasks.build import build_task
 from model.training.clock import Clock
 from model.training.distributed import Processes, processes
 from model.training.engine import Engine
+from model.training.zero import missing_attributes
 
 CLIPS, STEPS = 8, 3
 
@@ -42,10 +43,14 @@ def train(engine: Engine, steps: range, group: Processes) -> list[float]:
 
 
 def facts(decoder: str, precision: str, group: Processes) -> dict[str, Any]:
-    found: dict[str, Any] = {"losses": {}, "then": {}, "restored": {}, "from_stage_2": {}}
+    found: dict[str, Any] = {"losses": {}, "then": {}, "restored": {}, "from_stage_2": {}, "missing": {}}
     saved: dict[int, tuple[list[dict[str, torch.Tensor]], int]] = {}
     for stage in range(4):
         engine = engine_of(decoder, stage, precision, group)
+        trained = [parameter for parameter in engine.engine.module.parameters() if parameter.requires_grad]
+        found["missing"][stage] = [
+            name for parameter in trained for name in missing_attributes(engine.optimizer, stage, parameter)
+        ]
         found["losses"][stage] = train(engine, range(STEPS), group)
         copies = {name: tensor.clone() for name, tensor in engine.state.tensors().items()}
         saved[stage] = group.gathered(copies), engine.state.updates
@@ -63,7 +68,7 @@ def facts(decoder: str, precision: str, group: Processes) -> dict[str, Any]:
 
 
 def skips(engine: Engine, group: Processes) -> bool:
-    """Whether a step is left out on both processes where one of them has a broken clip."""
+    """Whether both processes skip a step if one of them has a broken clip."""
     before = {name: tensor.clone() for name, tensor in engine.state.tensors().items()}
     broken = batch(9, group)
     if group.is_main:

@@ -40,13 +40,13 @@ def builds() -> dict[str, list[Document]]:
     return dict(validate.builds())
 
 
-def test_all_that_is_applied_is_valid() -> None:
+def test_all_manifests_are_valid() -> None:
     ended = subprocess.run([sys.executable, K8S / "validate.py"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert len(ended.stdout.splitlines()) > 15
 
 
-def test_a_wrong_manifest_is_named_with_its_place(builds: dict[str, list[Document]]) -> None:
+def test_an_invalid_manifest_is_reported_with_its_path(builds: dict[str, list[Document]]) -> None:
     deployment = next(item for item in builds["overlays/local"] if item["kind"] == "Deployment")
     deployment["spec"]["template"]["spec"]["containers"][0]["imagePullPolicie"] = "Always"
     problems = validate.check(deployment)
@@ -55,7 +55,7 @@ def test_a_wrong_manifest_is_named_with_its_place(builds: dict[str, list[Documen
 
 
 @pytest.mark.parametrize("nodes", [1, 8])
-def test_a_trainjob_is_what_trainer_2_takes(nodes: int) -> None:
+def test_a_trainjob_matches_the_schema_of_trainer_2(nodes: int) -> None:
     command = ("train", "pretrain_1.3b", "data.shards=s", "model.decoder=d")
     launch = Launch(command=command, nodes=nodes, processes=8, deadline_s=3600)
     runtime, job = render_job(launch, GPU, "mplug", "trainjob")
@@ -66,21 +66,21 @@ def test_a_trainjob_is_what_trainer_2_takes(nodes: int) -> None:
     assert validate.check(runtime)
 
 
-def test_the_jobs_are_what_their_script_writes(tmp_path: Path) -> None:
+def test_committed_jobs_match_their_script(tmp_path: Path) -> None:
     mplug = str(Path(sys.executable).with_name("mplug"))
     subprocess.run([K8S / "jobs/render.sh", tmp_path], check=True, env={"PATH": "/usr/bin:/bin", "MPLUG": mplug})
     written = {path.name: path.read_text() for path in tmp_path.glob("*.yaml")}
     assert written == {path.name: path.read_text() for path in (K8S / "jobs").glob("*.yaml")}
 
 
-def test_every_variable_of_a_job_is_in_the_configuration(builds: dict[str, list[Document]]) -> None:
+def test_variables_of_jobs_are_in_the_config_map(builds: dict[str, list[Document]]) -> None:
     known = next(item["data"] for item in builds["overlays/production"] if item["kind"] == "ConfigMap")
     for path in (K8S / "jobs").glob("*.yaml"):
         text = "".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("#"))
         assert set(re.findall(r"\$\((\w+)\)", text)) <= set(known), path
 
 
-def test_nothing_applied_holds_a_secret(builds: dict[str, list[Document]]) -> None:
+def test_manifests_contain_no_secret(builds: dict[str, list[Document]]) -> None:
     assert not [item for documents in builds.values() for item in documents if item["kind"] == "Secret"]
 
 
@@ -91,7 +91,7 @@ def test_the_namespace_enforces_the_restricted_standard(builds: dict[str, list[D
                 assert item["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted", name
 
 
-def test_what_belongs_to_the_whole_cluster_has_no_namespace(builds: dict[str, list[Document]]) -> None:
+def test_cluster_scoped_resources_have_no_namespace(builds: dict[str, list[Document]]) -> None:
     found = 0
     for name, documents in builds.items():
         for item in documents:
@@ -184,7 +184,7 @@ def allows(policies: list[Document], own: dict[str, str], peer: dict[str, str], 
         (STEP, TRAINING, 23456, False),
     ],
 )
-def test_the_network_lets_through_what_the_data_flow_needs_and_nothing_else(
+def test_network_policies_allow_exactly_the_documented_flows(
     builds: dict[str, list[Document]], source: dict[str, str], target: dict[str, str], port: int, expected: bool
 ) -> None:
     policies = [item for item in builds["overlays/local"] if item["kind"] == "NetworkPolicy"]
@@ -193,7 +193,7 @@ def test_the_network_lets_through_what_the_data_flow_needs_and_nothing_else(
     assert (out and into) == expected, f"out {out}, in {into}"
 
 
-def test_no_pod_reaches_a_nodes_metadata_service(builds: dict[str, list[Document]]) -> None:
+def test_no_pod_reaches_the_metadata_service(builds: dict[str, list[Document]]) -> None:
     for documents in builds.values():
         for item in documents:
             if item["kind"] == "NetworkPolicy":
@@ -207,7 +207,7 @@ def test_no_pod_reaches_a_nodes_metadata_service(builds: dict[str, list[Document
 # ---- rights
 
 
-def test_the_launcher_may_do_what_it_does_and_nothing_more(builds: dict[str, list[Document]]) -> None:
+def test_permissions_of_the_launcher_match_its_calls(builds: dict[str, list[Document]]) -> None:
     roles = {item["metadata"]["name"]: item["rules"] for item in builds["overlays/local"] if item["kind"] == "Role"}
     may = {
         (group, resource): set(rule["verbs"])
@@ -246,5 +246,5 @@ def expressions() -> list[str]:
 
 
 @pytest.mark.parametrize("expression", expressions())
-def test_an_expression_parses(expression: str) -> None:
+def test_prometheus_expressions_parse(expression: str) -> None:
     promql_parser.parse(expression)

@@ -27,7 +27,7 @@ def run(tmp_path: Path, ends: str) -> "tuple[subprocess.CompletedProcess[str], s
     return subprocess.run(command, capture_output=True, text=True, env=environment), where.read_text()
 
 
-def test_chatter_of_libraries_is_not_shown(tmp_path: Path) -> None:
+def test_library_log_messages_are_hidden(tmp_path: Path) -> None:
     ended, left = run(tmp_path, "pass")
     assert (ended.returncode, ended.stderr, left) == (0, "ours\n", "")
 
@@ -39,11 +39,11 @@ def test_chatter_of_libraries_is_not_shown(tmp_path: Path) -> None:
         ("raise KeyError('a bug')", 1, "KeyError: 'a bug'"),
     ],
 )
-def test_the_reason_is_left_where_kubernetes_reads_it(tmp_path: Path, ends: str, code: int, left: str) -> None:
+def test_the_reason_is_written_to_the_termination_message(tmp_path: Path, ends: str, code: int, left: str) -> None:
     ended, found = run(tmp_path, ends)
     assert (ended.returncode, found) == (code, f"exit code {code}: {left}\n")
 
 
-def test_what_an_earlier_attempt_has_left_goes(tmp_path: Path) -> None:
+def test_the_message_of_an_earlier_attempt_is_cleared(tmp_path: Path) -> None:
     _, left = run(tmp_path, "from model.errors import clear_termination as c, note_termination as n; n(137, 'x'); c()")
     assert left == ""

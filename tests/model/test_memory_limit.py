@@ -32,7 +32,7 @@ def cgroup() -> Iterator[Path]:
     folder.rmdir()
 
 
-def test_a_run_that_is_killed_for_memory_says_so_and_ends_for_good(
+def test_a_run_that_exceeds_memory_fails_permanently(
     cgroup: Path, shards: dict[str, str], decoder: str, tmp_path: Path
 ) -> None:
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "checkpoint.max_attempts=2"]
@@ -77,7 +77,7 @@ V2 = {"memory.max": "471859200\n", "memory.events": "low 0\nhigh 0\nmax 9\noom 4
         ("4:cpu:/c\n9:hugetlb,memory:/c\n", {f"memory/c/{name}": text for name, text in V1.items()}),
     ],
 )
-def test_limit_and_kills_are_read_from_both_versions_of_cgroups(
+def test_limit_and_kills_are_read_from_cgroup_v1_and_v2(
     own: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree(tmp_path, {"own": own, **{f"mount/{name}": text for name, text in files.items()}})

@@ -62,7 +62,7 @@ def test_a_pipeline_has_finished_with_its_last_stages(server: mlflow.MlflowClien
     assert LAST_STAGES not in newest(server).data.tags
 
 
-def test_a_failed_stage_and_one_that_never_started_are_named(server: mlflow.MlflowClient, uri: str) -> None:
+def test_failed_and_unstarted_stages_are_named(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     run_stages(uri, "train")
     run_stages(uri, "gate", fails=True)
@@ -71,9 +71,7 @@ def test_a_failed_stage_and_one_that_never_started_are_named(server: mlflow.Mlfl
     assert newest(server).data.tags["pipeline.failed"] == "gate"
 
 
-def test_a_cancelled_pipeline_is_killed_and_so_is_a_stage_that_was_cut_off(
-    server: mlflow.MlflowClient, uri: str
-) -> None:
+def test_a_cancelled_pipeline_and_its_stage_are_killed(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     tags = {"mlflow.parentRunId": newest(server).info.run_id, "mlflow.runName": "evaluate"}
     cut_off = server.create_run(experiment_id(server, EXPERIMENT), tags=tags).info.run_id
@@ -82,14 +80,14 @@ def test_a_cancelled_pipeline_is_killed_and_so_is_a_stage_that_was_cut_off(
     assert server.get_run(cut_off).info.status == "KILLED"
 
 
-def test_the_workflow_decides_where_the_stages_say_less(server: mlflow.MlflowClient, uri: str) -> None:
+def test_the_workflow_status_takes_precedence(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     run_stages(uri, *LAST)
     finish(uri, "failed")  # a driver, which has no run of its own in MLflow
     assert newest(server).info.status == "FAILED"
 
 
-def test_a_name_that_is_used_again_does_not_hide_a_failure(server: mlflow.MlflowClient, uri: str) -> None:
+def test_a_reused_name_does_not_hide_a_failure(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     run_stages(uri, "gate", fails=True)
     finish(uri, "failed")
@@ -102,7 +100,7 @@ def test_a_name_that_is_used_again_does_not_hide_a_failure(server: mlflow.Mlflow
     assert server.get_run(failed.info.run_id).info.status == "FAILED"
 
 
-def test_a_last_stage_from_the_cache_counts(server: mlflow.MlflowClient, uri: str) -> None:
+def test_a_cached_last_stage_counts(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     run_stages(uri, *LAST)
     run_stages(uri, "train", fails=True)
@@ -112,9 +110,7 @@ def test_a_last_stage_from_the_cache_counts(server: mlflow.MlflowClient, uri: st
     assert finish(uri) == "nightly has ended: succeeded."
 
 
-def test_the_state_follows_a_retry_although_the_exit_handler_does_not_run_again(
-    server: mlflow.MlflowClient, uri: str
-) -> None:
+def test_the_status_follows_a_retry_without_exit_handler(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     run_stages(uri, "train", fails=True)
     finish(uri, "failed")
@@ -130,7 +126,7 @@ def test_the_state_follows_a_retry_although_the_exit_handler_does_not_run_again(
     assert newest(server).data.tags["pipeline.failed"] == ""
 
 
-def test_two_runs_of_kubeflow_under_one_name_do_not_touch_each_other(
+def test_two_kubeflow_runs_with_one_name_are_independent(
     server: mlflow.MlflowClient, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RUN_ID, "a")
@@ -152,7 +148,7 @@ def test_two_runs_of_kubeflow_under_one_name_do_not_touch_each_other(
     assert server.get_run(first.info.run_id).info.status == "FAILED"
 
 
-def test_a_run_that_was_never_opened_does_not_close_an_earlier_one(
+def test_an_unopened_run_does_not_close_an_earlier_one(
     server: mlflow.MlflowClient, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RUN_ID, "a")
@@ -169,7 +165,7 @@ def test_a_run_that_was_never_opened_does_not_close_an_earlier_one(
     assert newest(server).info.status == "FINISHED"
 
 
-def test_a_retry_that_is_cut_off_again_is_killed(server: mlflow.MlflowClient, uri: str) -> None:
+def test_a_cancelled_retry_is_killed(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     run_stages(uri, "train", fails=True)
     finish(uri, "failed")

@@ -18,7 +18,7 @@ for number in bar:
 """
 
 
-def test_a_log_gets_whole_lines_while_the_work_goes_on() -> None:
+def test_a_log_receives_complete_lines_during_the_work() -> None:
     child = subprocess.Popen([sys.executable, "-c", SCRIPT, "0.5"], stderr=subprocess.PIPE, bufsize=0)
     assert child.stderr
     begun, lines = time.monotonic(), list[tuple[float, bytes]]()
@@ -31,7 +31,7 @@ def test_a_log_gets_whole_lines_while_the_work_goes_on() -> None:
     assert b"40/40" in lines[-1][1]
 
 
-def test_a_line_comes_at_most_every_ten_seconds() -> None:
+def test_lines_are_at_least_ten_seconds_apart() -> None:
     from model.progress import LINE_EVERY_S
 
     assert LINE_EVERY_S == 10
@@ -39,7 +39,7 @@ def test_a_line_comes_at_most_every_ten_seconds() -> None:
     assert len(ended.stderr.splitlines()) == 2  # its start and its end
 
 
-def test_a_terminal_gets_a_bar_that_is_drawn_anew() -> None:
+def test_a_terminal_shows_a_bar() -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     with subprocess.Popen([sys.executable, "-c", SCRIPT, "10"], stderr=theirs):

@@ -21,7 +21,7 @@ def listed(uri: str) -> list[tuple[str, int]]:
     return [(entry.path, entry.size) for entry in storage.walk(uri)]
 
 
-def test_what_is_written_is_read_listed_and_found(base: str) -> None:
+def test_write_read_list_and_exists(base: str) -> None:
     uri = storage.join(base, "文件夹", "a b.bin")
     assert not storage.exists(uri)
     storage.write(uri, b"data")
@@ -30,7 +30,7 @@ def test_what_is_written_is_read_listed_and_found(base: str) -> None:
     assert listed(base) == [("文件夹/a b.bin", 4)]
 
 
-def test_a_prefix_is_a_folder_not_a_beginning(base: str) -> None:
+def test_a_prefix_is_a_folder_name(base: str) -> None:
     storage.write(storage.join(base, "run", "x"), b"1")
     storage.write(storage.join(base, "run-2", "x"), b"22")
     assert listed(storage.join(base, "run")) == [("x", 1)]
@@ -49,7 +49,7 @@ def test_an_objects_version_changes_with_its_content(base: str) -> None:
     assert first.version != second.version
 
 
-def test_parts_are_read_as_of_a_file(base: str) -> None:
+def test_range_reads_match_a_local_file(base: str) -> None:
     uri, data = storage.join(base, "x"), bytes(range(256)) * 8
     storage.write(uri, data)
     assert storage.read_range(uri, 1000, 500) == data[1000:1500]
@@ -61,7 +61,7 @@ def test_parts_are_read_as_of_a_file(base: str) -> None:
     assert file.read(5) == data[10:15]
 
 
-def test_moving_may_be_repeated_and_removing_takes_all(base: str) -> None:
+def test_move_is_repeatable_and_remove_is_recursive(base: str) -> None:
     source, dest = storage.join(base, "from", "x"), storage.join(base, "to", "y")
     storage.write(source, b"1")
     for _ in range(2):
@@ -71,20 +71,20 @@ def test_moving_may_be_repeated_and_removing_takes_all(base: str) -> None:
     assert listed(base) == []
 
 
-def test_files_come_back_whole(base: str, tmp_path: Path) -> None:
+def test_files_are_copied_completely(base: str, tmp_path: Path) -> None:
     (tmp_path / "up").write_bytes(bytes(range(256)) * 50_000)
     storage.upload_file(tmp_path / "up", storage.join(base, "big"))
     storage.download_file(storage.join(base, "big"), tmp_path / "down")
     assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
 
 
-def test_a_missing_object_is_one_line_that_names_it(base: str) -> None:
+def test_a_missing_object_is_a_one_line_error(base: str) -> None:
     with pytest.raises(StorageError, match="nowhere") as caught:
         storage.read(storage.join(base, "nowhere"))
     assert "\n" not in str(caught.value)
 
 
-def test_64_threads_may_be_the_first_to_read_in_a_process(s3: str) -> None:
+def test_64_threads_can_read_first(s3: str) -> None:
     uri = storage.join(s3, "cold")
     storage.write(uri, b"data")
     ended = subprocess.run(
@@ -93,21 +93,19 @@ def test_64_threads_may_be_the_first_to_read_in_a_process(s3: str) -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 
-def test_other_schemes_are_refused() -> None:
+def test_other_schemes_are_rejected() -> None:
     with pytest.raises(StorageError, match="gs:// is not supported"):
         storage.read("gs://bucket/key")
 
 
-def test_wrong_credentials_are_refused_by_the_server(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_are_rejected_by_the_server(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write(storage.join(s3, "secret"), b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with fresh_clients(), pytest.raises(StorageError):
         storage.read(storage.join(s3, "secret"))
 
 
-def test_a_profile_names_a_second_s3_with_its_own_credentials(
-    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_profile_selects_another_s3_server(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write(storage.join(s3, "profiles", "x"), b"there")
     (tmp_path / "config").write_text(
         f"[profile other]\nregion = us-east-1\nendpoint_url = {os.environ['AWS_ENDPOINT_URL_S3']}\n"
@@ -133,7 +131,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_published_folder_is_fetched_with_its_facts(base: str, folder: Path) -> None:
+def test_a_published_folder_is_fetched_with_its_metadata(base: str, folder: Path) -> None:
     uri = manifest.publish_folder(folder, base, step=3)
     assert manifest.latest_version(base) == uri
     assert (manifest.fetch_folder(uri) / "sub" / "config").read_bytes() == b"config"
@@ -141,7 +139,7 @@ def test_a_published_folder_is_fetched_with_its_facts(base: str, folder: Path) -
     assert manifest.manifest_sha256(uri).startswith(uri.rpartition("/")[2])
 
 
-def test_publishing_again_leaves_the_first_version_as_it_was(base: str, folder: Path) -> None:
+def test_publishing_again_keeps_the_first_version(base: str, folder: Path) -> None:
     first = manifest.publish_folder(folder, base)
     (folder / "weights").write_bytes(b"other")
     second = manifest.publish_folder(folder, base)
@@ -150,13 +148,13 @@ def test_publishing_again_leaves_the_first_version_as_it_was(base: str, folder: 
     assert manifest.latest_version(base) == second
 
 
-def test_a_folder_without_its_manifest_does_not_count(base: str) -> None:
+def test_a_folder_without_a_manifest_is_ignored(base: str) -> None:
     storage.write(storage.join(base, "weights"), b"weights")
     with pytest.raises(StorageError, match="never published, or its upload did not finish"):
         manifest.fetch_folder(base)
 
 
-def test_a_changed_file_is_refused(base: str, folder: Path) -> None:
+def test_a_changed_file_is_rejected(base: str, folder: Path) -> None:
     uri = manifest.publish_folder(folder, base, fetched="never before")
     storage.write(storage.join(uri, "weights"), b"WEIGHTS")
     with pytest.raises(StorageError, match="weights must have sha256"):

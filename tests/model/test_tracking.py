@@ -67,7 +67,7 @@ def status(server: Unreliable, run: Run) -> str:
 
 @pytest.mark.parametrize("mode", ["down", "500", "slow", "lost answers", "a page"])
 @pytest.mark.parametrize("when", ["at start", "in the middle", "at the end"])
-def test_an_outage_neither_slows_a_run_nor_costs_a_point(
+def test_an_outage_neither_delays_a_run_nor_loses_points(
     server: Unreliable, when: str, mode: Mode, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
@@ -90,23 +90,21 @@ def test_an_outage_neither_slows_a_run_nor_costs_a_point(
     assert mlflow.MlflowClient(server.uri).get_run(run.run_id).data.params == {"optim.lr": "0.0001"}
 
 
-def test_a_server_that_does_not_come_back_costs_its_patience_only(
-    server: Unreliable, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_lost_server_delays_only_by_the_patience(server: Unreliable, caplog: pytest.LogCaptureFixture) -> None:
     server.mode = "down"
     start = time.monotonic()
     with tracked(config(server, patience_s=1), "lost", key="lost") as run:
         log(run, range(1, 6))
     assert time.monotonic() - start < 8
     assert "MLflow did not receive the last 6 entries; metrics are in" in caplog.text
-    assert caplog.text.count("MLflow is not reachable") == 1
+    assert caplog.text.count("MLflow is unreachable") == 1
     server.mode = "up"
     with tracked(config(server), "lost", key="lost", history=points(run)) as again:  # the same command once more
         pass
     assert series(server, again) == [1, 2, 3, 4, 5]
 
 
-def test_a_finished_run_sends_the_rest_when_it_is_started_again(
+def test_a_repeated_finished_run_sends_the_rest(
     server: Unreliable, shards: dict[str, str], decoder: str, tmp_path: Path
 ) -> None:
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}", "training.steps=2"]
@@ -115,7 +113,7 @@ def test_a_finished_run_sends_the_rest_when_it_is_started_again(
     server.mode = "down"
     first = run.run(processes=1)
     assert first.code == 0
-    assert "MLflow did not take" in first.said
+    assert "MLflow did not receive" in first.said
     server.mode = "up"
     again = run.run(processes=1)
     assert (again.code, again.model) == (0, first.model)
@@ -129,7 +127,7 @@ def test_a_finished_run_sends_the_rest_when_it_is_started_again(
     assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2]
 
 
-def test_a_restarted_run_goes_on_in_the_same_series(server: Unreliable) -> None:
+def test_a_restarted_run_continues_the_same_series(server: Unreliable) -> None:
     killed = Run(config(server), "killed", key="killed")
     log(killed, range(1, 21))
     while killed.outbox:
@@ -143,7 +141,7 @@ def test_a_restarted_run_goes_on_in_the_same_series(server: Unreliable) -> None:
     assert status(server, run) == "FINISHED"
 
 
-def test_points_that_an_outage_held_back_come_with_the_restart(server: Unreliable) -> None:
+def test_a_restart_sends_points_delayed_by_an_outage(server: Unreliable) -> None:
     killed = Run(config(server), "held-back", key="held-back")
     log(killed, range(1, 6))
     while killed.outbox:
@@ -163,16 +161,14 @@ def test_points_that_an_outage_held_back_come_with_the_restart(server: Unreliabl
     ("error", "expected"),
     [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
 )
-def test_the_status_says_how_a_run_ended(server: Unreliable, error: type[BaseException] | None, expected: str) -> None:
+def test_the_status_shows_how_a_run_ended(server: Unreliable, error: type[BaseException] | None, expected: str) -> None:
     with pytest.raises(error) if error else nullcontext(), tracked(config(server), "ends") as run:
         if error:
             raise error
     assert status(server, run) == expected
 
 
-def test_more_parameters_than_one_request_holds_and_what_the_server_refuses(
-    server: Unreliable, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_many_parameters_and_rejected_entries(server: Unreliable, caplog: pytest.LogCaptureFixture) -> None:
     with tracked(config(server), "many") as run:
         run.params({f"p{number}": number for number in range(250)})
         run.params({"p1": "another value"})
@@ -196,7 +192,7 @@ def test_pictures_and_tables_arrive_after_an_outage(server: Unreliable, tmp_path
     assert found == {"picture.png", "predictions.json"}
 
 
-def test_a_full_disk_costs_the_journal_and_nothing_else(
+def test_a_full_disk_only_loses_the_journal(
     server: Unreliable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")

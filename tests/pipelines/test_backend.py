@@ -112,7 +112,7 @@ def running_pod(cluster: Cluster, step: str) -> str:
     raise AssertionError(f"no pod of {step}")
 
 
-def test_a_step_that_no_node_has_room_for_is_named_and_a_cancelled_run_leaves_nothing(cluster: Cluster) -> None:
+def test_a_pending_step_is_shown_and_cancelling_cleans_up(cluster: Cluster) -> None:
     submitted = cluster.start(options=("--wait",))
     said = []
     assert submitted.stdout
@@ -129,7 +129,7 @@ def test_a_step_that_no_node_has_room_for_is_named_and_a_cancelled_run_leaves_no
     assert cluster.states() == ["KILLED"]
 
 
-def test_a_drained_step_is_repeated_and_the_state_in_mlflow_follows(cluster: Cluster) -> None:
+def test_a_drained_step_is_retried_and_mlflow_follows(cluster: Cluster) -> None:
     submitted = cluster.start("shard_cpu=100m", options=("--wait", "--retries", "1"))
     first = cluster.job()
     assert first["metadata"]["labels"][RUN_LABEL] == "r1"
@@ -145,12 +145,12 @@ def test_a_drained_step_is_repeated_and_the_state_in_mlflow_follows(cluster: Clu
     text, _ = submitted.communicate(timeout=120)
     assert submitted.returncode == 0, text
     assert "train: Error (exit code 143)" in text
-    assert "what has failed is run again, 0 more times" in text
+    assert "retrying failed steps, 0 retries left" in text
     assert "run r1 has succeeded" in text
     assert cluster.states() == ["KILLED", "FINISHED"]
 
 
-def test_a_run_that_was_retried_leaves_no_job_when_it_is_cancelled(cluster: Cluster) -> None:
+def test_cancelling_a_retried_run_leaves_no_job(cluster: Cluster) -> None:
     """Its exit handler has run before and does not run again."""
     cluster.kube.remove("pytorchjobs", cluster.job()["metadata"]["name"])
     submitted = cluster.start("shard_cpu=100m", "run_name=other", options=("--wait",))
@@ -165,7 +165,7 @@ def test_a_run_that_was_retried_leaves_no_job_when_it_is_cancelled(cluster: Clus
     assert not [name for _, kind, name in cluster.kube.objects if kind == "pytorchjobs"]
 
 
-def test_a_permanent_failure_is_one_line_and_never_repeated(cluster: Cluster) -> None:
+def test_a_permanent_failure_is_one_line_and_not_retried(cluster: Cluster) -> None:
     options = ("--retries", "3")
     submitted = cluster.start("shard_cpu=100m", "dataset=other", "source=/no/such/folder", options=options)
     text, _ = submitted.communicate(timeout=120)

@@ -28,7 +28,7 @@ def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
         yield server
 
 
-def test_the_base_says_what_the_compiled_pipelines_say() -> None:
+def test_base_defaults_match_the_compiled_pipelines() -> None:
     known = {key: item for name in PIPELINES for key, item in pipeline_parameters(name).items()}
     assert set(BASE) <= set(known)
     for name in PIPELINES:
@@ -38,7 +38,7 @@ def test_the_base_says_what_the_compiled_pipelines_say() -> None:
         }
 
 
-def test_a_run_takes_what_the_cluster_says_unless_it_is_given(kube: FakeKube) -> None:
+def test_arguments_take_precedence_over_cluster_defaults(kube: FakeKube) -> None:
     kube.put("podtemplates", CPU, "team")
     addresses = {"MPLUG_ROOT": "s3://team/work", "MLFLOW_TRACKING_URI": "http://mlflow.team.svc:5000"}
     kube.put("configmaps", {"metadata": {"name": "mplug-config"}, "data": addresses}, "team")
@@ -60,7 +60,7 @@ def test_a_run_takes_what_the_cluster_says_unless_it_is_given(kube: FakeKube) ->
     }
 
 
-def test_without_a_namespace_it_is_that_of_the_context(kube: FakeKube, tmp_path: Path) -> None:
+def test_the_default_namespace_is_that_of_the_context(kube: FakeKube, tmp_path: Path) -> None:
     file = tmp_path / "kubeconfig"
     file.write_text(file.read_text().replace('"namespace": "mplug"', '"namespace": "team"'))
     kube.put("podtemplates", CPU, "team")
@@ -70,7 +70,7 @@ def test_without_a_namespace_it_is_that_of_the_context(kube: FakeKube, tmp_path:
     assert (found["namespace"], found["root"]) == ("team", "s3://team/work")
 
 
-def test_the_image_that_is_given_is_that_of_all_steps(kube: FakeKube) -> None:
+def test_a_given_image_applies_to_all_steps(kube: FakeKube) -> None:
     found = arguments_on_cluster("benchmark", [*GIVEN, "image=x:1"])
     assert found["cpu_image"] == "x:1"
     assert arguments_on_cluster("benchmark", [*GIVEN, "image=x:1", "cpu_image=x:1-cpu"])["cpu_image"] == "x:1-cpu"
@@ -78,10 +78,10 @@ def test_the_image_that_is_given_is_that_of_all_steps(kube: FakeKube) -> None:
 
 def test_a_cluster_without_an_overlay_is_a_warning(kube: FakeKube, caplog: pytest.LogCaptureFixture) -> None:
     assert set(arguments_on_cluster("benchmark", GIVEN)) == {"raw", "pretrained", "code_version"}
-    assert "the cluster's defaults cannot be read" in caplog.text
+    assert "the defaults of the cluster cannot be read" in caplog.text
 
 
-def test_a_wrong_default_of_a_cluster_is_named(kube: FakeKube) -> None:
+def test_an_invalid_cluster_default_is_reported(kube: FakeKube) -> None:
     kube.put("podtemplates", CPU)
     kube.put("configmaps", {"metadata": {"name": "mplug-config"}, "data": {}})
     kube.put("configmaps", {"metadata": {"name": "mplug-pipelines"}, "data": {"gpus": "many"}})
@@ -92,7 +92,7 @@ def test_a_wrong_default_of_a_cluster_is_named(kube: FakeKube) -> None:
 @needs_kubectl
 @pytest.mark.parametrize("overlay", ["local", "production"])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_an_overlay_fills_in_all_that_a_cluster_knows(name: str, overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlay_provides_all_cluster_defaults(name: str, overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", "/none")
     found = arguments_on_cluster(name, [], OVERLAYS / overlay)
     assert found["image"].endswith("mplug-video/training:0.1.0")
@@ -100,7 +100,7 @@ def test_an_overlay_fills_in_all_that_a_cluster_knows(name: str, overlay: str, m
 
 
 @needs_kubectl
-def test_no_step_of_the_local_overlay_asks_for_more_than_a_small_node_has() -> None:
+def test_steps_of_the_local_overlay_fit_a_small_node() -> None:
     from components.jobs.client import parse_amount
 
     found: dict[str, Any] = with_defaults("benchmark", arguments_on_cluster("benchmark", GIVEN, OVERLAYS / "local"))

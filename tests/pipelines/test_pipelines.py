@@ -33,7 +33,7 @@ def tasks_of(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(name, task) for name, task in found if "executorLabel" in components[task["componentRef"]["name"]]]
 
 
-def test_what_is_committed_is_what_compiles(tmp_path: Path) -> None:
+def test_committed_pipelines_are_current(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     subprocess.run([MPLUG, "pipeline", "compile", tmp_path], check=True, capture_output=True, env=environment)
     for name in PIPELINES:
@@ -41,7 +41,7 @@ def test_what_is_committed_is_what_compiles(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_is_a_valid_specification_that_installs_nothing(name: str) -> None:
+def test_a_pipeline_is_valid_and_installs_nothing(name: str) -> None:
     spec, platform = compiled_documents(name)
     assert json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec()).pipeline_info.name.startswith("mplug-video")
     json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
@@ -51,7 +51,7 @@ def test_a_pipeline_is_a_valid_specification_that_installs_nothing(name: str) ->
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_step_is_placed(name: str) -> None:
+def test_every_step_has_placement(name: str) -> None:
     spec, platform = compiled_documents(name)
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     steps = spec["deploymentSpec"]["executors"]
@@ -67,7 +67,7 @@ def test_every_step_is_placed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_what_must_not_come_from_the_cache_does_not(name: str) -> None:
+def test_uncacheable_steps_are_not_cached(name: str) -> None:
     cached = {step: task["cachingOptions"] != {} for step, task in tasks_of(compiled_documents(name)[0])}
     for step in ("start-run", "finish-run", "gate"):
         assert not cached.get(step, False), step
@@ -76,7 +76,7 @@ def test_what_must_not_come_from_the_cache_does_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_cached_step_knows_its_code_and_image(name: str) -> None:
+def test_cached_steps_have_code_version_and_image_as_inputs(name: str) -> None:
     """What a step is known by are its inputs; shards carry a digest of their content."""
     for step, task in tasks_of(compiled_documents(name)[0]):
         if task["cachingOptions"] != {}:
@@ -84,7 +84,7 @@ def test_a_cached_step_knows_its_code_and_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_parameter_is_explained(name: str) -> None:
+def test_every_parameter_has_a_description(name: str) -> None:
     parameters = compiled_documents(name)[0]["root"]["inputDefinitions"]["parameters"]
     assert {"root", "tracking_uri", "processes", "overrides", "image", "code_version"} <= set(parameters)
     assert all(parameter.get("description") for parameter in parameters.values())
@@ -122,13 +122,13 @@ def unknown_inputs(spec: dict[str, Any], platform: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_input_of_a_step_is_one_of_the_component_around_it(name: str) -> None:
+def test_every_step_input_exists_in_the_enclosing_component(name: str) -> None:
     """Kubeflow Pipelines ends others with "parent DAG does not have input parameter"."""
     spec, platform = compiled_documents(name)
     assert unknown_inputs(spec, platform) == []
 
 
-def test_an_input_that_only_the_resources_of_a_step_in_a_loop_use_is_found() -> None:
+def test_inputs_used_only_by_resources_are_found() -> None:
     """As it was compiled without `register_pipeline_channels`."""
     spec, platform = copy.deepcopy(compiled_documents("benchmark"))
     loop = next(part for name, part in spec["components"].items() if name.startswith("comp-for-loop"))
@@ -140,7 +140,7 @@ def test_an_input_that_only_the_resources_of_a_step_in_a_loop_use_is_found() -> 
     ]
 
 
-def test_what_steps_take_are_parameters() -> None:
+def test_step_sizes_are_parameters() -> None:
     for name in PIPELINES:
         spec, platform = compiled_documents(name)
         for label, executor in spec["deploymentSpec"]["executors"].items():
@@ -167,19 +167,19 @@ def test_what_steps_take_are_parameters() -> None:
         (["deadline_hours=long"], "deadline_hours must be of type NUMBER_DOUBLE, got 'long'"),
     ],
 )
-def test_wrong_arguments_are_all_told_at_once(items: list[str], said: str) -> None:
+def test_all_invalid_arguments_are_reported_at_once(items: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments("pretrain", [*items, "nonsense=1"])
     assert said in str(caught.value)
     assert "nonsense=1 must be parameter=value of pipeline pretrain" in str(caught.value)
 
 
-def test_what_is_missing_is_told_with_its_meaning() -> None:
+def test_missing_arguments_are_reported_with_a_description() -> None:
     with pytest.raises(ConfigError, match="decoder must be given: Folder or URI of the language model"):
         with_defaults("pretrain", {"source": "x", "image": "y", "cpu_image": "y", "code_version": "1"})
 
 
-def test_values_are_read_by_the_type_of_their_parameter() -> None:
+def test_values_are_parsed_by_parameter_type() -> None:
     items = ["source=1", "nodes=010", "partitions=[1/2, 2/2]", "deadline_hours=1e-1"]
     assert parse_arguments("pretrain", items) == {
         "source": "1",
@@ -196,14 +196,14 @@ def run(name: str, folder: Path, *items: str) -> "subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
-def test_the_run_yaml_of_a_wrong_preset_starts_nothing(tmp_path: Path) -> None:
+def test_an_unknown_preset_starts_nothing(tmp_path: Path) -> None:
     ended = run("pretrain", tmp_path, "source=x", "source_version=1", "decoder=y", "config=tiny_pretrainin")
     assert ended.returncode == 2
     assert "did you mean tiny_pretraining?" in ended.stderr
     assert yaml.safe_load(ended.stdout or "null") is None
 
 
-def test_a_pipeline_ends_with_the_message_and_the_code_of_its_step(tmp_path: Path) -> None:
+def test_a_pipeline_ends_with_message_and_code_of_its_step(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     ended = run("finetune", tmp_path, f"raw={tmp_path / 'raw'}", "pretrained=x", "configs=[tiny_classification]")
     assert ended.returncode == DATA
@@ -212,7 +212,7 @@ def test_a_pipeline_ends_with_the_message_and_the_code_of_its_step(tmp_path: Pat
     assert "Traceback" not in ended.stdout + ended.stderr
 
 
-def test_what_is_permanent_decides_among_steps_that_failed_beside_each_other() -> None:
+def test_a_permanent_error_decides_among_parallel_steps() -> None:
     found = pipeline_failure(
         RuntimeError("kfp says so"), [(OUTAGE, "no answer"), (DATA, "bad data"), (FAILED, "a bug")]
     )

@@ -34,7 +34,7 @@ def start(host: Host, **options: object) -> str:
     return submit_run(host, "pretrain", GIVEN, run_name="pretrain", experiment="mplug-video", **options)  # type: ignore[arg-type]
 
 
-def test_a_run_carries_pipeline_platform_and_arguments(kfp: FakeKfp) -> None:
+def test_a_run_contains_pipeline_platform_and_arguments(kfp: FakeKfp) -> None:
     run_id = start(Host(url=kfp.url), service_account="launcher")
     (run,) = kfp.runs
     json_format.ParseDict(run.pipeline_spec["pipeline_spec"], pipeline_spec_pb2.PipelineSpec())
@@ -43,7 +43,7 @@ def test_a_run_carries_pipeline_platform_and_arguments(kfp: FakeKfp) -> None:
     assert (run.run_id, run.service_account, run.display_name) == (run_id, "launcher", "pretrain")
 
 
-def test_an_experiment_is_made_once_and_found_on_any_page(kfp: FakeKfp) -> None:
+def test_an_experiment_is_created_once_and_found_on_any_page(kfp: FakeKfp) -> None:
     kfp.experiments = [
         kfp_server_api.V2beta1Experiment(experiment_id=name, display_name=name)
         for name in ("a", "b", "c", "mplug-video")
@@ -56,13 +56,13 @@ def test_an_experiment_is_made_once_and_found_on_any_page(kfp: FakeKfp) -> None:
     assert kfp.runs[1].experiment_id == kfp.runs[2].experiment_id == "e4"
 
 
-def test_who_asks_is_said_with_every_request(kfp: FakeKfp) -> None:
+def test_every_request_has_the_authentication_header(kfp: FakeKfp) -> None:
     start(Host(url=kfp.url, token="secret", headers={"kubeflow-userid": "me@example.org"}))
     assert kfp.headers["authorization"] == "Bearer secret"
     assert kfp.headers["kubeflow-userid"] == "me@example.org"
 
 
-def test_without_the_cache_no_step_at_any_depth_is_taken_from_it(kfp: FakeKfp) -> None:
+def test_no_cache_disables_caching_at_any_depth(kfp: FakeKfp) -> None:
     start(Host(url=kfp.url), caching=False)
     spec = kfp.runs[0].pipeline_spec["pipeline_spec"]
     tasks = [
@@ -74,7 +74,7 @@ def test_without_the_cache_no_step_at_any_depth_is_taken_from_it(kfp: FakeKfp) -
     assert all(task["cachingOptions"] == {} for task in tasks)
 
 
-def test_waiting_goes_through_outages_and_ends_with_the_run(kfp: FakeKfp) -> None:
+def test_waiting_survives_outages_and_ends_with_the_run(kfp: FakeKfp) -> None:
     run_id = start(Host(url=kfp.url))
     kfp.faults = [503, 0, 500, 429, 0, 0]
     follow_run(Host(url=kfp.url), run_id)
@@ -89,14 +89,14 @@ def test_a_failed_run_names_its_steps_and_no_nodes_of_argo(kfp: FakeKfp) -> None
         follow_run(Host(url=kfp.url), run_id)
 
 
-def test_a_run_that_did_not_fail_cannot_be_retried(kfp: FakeKfp) -> None:
+def test_only_failed_runs_can_be_retried(kfp: FakeKfp) -> None:
     run_id = start(Host(url=kfp.url))
     with pytest.raises(StageError, match=r"400 .*cannot be retried"):
         retry_run(Host(url=kfp.url), run_id)
 
 
 @pytest.mark.parametrize("version", ["2.4.1", "v2.15.2", "1.8.5"])
-def test_a_backend_that_is_too_old_is_refused_before_anything_is_sent(kfp: FakeKfp, version: str) -> None:
+def test_an_old_backend_is_rejected_before_submission(kfp: FakeKfp, version: str) -> None:
     kfp.version = version
     with pytest.raises(StageError, match=f"must be 2.16 or newer, {kfp.url} is {version}"):
         start(Host(url=kfp.url))
@@ -104,9 +104,7 @@ def test_a_backend_that_is_too_old_is_refused_before_anything_is_sent(kfp: FakeK
 
 
 @pytest.mark.parametrize("version", ["", "unknown", "dev"])
-def test_a_backend_that_does_not_tell_its_version_is_a_warning(
-    kfp: FakeKfp, version: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unknown_backend_version_is_a_warning(kfp: FakeKfp, version: str, caplog: pytest.LogCaptureFixture) -> None:
     kfp.version = version
     assert start(Host(url=kfp.url))
     assert "version of Kubeflow Pipelines is unknown" in caplog.text
@@ -118,13 +116,13 @@ def test_the_steps_of_all_pipelines_are_known() -> None:
 
 
 @pytest.mark.parametrize("code", [401, 403])
-def test_a_refusal_says_what_to_give(kfp: FakeKfp, code: int) -> None:
+def test_a_rejected_request_has_a_remedy(kfp: FakeKfp, code: int) -> None:
     kfp.faults = [code]
     with pytest.raises(StageError, match="Give --token or --header"):
         start(Host(url=kfp.url))
 
 
-def test_a_run_is_never_started_twice(kfp: FakeKfp) -> None:
+def test_a_lost_response_does_not_submit_twice(kfp: FakeKfp) -> None:
     """After an answer that was lost nobody knows whether there is one."""
     kfp.faults = [0, 0, 0, 503]
     with pytest.raises(OutageError):
@@ -132,7 +130,7 @@ def test_a_run_is_never_started_twice(kfp: FakeKfp) -> None:
     assert kfp.runs == []
 
 
-def test_the_command_prints_the_link_and_refuses_what_is_incomplete(kfp: FakeKfp) -> None:
+def test_submit_prints_the_link_and_rejects_missing_arguments(kfp: FakeKfp) -> None:
     items = [f"{key}={value}" for key, value in GIVEN.items() if key != "code_version"]
     ended = CliRunner().invoke(pipeline, ["submit", "pretrain", *items, "--host", kfp.url, "--wait"])
     assert ended.exit_code == 0, ended.output

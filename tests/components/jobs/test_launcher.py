@@ -22,7 +22,7 @@ from tests.helpers.jobs import LAUNCH, LIMITS, MASTER, started, succeed
 from tests.helpers.shapes import CPU
 
 
-def test_the_name_is_the_same_for_the_same_job_only() -> None:
+def test_equal_jobs_have_equal_names() -> None:
     def name(**changes: Any) -> str:
         return render_job(Launch(**{"command": LAUNCH.command, **changes}), CPU, "mplug")[-1]["metadata"]["name"]
 
@@ -31,9 +31,7 @@ def test_the_name_is_the_same_for_the_same_job_only() -> None:
     assert name().startswith("train-tiny-pretraining-")
 
 
-def test_a_step_that_is_started_again_adopts_the_running_job(
-    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
-) -> None:
+def test_a_repeated_step_adopts_the_running_job(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     uid = ensure_job(cluster, job)["metadata"]["uid"]
     kube.conclude("pytorchjobs", "job", "Running")
     started(lambda: succeed(kube))
@@ -42,30 +40,30 @@ def test_a_step_that_is_started_again_adopts_the_running_job(
     run_job(cluster, job, LIMITS)  # and one that has succeeded is a success at once
 
 
-def test_a_step_that_is_started_again_replaces_a_failed_job(
-    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
-) -> None:
+def test_a_repeated_step_replaces_a_failed_job(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     uid = ensure_job(cluster, job)["metadata"]["uid"]
     kube.conclude("pytorchjobs", "job", "Failed", "a pod failed")
     kube.slow_delete_s = 1.0
     assert ensure_job(cluster, job)["metadata"]["uid"] != uid
 
 
-def test_a_job_that_is_being_removed_is_waited_for(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_the_launcher_waits_for_a_job_that_is_being_deleted(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
     uid = ensure_job(cluster, job)["metadata"]["uid"]
     kube.slow_delete_s = 1.0
     cluster.delete("PyTorchJob", "job")
     assert ensure_job(cluster, job)["metadata"]["uid"] != uid
 
 
-def test_only_the_very_job_is_removed(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_a_job_is_deleted_by_uid(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     uid = ensure_job(cluster, job)["metadata"]["uid"]
     assert not cluster.delete("PyTorchJob", "job", "of-another")
     assert cluster.delete("PyTorchJob", "job", uid)
     assert not cluster.delete("PyTorchJob", "job", uid)
 
 
-def test_a_job_of_the_same_name_with_other_settings_is_left_alone(
+def test_a_job_with_different_settings_is_not_replaced(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     ensure_job(cluster, job)
@@ -75,7 +73,7 @@ def test_a_job_of_the_same_name_with_other_settings_is_left_alone(
         ensure_job(cluster, other)
 
 
-def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_a_failed_job_names_pod_and_exit_code(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     def act() -> None:
         kube.wait_for("pytorchjobs")
         ended = {"name": "pytorch", "state": {"terminated": {"exitCode": 2, "reason": "Error"}}}
@@ -89,7 +87,7 @@ def test_a_failed_job_says_which_pod_ended_how(kube: FakeKube, cluster: Cluster,
 
 
 @pytest.mark.parametrize("code", [429, 500, 503])
-def test_it_follows_through_an_api_server_that_fails(
+def test_following_survives_failures_of_the_api_server(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], code: int
 ) -> None:
     answers = iter([code, code, None] * 4)
@@ -99,7 +97,7 @@ def test_it_follows_through_an_api_server_that_fails(
     assert len([path for _, path in kube.requests if path.endswith("pytorchjobs")]) > 3
 
 
-def test_it_follows_through_lost_watches_and_forgotten_versions(
+def test_following_survives_lost_watches_and_expired_versions(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     kube.break_watches = 2
@@ -115,7 +113,7 @@ def test_it_follows_through_lost_watches_and_forgotten_versions(
     assert kube.break_watches == 0
 
 
-def test_a_slow_answer_to_a_create_is_no_second_job(
+def test_a_timeout_of_create_does_not_create_a_second_job(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     """The server has made the job, and the client has not heard of it."""
@@ -135,7 +133,7 @@ def test_a_slow_answer_to_a_create_is_no_second_job(
     assert ensure_job(cluster, job)["metadata"]["name"] == "job"
 
 
-def test_an_outage_that_lasts_is_worth_a_restart(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_a_long_outage_is_restartable(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     cluster.patience_s = 0.2
     kube.faults.append(lambda _method, _path: 503)
     with pytest.raises(OutageError) as caught:
@@ -143,7 +141,7 @@ def test_an_outage_that_lasts_is_worth_a_restart(kube: FakeKube, cluster: Cluste
     assert exit_code(caught.value) >= 128
 
 
-def test_what_is_forbidden_is_said_at_once_in_a_line(
+def test_missing_permission_fails_immediately_in_one_line(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     kube.faults.append(lambda method, _path: 403 if method == "POST" else None)
@@ -153,9 +151,7 @@ def test_what_is_forbidden_is_said_at_once_in_a_line(
     assert len(kube.requests) == 1
 
 
-def test_a_job_that_stands_still_is_stopped_at_its_deadline_for_good(
-    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
-) -> None:
+def test_a_job_past_its_deadline_is_suspended(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     with pytest.raises(AttemptsError, match="did not finish within 1 s") as caught:
         run_job(cluster, job, Limits(deadline_s=1))
     assert exit_code(caught.value) == 4
@@ -166,7 +162,9 @@ def test_a_job_that_stands_still_is_stopped_at_its_deadline_for_good(
         run_job(cluster, job, LIMITS)  # as the step is started again
 
 
-def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_waiting_in_a_queue_does_not_count_towards_the_deadline(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
     job[-1]["spec"]["runPolicy"]["suspend"] = True
 
     def act() -> None:
@@ -178,7 +176,7 @@ def test_a_job_that_waits_in_a_queue_has_time(kube: FakeKube, cluster: Cluster, 
     run_job(cluster, job, Limits(deadline_s=1))
 
 
-def test_a_job_whose_pods_are_restarted_too_often_is_stopped(
+def test_a_job_with_too_many_pod_restarts_is_suspended(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     def act() -> None:
@@ -194,13 +192,15 @@ def test_a_job_whose_pods_are_restarted_too_often_is_stopped(
     assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
 
 
-def test_a_job_that_somebody_removes_is_no_success(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_a_job_deleted_by_someone_else_is_a_failure(
+    kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
+) -> None:
     started(lambda: (kube.wait_for("pytorchjobs"), time.sleep(0.3), kube.remove("pytorchjobs", "job")))
     with pytest.raises(JobFailedError, match="was deleted while it was followed"):
         run_job(cluster, job, LIMITS)
 
 
-def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
+def test_a_job_admitted_by_kueue_is_stopped_through_its_workload(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
     """Kueue resumes a job that another hand has suspended, while its Workload is active."""
@@ -228,7 +228,7 @@ def test_a_job_that_kueue_has_admitted_is_stopped_through_its_workload(
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_job_with_a_queue_that_kueue_does_not_hold_is_suspended(
+def test_a_job_with_a_queue_but_without_kueue_is_suspended(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], is_there: bool
 ) -> None:
     """Kueue does not know PyTorchJobs as delivered, or is not installed."""
@@ -239,7 +239,7 @@ def test_a_job_with_a_queue_that_kueue_does_not_hold_is_suspended(
     assert kube.objects["mplug", "pytorchjobs", "job"]["spec"]["runPolicy"]["suspend"]
 
 
-def test_watching_ends_without_removing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_interrupted_watching_keeps_the_job(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     ensure_job(cluster, job)
     with pytest.raises(AttemptsError):
         follow_job(cluster, "PyTorchJob", "job", Limits(deadline_s=1))
@@ -256,7 +256,7 @@ run_job(Cluster(), job(), Limits())
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_step_that_is_asked_to_end_removes_its_job(kube: FakeKube, tmp_path: Path, asked: signal.Signals) -> None:
+def test_a_terminated_step_deletes_its_job(kube: FakeKube, tmp_path: Path, asked: signal.Signals) -> None:
     launch = f"Launch(command={LAUNCH.command!r}, name='job')"
     (tmp_path / "tests_shape.py").write_text(
         "from components.jobs.manifests import Launch, render_job\n"

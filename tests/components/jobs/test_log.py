@@ -13,7 +13,7 @@ from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LIMITS, MASTER, started, succeed
 
 
-def test_a_job_is_created_followed_and_its_log_shown(
+def test_a_job_is_created_and_followed_with_its_log(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def act() -> None:
@@ -32,7 +32,7 @@ def test_a_job_is_created_followed_and_its_log_shown(
     assert created["spec"] == job[-1]["spec"]
 
 
-def test_a_log_goes_on_after_a_broken_connection_and_a_new_pod(
+def test_a_log_survives_broken_connections_and_new_pods(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = iter([None, 500, 500])
@@ -55,7 +55,7 @@ def test_a_log_goes_on_after_a_broken_connection_and_a_new_pod(
     assert capsys.readouterr().out.split("\n")[:-1] == ["step 1", "step 1 again"]
 
 
-def test_what_the_kubelet_says_in_place_of_a_log_is_not_shown(
+def test_kubelet_errors_are_not_shown_as_log(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ensure_job(cluster, job)

@@ -28,7 +28,7 @@ def test_a_training_job_has_a_master_and_its_workers() -> None:
     assert set(render_job(Launch(command=TRAIN), GPU, "mplug")[0]["spec"]["pytorchReplicaSpecs"]) == {"Master"}
 
 
-def test_what_the_api_server_fills_into_the_shape_is_no_restart_policy_of_the_job() -> None:
+def test_a_defaulted_restart_policy_of_the_template_is_ignored() -> None:
     """training-operator warns about each job whose pods name one."""
     shape = copy.deepcopy(CPU)
     shape["template"]["spec"]["restartPolicy"] = "Always"
@@ -39,7 +39,7 @@ def test_what_the_api_server_fills_into_the_shape_is_no_restart_policy_of_the_jo
     )
 
 
-def test_a_training_pod_runs_the_laptops_command_with_the_clusters_addresses() -> None:
+def test_a_training_pod_runs_the_command_with_cluster_addresses() -> None:
     (job,) = render_job(Launch(command=(*TRAIN, "output=s3://mine/work")), CPU, "mplug")
     container = pod_of(job)["spec"]["containers"][0]
     assert container["command"] == ["mplug"]
@@ -56,7 +56,7 @@ def test_a_training_pod_runs_the_laptops_command_with_the_clusters_addresses() -
         (Launch(command=("data", "shard", "raw", "root")), "12", "63Gi", None),
     ],
 )
-def test_a_job_takes_the_share_of_a_node_that_its_gpus_are(
+def test_resources_are_proportional_to_the_gpus_of_a_job(
     launch: Launch, cpu: str, memory: str, gpus: str | None
 ) -> None:
     resources = pod_of(render_job(launch, GPU, "mplug")[0])["spec"]["containers"][0]["resources"]
@@ -64,18 +64,18 @@ def test_a_job_takes_the_share_of_a_node_that_its_gpus_are(
     assert resources["limits"].get("nvidia.com/gpu") == gpus
 
 
-def test_more_gpus_than_a_node_has_are_refused() -> None:
+def test_more_gpus_than_a_node_has_are_rejected() -> None:
     with pytest.raises(ConfigError, match="at most the shape's GPUs, 8 per node, got 16"):
         render_job(Launch(command=TRAIN, processes=16), GPU, "mplug")
 
 
-def test_a_job_of_one_pod_has_no_probe_on_metrics_that_it_does_not_serve() -> None:
+def test_a_single_pod_job_has_no_liveness_probe() -> None:
     container = pod_of(render_job(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[0])["spec"]["containers"][0]
     assert "livenessProbe" not in container
     assert pod_of(render_job(Launch(command=TRAIN), CPU, "mplug")[0])["spec"]["containers"][0]["livenessProbe"]
 
 
-def test_only_a_download_is_let_into_the_web() -> None:
+def test_only_download_jobs_have_internet_access() -> None:
     policy = yaml.safe_load((ROOT / "k8s/base/network-policies/web.yaml").read_text(encoding="utf-8"))
     (label,) = policy["spec"]["podSelector"]["matchLabels"]
     for command, expected in (
@@ -96,18 +96,18 @@ def test_only_a_download_is_let_into_the_web() -> None:
         ((*TRAIN, "data.batch_size=7"), "multiple of processes"),
     ],
 )
-def test_what_the_pod_would_refuse_is_refused_before(command: tuple[str, ...], said: str) -> None:
+def test_invalid_training_settings_are_rejected_before_launch(command: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         render_job(Launch(command=command, nodes=2), CPU, "mplug")
 
 
 @pytest.mark.parametrize("name", ["Job", "1job", "job_1", "job-", "j" * (LONGEST_NAME + 1)])
-def test_a_name_that_kubernetes_would_refuse_is_refused(name: str) -> None:
+def test_invalid_job_names_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match="the name of a job must be"):
         render_job(Launch(command=TRAIN, name=name), CPU, "mplug")
 
 
-def test_queues_come_from_the_shape() -> None:
+def test_queues_come_from_the_pod_template() -> None:
     shape = copy.deepcopy(CPU)
     shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
     shape["metadata"]["annotations"] = {"scheduling.volcano.sh/queue-name": "mplug"}
@@ -117,7 +117,7 @@ def test_queues_come_from_the_shape() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "longest"), [(1, 48), (10, 48), (11, 47), (1000, 46)])
-def test_the_name_of_a_trainjob_leaves_room_for_the_names_of_its_pods(nodes: int, longest: int) -> None:
+def test_trainjob_names_leave_room_for_pod_suffixes(nodes: int, longest: int) -> None:
     launch = {"command": (*TRAIN, f"data.batch_size={nodes}"), "nodes": nodes}
     assert render_job(Launch(name="j" * longest, **launch), CPU, "mplug", "trainjob")
     with pytest.raises(ConfigError, match=f"at most {longest} of them"):
@@ -127,7 +127,7 @@ def test_the_name_of_a_trainjob_leaves_room_for_the_names_of_its_pods(nodes: int
     assert f"at most {longest} characters for JobSet" in problems(job)[0]
 
 
-def test_trainer_2_gets_a_runtime_and_a_job_that_uses_it() -> None:
+def test_a_trainjob_has_its_own_runtime() -> None:
     runtime, job = render_job(Launch(command=TRAIN, nodes=4, deadline_s=3600), GPU, "mplug", "trainjob")
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
     assert job["spec"]["trainer"] == {"numNodes": 4, "numProcPerNode": 8}

@@ -11,7 +11,7 @@ from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LIMITS, MASTER, started, succeed
 
 
-def test_why_pods_wait_is_said(
+def test_reasons_of_waiting_pods_are_shown(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     def act() -> None:
@@ -37,7 +37,7 @@ def test_why_pods_wait_is_said(
     assert "FailedCreatePod: violates PodSecurity" in caplog.text
 
 
-def test_a_replaced_pod_is_one_line_which_why_and_from_where(
+def test_a_replaced_pod_is_one_line_with_reason_and_step(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = {**MASTER, "training.kubeflow.org/replica-type": "worker"}
@@ -65,7 +65,7 @@ def test_a_replaced_pod_is_one_line_which_why_and_from_where(
     )
 
 
-def test_a_pod_that_stays_in_an_init_container_is_named(
+def test_a_pod_stuck_in_an_init_container_is_reported(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     def act() -> None:
@@ -83,7 +83,7 @@ def test_a_pod_that_stays_in_an_init_container_is_named(
     assert "job-worker-1" not in caplog.text
 
 
-def test_pods_of_which_little_is_known_end_nothing(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
+def test_pods_with_incomplete_status_are_tolerated(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
     def act() -> None:
         kube.wait_for("pytorchjobs")
         kube.put("pods", {"metadata": {"name": "a", "labels": MASTER}})

@@ -65,7 +65,7 @@ CONTAINER = (*POD, "containers", 0)
         (put(*REPLICAS, "Worker", "replicas", value=0), "Worker: replicas must be 1 at least"),
         (put(*REPLICAS, "Chief", value={"template": {"spec": {"containers": []}}}), "Chief: must be a replica type"),
         (put(*MASTER, value=None), "pods do not know the address of the first pod"),
-        (put("spec", "elasticPolicy", value={"minReplicas": 1}), "elasticPolicy must go without a Master"),
+        (put("spec", "elasticPolicy", value={"minReplicas": 1}), "elasticPolicy must be used without a Master"),
         (put(*CONTAINER, "name", value="main"), "one container must be named pytorch"),
         (put(*CONTAINER, "readinessProbe", value={"httpGet": {}}), "must have no readinessProbe"),
         (put(*CONTAINER, "startupProbe", value={"httpGet": {}}), "must have no startupProbe"),
@@ -87,7 +87,7 @@ CONTAINER = (*POD, "containers", 0)
         (put(*POD, "automountServiceAccountToken", value=None), "automountServiceAccountToken must be false"),
     ],
 )
-def test_a_job_that_would_go_wrong_is_told_apart(change: Callable[[Manifest], None], said: str) -> None:
+def test_each_rule_rejects_its_violation(change: Callable[[Manifest], None], said: str) -> None:
     changed = copy.deepcopy(job())
     change(changed)
     assert any(said in problem for problem in problems(changed)), problems(changed)
@@ -124,7 +124,7 @@ HOST = {"httpGet": {"host": "10.0.0.1", "path": "/", "port": 80}}
         (put(*POD, "ephemeralContainers", value=[{"name": "debug", "image": "x:1"}]), "container debug: allowPriv"),
     ],
 )
-def test_what_the_recorded_verdicts_leave_out_is_refused_as_well(change: Callable[[Manifest], None], said: str) -> None:
+def test_further_violations_are_rejected(change: Callable[[Manifest], None], said: str) -> None:
     changed = copy.deepcopy(job())
     change(changed)
     assert any(said in problem and STANDARD in problem for problem in problems(changed)), problems(changed)
@@ -150,17 +150,17 @@ def test_what_the_recorded_verdicts_leave_out_is_refused_as_well(change: Callabl
         ),
     ],
 )
-def test_a_job_with_holes_is_refused_in_lines(change: Callable[[Any], None]) -> None:
+def test_an_incomplete_job_is_rejected_with_one_line_per_problem(change: Callable[[Any], None]) -> None:
     changed = copy.deepcopy(job())
     change(changed)
     assert all("PyTorchJob job: " in problem for problem in problems(changed))
 
 
-def test_a_job_as_it_is_rendered_has_no_problems() -> None:
+def test_rendered_jobs_violate_no_rule() -> None:
     assert problems(job()) == []
 
 
-def test_an_init_container_is_held_to_the_standard_too() -> None:
+def test_init_containers_are_checked() -> None:
     changed = job()
     changed["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["initContainers"] = [
         {"name": "init-pytorch", "image": "alpine:3.10", "command": ["sh"]}
@@ -169,19 +169,19 @@ def test_an_init_container_is_held_to_the_standard_too() -> None:
     assert any("init-pytorch: capabilities.drop must hold ALL" in problem for problem in found)
 
 
-def test_a_job_of_one_pod_must_know_what_is_permanent() -> None:
+def test_a_single_pod_job_needs_a_failure_policy() -> None:
     evaluation = render_job(Launch(command=("evaluate", "m", "s")), CPU, "mplug")[-1]
     assert problems(evaluation) == []
     del evaluation["spec"]["podFailurePolicy"]
     assert any("podFailurePolicy must fail the job" in problem for problem in problems(evaluation))
 
 
-def test_a_wrong_shape_is_refused_where_the_job_is_rendered() -> None:
+def test_an_invalid_pod_template_is_rejected_by_rendering() -> None:
     shape = copy.deepcopy(CPU)
     shape["template"]["spec"]["securityContext"]["runAsUser"] = 0
     with pytest.raises(ConfigError, match="runAsUser must not be 0"):
         render_job(TRAIN, shape, "mplug")
 
 
-def test_the_rule_on_saving_speaks_of_what_the_launcher_grants() -> None:
+def test_the_grace_period_rule_matches_the_launcher() -> None:
     assert SAVING_S == SHUTDOWN_S

@@ -43,7 +43,7 @@ def start(cluster: Cluster, name: str) -> str:
     return str(ensure_job(cluster, render_job(launch, CPU, "mplug"))["metadata"]["name"])
 
 
-def test_jobs_of_the_run_that_still_run_are_stopped_and_have_time_to_save(
+def test_running_jobs_of_the_run_are_stopped_and_save(
     kube: FakeKube, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("running", "finished", "given-up"):
@@ -66,7 +66,7 @@ def test_jobs_of_the_run_that_still_run_are_stopped_and_have_time_to_save(
     ]
 
 
-def test_a_job_that_another_run_takes_over_is_that_runs(
+def test_a_job_adopted_by_another_run_is_kept(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ensure_job(cluster, job)
@@ -78,7 +78,7 @@ def test_a_job_that_another_run_takes_over_is_that_runs(
     assert ("mplug", "pytorchjobs", "job") in kube.objects
 
 
-def test_the_end_of_a_run_says_why_each_step_failed(kube: FakeKube) -> None:
+def test_the_exit_handler_reports_why_each_step_failed(kube: FakeKube) -> None:
     workflow(kube)
     nodes = kube.objects["kubeflow", "workflows", "pretrain-x2x4z"]["status"]["nodes"]
     message = "Error (exit code 1): exit code 1: top1 must be at least 0.75, got 0.5."
@@ -87,30 +87,32 @@ def test_the_end_of_a_run_says_why_each_step_failed(kube: FakeKube) -> None:
 
 
 @pytest.mark.parametrize("spec", [{"activeDeadlineSeconds": 0}, {"shutdown": "Terminate"}])
-def test_a_run_that_was_cancelled_is_told_from_one_that_failed(kube: FakeKube, spec: dict[str, Any]) -> None:
+def test_cancelled_and_failed_runs_are_distinguished(kube: FakeKube, spec: dict[str, Any]) -> None:
     workflow(kube, **spec)
     assert end_run("mplug")[0] == "cancelled"
 
 
-def test_a_run_whose_second_attempt_succeeded_has_succeeded(kube: FakeKube) -> None:
+def test_a_run_that_succeeded_after_a_retry_is_successful(kube: FakeKube) -> None:
     workflow(kube, "Succeeded", activeDeadlineSeconds=3600)
     assert end_run("mplug")[0] == "succeeded"
 
 
-def test_a_workflow_that_may_not_be_looked_at_says_nothing(kube: FakeKube, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_permission_to_read_the_workflow_stages_decide(
+    kube: FakeKube, caplog: pytest.LogCaptureFixture
+) -> None:
     kube.faults.append(lambda _method, path: 403 if "workflows" in path else None)
     assert end_run("mplug") == (None, [])
     assert "the outcome is taken from the stages" in caplog.text
 
 
 @pytest.mark.parametrize("code", [403, 404])
-def test_a_cluster_that_knows_no_training_jobs_still_ends_the_run(kube: FakeKube, code: int) -> None:
+def test_a_cluster_without_pytorchjobs_still_ends_the_run(kube: FakeKube, code: int) -> None:
     workflow(kube, activeDeadlineSeconds=0)
     kube.faults.append(lambda _method, path: code if "pytorchjobs" in path else None)
     assert end_run("mplug")[0] == "cancelled"
 
 
-def test_a_large_workflow_keeps_its_nodes_compressed() -> None:
+def test_compressed_nodes_of_large_workflows_are_read() -> None:
     nodes = {"a": {"name": "wf.root(0).train(0).executor(0)", "type": "Pod", "phase": "Failed", "message": "gone"}}
     packed = base64.b64encode(gzip.compress(json.dumps(nodes).encode())).decode()
     (step,) = workflow_steps({"metadata": {"name": "wf"}, "status": {"compressedNodes": packed}})
@@ -127,7 +129,7 @@ def test_a_large_workflow_keeps_its_nodes_compressed() -> None:
         ("", 144, "no reason is known."),
     ],
 )
-def test_the_code_of_a_step_is_that_of_its_command(message: str, code: int, reason: str) -> None:
+def test_a_step_has_the_exit_code_of_its_command(message: str, code: int, reason: str) -> None:
     step = Step("train", "Failed", message, "node")
     assert step.code == code
     assert step.reason.startswith(reason)
@@ -143,11 +145,11 @@ def test_the_code_of_a_step_is_that_of_its_command(message: str, code: int, reas
         ("", ""),
     ],
 )
-def test_a_node_of_argo_has_the_name_of_its_step(node: str, name: str) -> None:
+def test_argo_nodes_map_to_step_names(node: str, name: str) -> None:
     assert step_name(node) == name
 
 
-def test_outside_kubeflow_pipelines_nothing_is_asked(kube: FakeKube, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_kubeflow_pipelines_no_workflow_is_read(kube: FakeKube, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RUN_ID)
     assert end_run("mplug") == (None, [])
     assert kube.requests == []

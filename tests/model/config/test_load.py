@@ -15,17 +15,17 @@ def problems(*overrides: str, preset: str = "tiny_pretraining") -> list[str]:
 
 
 @pytest.mark.parametrize("preset", list_presets())
-def test_every_preset_is_complete_but_for_its_data(preset: str) -> None:
+def test_every_preset_is_complete_except_for_data(preset: str) -> None:
     assert load_config(preset, COMPLETE).data.shards == "s"
 
 
-def test_overrides_reach_nested_fields_and_read_yaml_numbers_without_a_dot() -> None:
+def test_overrides_set_nested_fields_and_parse_yaml_numbers() -> None:
     config = load_config("tiny_pretraining", [*COMPLETE, "optim.lr=1e-4", "model.vision.num_frames=8"])
     assert config.optim.lr == 1e-4
     assert config.model.vision.num_frames == 8
 
 
-def test_a_saved_configuration_is_read_back_the_same() -> None:
+def test_a_saved_configuration_loads_unchanged() -> None:
     config = load_config("tiny_pretraining", COMPLETE)
     assert parse_config(config.model_dump(mode="json")) == config
 
@@ -47,7 +47,7 @@ def test_all_problems_are_reported_at_once_one_line_each() -> None:
     ("override", "nearest"),
     [("trainig.steps=3", "training.steps"), ("steps=3", "training.steps"), ("data.batchsize=8", "data.batch_size")],
 )
-def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str) -> None:
+def test_an_unknown_key_suggests_the_nearest_one(override: str, nearest: str) -> None:
     (line,) = problems(*COMPLETE, override)
     assert f"The nearest is {nearest}" in line
 
@@ -69,7 +69,7 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str)
         ("name=../escape", "name"),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_key(override: str, complaint: str) -> None:
+def test_an_invalid_value_is_rejected_with_its_key(override: str, complaint: str) -> None:
     assert any(line.startswith(complaint) for line in problems(*COMPLETE, override))
 
 
@@ -83,7 +83,7 @@ def test_a_wrong_value_is_refused_with_its_key(override: str, complaint: str) ->
         (["training.compile=true", "training.zero_stage=3"], "training.compile must be false with"),
     ],
 )
-def test_impossible_combinations_are_refused(overrides: list[str], complaint: str) -> None:
+def test_invalid_combinations_are_rejected(overrides: list[str], complaint: str) -> None:
     assert any(line.startswith(complaint) for line in problems(*COMPLETE, *overrides))
 
 
@@ -92,18 +92,18 @@ def test_a_decoder_cannot_be_trained_frozen() -> None:
     assert lines == ["model.freeze_decoder must be false for task language_modeling: nothing else could learn."]
 
 
-def test_what_the_decoder_alone_does_not_know_is_refused() -> None:
+def test_visual_settings_are_rejected_for_language_modeling() -> None:
     for setting in ("training.compile=true", "training.activation_checkpointing=[decoder]"):
         (line,) = problems(*COMPLETE, setting, preset="tiny_decoder")
         assert "must be left out for task language_modeling" in line
 
 
-def test_an_unknown_preset_names_the_nearest() -> None:
+def test_an_unknown_preset_suggests_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="did you mean tiny_decoder"):
         load_config("tiny_decodr")
 
 
-def test_a_file_that_is_no_yaml_is_one_line(tmp_path) -> None:
+def test_invalid_yaml_is_a_one_line_error(tmp_path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("a: [")
     with pytest.raises(ConfigError, match="is not valid YAML") as caught:
@@ -111,12 +111,12 @@ def test_a_file_that_is_no_yaml_is_one_line(tmp_path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_keys_that_yaml_reads_as_other_things_are_refused_not_looped_over(tmp_path) -> None:
+def test_non_string_keys_are_rejected(tmp_path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("on: true\n1: 2\n")
     with pytest.raises(ConfigError, match="True is not a known key"):
         load_config(path, COMPLETE)
 
 
-def test_the_vision_section_has_the_networks_own_defaults() -> None:
+def test_vision_defaults_match_the_network() -> None:
     assert VisionConfig().model_dump() == {key: getattr(TimeSformerConfig(), key) for key in VisionConfig.model_fields}

@@ -18,7 +18,7 @@ def parameters(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("preset", DECODERS)
-def test_parameters_are_as_many_as_published(preset: str) -> None:
+def test_parameter_counts_match_the_publication(preset: str) -> None:
     settings = load_config(preset, ["data.shards=s", "model.decoder=d"]).model
     text = dict(settings.text)
     config = MPlugVideoConfig(

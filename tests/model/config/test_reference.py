@@ -7,7 +7,7 @@ from model.config.schema import RunConfig, Section
 from tests.helpers.paths import ROOT
 
 
-def test_the_page_is_what_the_schema_says() -> None:
+def test_the_page_is_current() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == render_reference(), "docs/configuration.md is stale: run `make reference`"
 

@@ -13,7 +13,7 @@ def write(root: Path, text: str, *, dataset: str = "pretrain", split: str = "tra
     return str(root)
 
 
-def test_rows_are_read_with_commas_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
+def test_commas_quotes_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     raw = write(tmp_path, 'video_id:FILE,title\na.mp4,"一，二,""三"""\n', encoding="utf-8-sig")
     assert read_annotations(raw, "pretrain", "train") == [Annotation(video="a.mp4", text='一，二,"三"')]
 
@@ -29,13 +29,13 @@ def test_references_are_a_list_literal_in_lower_case(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "video", ["../outside.mp4", "/etc/passwd", "a/../../b.mp4", "a\\..\\b.mp4", "", "folder/", "a\x1bb.mp4"]
 )
-def test_a_path_that_leaves_the_root_is_refused_with_its_line(tmp_path: Path, video: str) -> None:
+def test_a_path_outside_the_root_is_rejected_with_its_line(tmp_path: Path, video: str) -> None:
     raw = write(tmp_path, f"video_id:FILE,title\nok.mp4,好\n{video},坏\n")
-    with pytest.raises(DataError, match=r"train\.csv line 3: the video's path must stay below"):
+    with pytest.raises(DataError, match=r"train\.csv line 3: the path of a video must stay below"):
         read_annotations(raw, "pretrain", "train")
 
 
-def test_every_bad_row_is_named(tmp_path: Path) -> None:
+def test_every_invalid_row_is_reported(tmp_path: Path) -> None:
     raw = write(tmp_path, "video_id:FILE,title\n../a,x\nb.mp4\n/c,y\n")
     with pytest.raises(DataError) as caught:
         read_annotations(raw, "pretrain", "train")
@@ -51,7 +51,7 @@ def test_every_bad_row_is_named(tmp_path: Path) -> None:
         ("video_id:FILE,title\na.mp4,标题\n", "gb18030", "must be UTF-8, it holds the byte .* iconv -f GB18030"),
     ],
 )
-def test_an_unusable_file_is_one_clear_line(tmp_path: Path, text: str, encoding: str, complaint: str) -> None:
+def test_an_invalid_file_is_a_one_line_error(tmp_path: Path, text: str, encoding: str, complaint: str) -> None:
     raw = write(tmp_path, text, encoding=encoding)
     with pytest.raises(DataError, match=complaint) as caught:
         read_annotations(raw, "pretrain", "train")
@@ -59,7 +59,7 @@ def test_an_unusable_file_is_one_clear_line(tmp_path: Path, text: str, encoding:
 
 
 @pytest.mark.parametrize("cell", ["plain", "[]", "[1]", "__import__('os')"])
-def test_references_are_data_never_code(tmp_path: Path, cell: str) -> None:
+def test_references_are_never_executed(tmp_path: Path, cell: str) -> None:
     raw = write(tmp_path, f'video_id:FILE,golden_caption\na.mp4,"{cell}"\n', dataset="captioning", split="test")
     with pytest.raises(DataError, match="golden_caption must be a list literal of strings"):
         read_annotations(raw, "captioning", "test")

@@ -52,7 +52,7 @@ def test_a_damaged_piece_is_fetched_again(tmp_path: Path) -> None:
     assert cache.get("a", refuse) == b"new"
 
 
-def test_the_bound_holds_and_the_newest_stay(tmp_path: Path) -> None:
+def test_the_size_limit_holds_and_the_newest_pieces_stay(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 200_000)
     for number in range(500):
         cache.get(str(number), lambda: bytes(5000))
@@ -61,13 +61,13 @@ def test_the_bound_holds_and_the_newest_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [2_000_000, 100_000_000])
-def test_processes_share_it_and_never_see_half_a_piece(tmp_path: Path, limit: int) -> None:
+def test_processes_share_the_cache_and_see_complete_pieces_only(tmp_path: Path, limit: int) -> None:
     workers = [worker(tmp_path, limit, seed) for seed in range(4)]
     assert [process.wait(timeout=60) for process in workers] == [0, 0, 0, 0]
     assert size(tmp_path) < limit * 1.1
 
 
-def test_killed_processes_leave_a_cache_that_works(tmp_path: Path) -> None:
+def test_the_cache_survives_killed_processes(tmp_path: Path) -> None:
     rng = random.Random(0)
     for seed in range(10):
         process = worker(tmp_path, 2_000_000, seed, reads=10**6)
@@ -78,7 +78,7 @@ def test_killed_processes_leave_a_cache_that_works(tmp_path: Path) -> None:
     assert size(tmp_path) < 2_300_000
 
 
-def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path) -> None:
+def test_partial_files_of_killed_processes_are_deleted(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 50_000)
     cache.get("a", lambda: bytes(1000))
     folder = next(path for path in tmp_path.iterdir())
@@ -90,7 +90,7 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path) -
     assert not abandoned.exists()
 
 
-def test_a_full_disk_costs_only_speed(tmp_path: Path) -> None:
+def test_a_full_disk_only_disables_the_cache(tmp_path: Path) -> None:
     blocked = tmp_path / "cache"
     blocked.write_text("a file where the folder should be")
     assert Cache(blocked, 10**6).get("a", lambda: b"one") == b"one"

@@ -18,7 +18,7 @@ DECORD_FAILS = {
 
 
 @pytest.mark.parametrize("name", sorted(set(CLIPS) - set(DECORD_FAILS)))
-def test_both_decoders_give_the_same_pixels_for_the_same_number(name: str) -> None:
+def test_both_decoders_return_the_same_pixels_per_frame_number(name: str) -> None:
     pyav, decord = (open_clip(CLIPS[name].data, decoder) for decoder in ("pyav", "decord"))
     assert pyav.num_frames == decord.num_frames
     indices = frame_indices(pyav.num_frames, 7)
@@ -27,7 +27,7 @@ def test_both_decoders_give_the_same_pixels_for_the_same_number(name: str) -> No
 
 
 @pytest.mark.parametrize("name", sorted(DECORD_FAILS))
-def test_what_decord_cannot_do_is_still_known(name: str) -> None:
+def test_known_limitations_of_decord_persist(name: str) -> None:
     """If this fails, decord has learned it: remove the name here and in the README."""
     reader = open_clip(CLIPS[name].data, "decord")
     try:
@@ -42,7 +42,7 @@ def test_what_decord_cannot_do_is_still_known(name: str) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"bf": "3", "g": "250"}, {"g": "1"}, {"bf": "2", "x264-params": "open-gop=1:keyint=8"}], ids=str
 )
-def test_any_choice_of_frames_is_the_one_that_decoding_all_gives(decoder: str, options: dict[str, str]) -> None:
+def test_selected_frames_equal_those_of_full_decoding(decoder: str, options: dict[str, str]) -> None:
     data = clip(**options)
     whole = list(open_clip(data, decoder).frames(range(30)))
     assert [round(frame[-20:].mean() / 8) for frame in whole] == list(range(30))
@@ -54,13 +54,13 @@ def test_any_choice_of_frames_is_the_one_that_decoding_all_gives(decoder: str, o
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_rotated_clips_stand_upright(decoder: str, degrees: int) -> None:
+def test_rotated_clips_are_upright(decoder: str, degrees: int) -> None:
     plain = next(open_clip(clip()).frames([4]))
     turned = next(open_clip(rotated(clip(), degrees), decoder).frames([4]))
     assert np.array_equal(turned, np.rot90(plain, -degrees // 90))
 
 
-def test_a_deadline_ends_decoding_between_packets() -> None:
+def test_the_deadline_is_checked_between_packets() -> None:
     data = clip(frames=3, width=3840, height=2160, preset="ultrafast")
     with pytest.raises(VideoError, match="timeout"):
         list(open_clip(data, deadline_s=0.02).frames([0, 1, 2]))
@@ -70,7 +70,7 @@ def damaged() -> list[Damaged]:
     return [item for item in damaged_clips() if item.name.startswith("flip")]
 
 
-def test_a_damaged_clip_is_refused_not_patched_up() -> None:
+def test_a_damaged_clip_is_rejected() -> None:
     """decord passes on what FFmpeg conceals: that is why it is not the default."""
     wrong = dict.fromkeys(DECODERS, 0)
     for item, decoder in itertools.product(damaged(), DECODERS):

@@ -18,7 +18,7 @@ def test_every_published_category_has_one_of_twenty_super_categories() -> None:
     assert len(set(super_categories().values())) == 20
 
 
-def test_counts_are_those_of_the_annotation_files(shards: dict[str, str], corpus: Path) -> None:
+def test_counts_match_the_annotation_files(shards: dict[str, str], corpus: Path) -> None:
     found = statistics(shards["classification"])
     rows = [row for split in ("train", "val", "test") for row in read_annotations(str(corpus), "classification", split)]
     assert list(found.clips) == ["train", "val", "test"]
@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_annotation_files(shards: dict[str, str], corpus
     assert found.source_bytes == sum((corpus / row.video).stat().st_size for row in rows)
 
 
-def test_distributions_are_those_of_the_clips(shards: dict[str, str], corpus: Path) -> None:
+def test_distributions_match_the_clips(shards: dict[str, str], corpus: Path) -> None:
     found = {item.name: item for item in statistics(shards["retrieval"]).distributions}
     rows = [row for split in ("train", "val", "test") for row in read_annotations(str(corpus), "retrieval", split)]
     seconds = []
@@ -43,7 +43,7 @@ def test_distributions_are_those_of_the_clips(shards: dict[str, str], corpus: Pa
     assert all(sum(item.counts) == len(rows) for item in found.values())
 
 
-def test_a_dataset_without_categories_has_none(shards: dict[str, str]) -> None:
+def test_a_dataset_without_categories_has_no_category_counts(shards: dict[str, str]) -> None:
     found = statistics(shards["pretrain"])
     assert not found.categories
     assert sum(found.resolutions.values()) == sum(found.clips.values())

@@ -13,11 +13,11 @@ GOLDEN = json.loads((FIXTURES / "frame_indices.json").read_text())
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['length']}-{case['num_frames']}")
-def test_middle_frames_are_upstreams(case: dict) -> None:
+def test_middle_frames_match_upstream(case: dict) -> None:
     assert padded(frame_indices(case["length"], case["num_frames"]), case["num_frames"]) == case["middle"]
 
 
-def test_random_frames_take_one_of_each_interval_and_reach_every_frame() -> None:
+def test_random_frames_cover_every_interval_and_every_frame() -> None:
     rng = random.Random(0)
     drawn = [frame_indices(10, 3, rng) for _ in range(300)]
     assert all(0 <= a <= 2 and 3 <= b <= 5 and 6 <= c <= 9 for a, b, c in drawn)
@@ -37,7 +37,7 @@ def counting_clip(length: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_chosen_frames_are_the_decoded_ones() -> None:
+def test_the_selected_frames_are_decoded() -> None:
     clip = decode(counting_clip(24), 4)
     assert clip.num_frames == 24
     assert (clip.width, clip.height, clip.fps) == (64, 48, 10.0)
@@ -45,12 +45,12 @@ def test_the_chosen_frames_are_the_decoded_ones() -> None:
     assert [round(level) for level in levels] == frame_indices(24, 4)
 
 
-def test_a_short_clip_gives_each_frame_once() -> None:
+def test_a_short_clip_returns_each_frame_once() -> None:
     assert len(decode(counting_clip(2), 16).frames) == 2
 
 
 @pytest.mark.parametrize("data", [b"", b"text named mp4", counting_clip(24)[:400]], ids=["empty", "text", "cut"])
-def test_what_is_no_video_is_refused_in_one_line(data: bytes) -> None:
+def test_a_file_without_video_is_a_one_line_error(data: bytes) -> None:
     with pytest.raises(VideoError) as caught:
         decode(data, 4)
     assert "\n" not in str(caught.value)

@@ -39,7 +39,7 @@ def missed(**values: float) -> list[str]:
     return [row.metric for row in check_requirements(evaluations(**values)) if not row.passed]
 
 
-def test_a_run_that_reaches_everything_passes() -> None:
+def test_a_run_that_meets_all_requirements_passes() -> None:
     assert missed() == []
 
 
@@ -47,9 +47,9 @@ def test_a_run_that_reaches_everything_passes() -> None:
     ("values", "metric"),
     [({"top1": 0.49}, "top1"), ({"recall": 0.099}, "text_to_video_r1"), ({"cider": 0.5}, "cider")],
 )
-def test_a_missed_requirement_is_named(values: dict[str, float], metric: str) -> None:
+def test_a_missed_requirement_is_reported(values: dict[str, float], metric: str) -> None:
     assert missed(**values) == [metric]
 
 
-def test_reaching_a_multiple_of_chance_exactly_is_enough() -> None:
+def test_exactly_the_required_value_passes() -> None:
     assert missed(top1=0.5, recall=0.1) == []

@@ -50,7 +50,7 @@ def test_the_terminal_shows_splits_categories_and_reasons(shown: tuple[str, Path
     assert re.search(r"empty\s+3", printed)
 
 
-def test_the_page_is_one_file_with_pictures_that_loads_nothing(shown: tuple[str, Path, str]) -> None:
+def test_the_page_is_one_file_without_external_resources(shown: tuple[str, Path, str]) -> None:
     page = shown[1].read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["']?(?!data:)[^"'>\s]+""", page)
     assert page.count('src="data:image/png') == 3
@@ -76,7 +76,7 @@ def test_mlflow_has_metrics_tables_figures_and_the_page(shown: tuple[str, Path, 
     }
 
 
-def test_the_page_shows_its_categories_in_a_browser(shown: tuple[str, Path, str], tmp_path: Path) -> None:
+def test_a_browser_shows_the_categories(shown: tuple[str, Path, str], tmp_path: Path) -> None:
     if not browser.installed():
         pytest.skip("needs Debian's packages chromium and chromium-driver")
     with browser.chromium(tmp_path) as page:

@@ -22,11 +22,11 @@ SAVED = Evaluation(
 )
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_evaluation_loads_unchanged(tmp_path: Path) -> None:
     assert load_evaluation(save_evaluation(SAVED, str(tmp_path / "scores.json"))) == SAVED
 
 
-def test_an_evaluation_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+def test_an_evaluation_of_an_earlier_version_is_rejected(tmp_path: Path) -> None:
     old = {key: value for key, value in vars(SAVED).items() if key not in ("headline", "captions")}
     (tmp_path / "scores.json").write_text(json.dumps(old))
     with pytest.raises(DataError, match="must hold captions, headline: an earlier version wrote it"):

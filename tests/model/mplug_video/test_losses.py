@@ -9,7 +9,7 @@ from model.mplug_video.losses import ROWS_AT_ONCE, token_cross_entropy
 @pytest.mark.parametrize("rows", [0, 1, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 5])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_losses_and_gradients_are_those_of_all_logits(rows: int, frozen: bool, bias: bool) -> None:
+def test_chunked_losses_and_gradients_match_full_logits(rows: int, frozen: bool, bias: bool) -> None:
     torch.manual_seed(0)
     head = nn.Linear(8, 50, bias=bias).requires_grad_(not frozen)
     states, targets = torch.randn(rows, 8, requires_grad=True), torch.randint(50, (rows,))

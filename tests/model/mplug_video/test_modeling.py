@@ -54,7 +54,7 @@ def model() -> MPlugVideoForPreTraining:
     return MPlugVideoForPreTraining(config()).eval()
 
 
-def test_losses_equal_those_of_full_logits(model: MPlugVideoForPreTraining) -> None:
+def test_losses_match_full_logits(model: MPlugVideoForPreTraining) -> None:
     ids = torch.randint(8, 100, (2, 9))
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
     prefix = model.encode_video(clips()).prefix
@@ -65,13 +65,13 @@ def test_losses_equal_those_of_full_logits(model: MPlugVideoForPreTraining) -> N
     torch.testing.assert_close(model(clips(), ids, mask), expected.sum() / mask.sum())
 
 
-def test_padding_on_the_right_changes_nothing(model: MPlugVideoForPreTraining) -> None:
+def test_right_padding_does_not_change_results(model: MPlugVideoForPreTraining) -> None:
     ids, mask = torch.randint(8, 100, (2, 6)), torch.ones(2, 5)
     longer, longer_mask = F.pad(ids, (0, 4), value=7), F.pad(mask, (0, 4))
     torch.testing.assert_close(model(clips(), ids, mask), model(clips(), longer, longer_mask))
 
 
-def test_a_new_model_reads_frames_one_by_one_until_temporal_attention_has_learned(
+def test_a_new_model_has_no_temporal_attention(
     model: MPlugVideoForPreTraining,
 ) -> None:
     video = clips()
@@ -82,7 +82,7 @@ def test_a_new_model_reads_frames_one_by_one_until_temporal_attention_has_learne
     assert not torch.allclose(patches, model.vision_encoder(swapped)[:, 1:].unflatten(1, (3, 16)).flip(1), atol=1e-2)
 
 
-def test_greedy_generation_equals_taking_the_best_token_again_and_again(model: MPlugVideoForPreTraining) -> None:
+def test_greedy_generation_equals_repeated_argmax(model: MPlugVideoForPreTraining) -> None:
     torch.nn.init.normal_(model.visual_projection.weight, std=1.0)  # so that the clips matter
     begin = torch.full((2, 1), 5)
     written = model.generate(clips(), begin, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=7)
@@ -96,9 +96,7 @@ def test_greedy_generation_equals_taking_the_best_token_again_and_again(model: M
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_sampling_follows_the_seed_and_beams_find_likelier_texts(
-    model: MPlugVideoForPreTraining, released: bool
-) -> None:
+def test_sampling_is_seeded_and_beams_find_likelier_texts(model: MPlugVideoForPreTraining, released: bool) -> None:
     model.config.released_beam_search = released
     torch.nn.init.normal_(model.decoder.get_input_embeddings().weight, std=0.1)
     begin = torch.full((2, 1), 5)
@@ -135,7 +133,7 @@ def test_answers_are_scored_by_the_sum_of_their_tokens() -> None:
             torch.testing.assert_close(scores[answer], -losses.sum())
 
 
-def test_a_frozen_decoder_has_no_gradient_and_no_dropout(model: MPlugVideoForPreTraining) -> None:
+def test_a_frozen_decoder_has_no_gradient_or_dropout(model: MPlugVideoForPreTraining) -> None:
     model.train()
     arguments = clips(), torch.randint(8, 100, (2, 6)), torch.ones(2, 5)
     model(*arguments).backward()
@@ -147,7 +145,7 @@ def test_a_frozen_decoder_has_no_gradient_and_no_dropout(model: MPlugVideoForPre
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_a_saved_model_is_loaded_bit_by_bit(kind: type, tmp_path: Path) -> None:
+def test_a_saved_model_loads_bit_identically(kind: type, tmp_path: Path) -> None:
     model = kind(config())
     model.save_pretrained(tmp_path)
     loaded = kind.from_pretrained(tmp_path)
@@ -155,7 +153,7 @@ def test_a_saved_model_is_loaded_bit_by_bit(kind: type, tmp_path: Path) -> None:
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_embeddings_are_unit_vectors_and_end_at_the_last_real_token() -> None:
+def test_text_embeddings_use_the_last_token_and_unit_length() -> None:
     model = MPlugVideoForRetrieval(config()).eval()
     ids = torch.randint(8, 100, (2, 6))
     padded = F.pad(ids, (0, 3), value=7)
@@ -164,12 +162,12 @@ def test_embeddings_are_unit_vectors_and_end_at_the_last_real_token() -> None:
     torch.testing.assert_close(model.embed_video(clips()).norm(dim=1), torch.ones(2))
 
 
-def test_clips_of_another_shape_are_refused_with_the_remedy(model: MPlugVideoForPreTraining) -> None:
+def test_clips_of_another_shape_are_rejected_with_a_remedy(model: MPlugVideoForPreTraining) -> None:
     with pytest.raises(ValueError, match=r"= \(3, 32, 32\), got \(4, 32, 32\)"):
         model.encode_video(torch.zeros(1, 3, 4, 32, 32))
 
 
-def test_activation_checkpointing_changes_no_gradient(model: MPlugVideoForPreTraining) -> None:
+def test_activation_checkpointing_does_not_change_gradients(model: MPlugVideoForPreTraining) -> None:
     gradients = []
     for parts in ((), ("vision",), ("abstractor", "decoder")):
         model.zero_grad()
@@ -180,7 +178,9 @@ def test_activation_checkpointing_changes_no_gradient(model: MPlugVideoForPreTra
         torch.testing.assert_close(found, gradients[0])
 
 
-def test_compilation_changes_no_gradient(model: MPlugVideoForPreTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_does_not_change_gradients(
+    model: MPlugVideoForPreTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # the compiler's front half, which needs no C compiler and takes seconds
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     compiled = deepcopy(model)
@@ -195,7 +195,7 @@ def test_compilation_changes_no_gradient(model: MPlugVideoForPreTraining, monkey
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_does_not_change_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for way in (vision.keep_intermediate, vision.recompute_intermediate):
         monkeypatch.setattr(vision, "recompute_intermediate", way)
@@ -209,7 +209,7 @@ def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(monkeypatch
         torch.testing.assert_close(recomputed, plain)
 
 
-def test_a_linear_layer_on_a_cpu_is_a_linear_layer() -> None:
+def test_the_cpu_linear_layer_matches_torch() -> None:
     layer = Linear(12, 7)
     x = torch.randn(3, 5, 12, requires_grad=True)
     y, expected = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)

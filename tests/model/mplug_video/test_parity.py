@@ -102,7 +102,7 @@ def contrastive_as_recorded(video: Tensor, text: Tensor, temperature: Tensor) ->
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_trained_and_what_is_frozen(name: str, tmp_path: Path) -> None:
+def test_trained_and_frozen_parameters(name: str, tmp_path: Path) -> None:
     recording, model = load(name, tmp_path)
     ours = mapped_names(tmp_path / "converted")
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -228,7 +228,7 @@ def test_caption_training(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["caption", "caption_prompt"])
-def test_every_hypothesis_of_the_released_beam_search(name: str, tmp_path: Path) -> None:
+def test_all_hypotheses_of_the_released_beam_search(name: str, tmp_path: Path) -> None:
     recording, model = load(name, tmp_path)
     end, width = recording.facts["generation"]["stop_token"], recording["out/beam5.sequences"].shape[1]
     length = int(recording["in/gen_prompt_length"][0])

@@ -17,7 +17,7 @@ def processor(**settings: object) -> MPlugVideoProcessor:
     return MPlugVideoProcessor(tokenizer, image_size=16, num_frames=len(FRAMES), **settings)
 
 
-def test_released_models_are_judged_on_the_nearest_pixels(tmp_path: Path) -> None:
+def test_released_models_use_nearest_resampling(tmp_path: Path) -> None:
     processor(resample="nearest").save_pretrained(tmp_path)
     loaded = MPlugVideoProcessor.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.clip(FRAMES), RECORDING["out/test_transform"], rtol=1e-6, atol=1e-6)
@@ -25,7 +25,7 @@ def test_released_models_are_judged_on_the_nearest_pixels(tmp_path: Path) -> Non
         processor(resample="lanczos")
 
 
-def test_new_models_are_judged_on_all_pixels() -> None:
+def test_new_models_use_bicubic_resampling() -> None:
     plain = torch.nn.functional.interpolate(
         RECORDING["in/frames_uint8"].permute(0, 3, 1, 2).float(), size=(16, 16), mode="bicubic", antialias=True
     )

@@ -14,24 +14,24 @@ TOKENIZER = load_tokenizer(FIXTURES / "upstream" / "modelscope_gpt3" / "tokenize
 
 
 @pytest.mark.parametrize("case", GOLDEN["sentences"], ids=lambda case: case["text"][:12])
-def test_sentences_are_encoded_cut_and_decoded_as_upstream_does(case: dict) -> None:
+def test_encoding_truncation_and_decoding_match_upstream(case: dict) -> None:
     assert encode_sentence(TOKENIZER, case["text"], 1000) == case["ids"]
     assert encode_sentence(TOKENIZER, case["text"], GOLDEN["max_length"]) == case["cut"]
     assert TOKENIZER.decode(case["ids"], skip_special_tokens=True) == case["decoded"]
 
 
 @pytest.mark.parametrize("case", GOLDEN["pairs"], ids=lambda case: f"{case['prompt'][:8]}|{case['answer'][:8]}")
-def test_pairs_cut_the_prompt_before_the_answer(case: dict) -> None:
+def test_pairs_truncate_the_prompt_before_the_answer(case: dict) -> None:
     encoded = encode_pair(TOKENIZER, case["prompt"], case["answer"], GOLDEN["max_length"])
     assert encoded == (case["ids"], case["prompt_length"])
 
 
 @pytest.mark.parametrize("case", CLEANED, ids=lambda case: f"{case['input'][:16]!r}-{case['max_words']}")
-def test_captions_are_cleaned_as_upstream_does(case: dict) -> None:
+def test_caption_cleaning_matches_upstream(case: dict) -> None:
     assert clean_caption(case["input"], case["max_words"]) == case["output"]
 
 
-def test_a_trained_tokenizer_has_the_published_special_tokens_and_survives_saving(tmp_path: Path) -> None:
+def test_a_trained_tokenizer_has_the_published_special_tokens(tmp_path: Path) -> None:
     trained = train_bpe_tokenizer(["红色的小猫在草地上", "蓝色的汽车在公路上"] * 20, vocab_size=300)
     trained.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)

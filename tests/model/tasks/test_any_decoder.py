@@ -75,7 +75,7 @@ def test_a_training_step_and_captions(family: str, shards: dict[str, str], tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_candidates_share_what_they_have_in_common(family: str, shards: dict[str, str], tmp_path: Path) -> None:
+def test_candidates_share_a_common_prefix(family: str, shards: dict[str, str], tmp_path: Path) -> None:
     line = f"model.decoder={decoder_folder(family, tmp_path / 'decoder')}"
     task = build_task(load_config("tiny_classification", [line, f"data.shards={shards['classification']}"]))
     task.model.eval()

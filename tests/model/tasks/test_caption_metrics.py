@@ -48,7 +48,7 @@ def test_scores_equal_pycocoevalcap(name: str) -> None:
     assert [*bleu(*words), rouge_l(*words), cider_d(*words)] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_a_corpus_of_empty_texts_has_a_score() -> None:
+def test_empty_texts_have_a_score() -> None:
     assert cider_d(["", ""], [[""], ["", ""]]) == 0
 
 

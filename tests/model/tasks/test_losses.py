@@ -13,7 +13,7 @@ def unit(*shape: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))), dim=-1)
 
 
-def test_the_contrastive_loss_takes_the_nearest_query_of_each_pair() -> None:
+def test_the_contrastive_loss_uses_the_nearest_query() -> None:
     video, text, temperature = unit(4, 3, 8), unit(4, 8), torch.tensor([0.1])
     losses = []
     for sims in (
@@ -27,7 +27,7 @@ def test_the_contrastive_loss_takes_the_nearest_query_of_each_pair() -> None:
     torch.testing.assert_close(contrastive_loss(video, text, temperature), torch.tensor(sum(losses) / 8))
 
 
-def test_rows_of_the_same_clip_share_the_targets_mass() -> None:
+def test_rows_of_the_same_clip_share_the_target() -> None:
     video, text, ids = unit(3, 8), unit(3, 8), torch.tensor([5, 5, 9])
     losses = []
     for first, second in ((video, text), (text, video)):

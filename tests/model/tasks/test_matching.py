@@ -6,7 +6,7 @@ from model.data.shards.reader import ShardReader
 from model.tasks.build import build_task
 
 
-def test_negatives_are_titles_of_other_clips_and_all_titles_are_scored(shards: dict[str, str], decoder: str) -> None:
+def test_negatives_are_titles_of_other_clips(shards: dict[str, str], decoder: str) -> None:
     settings = [
         f"data.shards={shards['retrieval']}",
         f"model.decoder={decoder}",

@@ -17,7 +17,7 @@ from tests.helpers.paths import FIXTURES
 GOLDEN = json.loads((FIXTURES / "caption_metrics.json").read_text(encoding="utf-8"))
 
 
-def test_caption_metrics_are_upstreams_to_the_last_digit() -> None:
+def test_caption_metrics_equal_upstream() -> None:
     rows = [{"video": row["video_id"], "prediction": row["pred"], "references": row["gold"]} for row in GOLDEN["pairs"]]
     scores = Captioning.score(rows, [])
     expected = GOLDEN["scores"]
@@ -40,7 +40,7 @@ def brute_force_recall(similarity: list[list[float]], relevant: list[list[bool]]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_recalls_equal_counting_by_hand(seed: int) -> None:
+def test_recalls_match_a_brute_force_count(seed: int) -> None:
     rng = random.Random(seed)
     similarity = [[round(rng.random(), 1) for _ in range(30)] for _ in range(20)]  # rounded: ties happen
     relevant = [[column == row or rng.random() < 0.03 for column in range(30)] for row in range(20)]
@@ -48,11 +48,11 @@ def test_recalls_equal_counting_by_hand(seed: int) -> None:
     assert found == {k: brute_force_recall(similarity, relevant, k) for k in (1, 5, 10)}
 
 
-def test_a_model_that_cannot_tell_texts_apart_gains_nothing_from_ties() -> None:
+def test_ties_give_no_recall() -> None:
     assert metrics.recalls(np.zeros((4, 4)), np.eye(4, dtype=bool))[1] == 0
 
 
-def test_rows_of_one_clip_are_each_others_answers() -> None:
+def test_rows_of_one_clip_are_all_correct_answers() -> None:
     rows = [
         {"video": "a", "video_embedding": [1.0, 0.0], "text_embedding": [0.0, 1.0]},
         {"video": "a", "video_embedding": [0.0, 1.0], "text_embedding": [1.0, 0.0]},
@@ -71,14 +71,14 @@ def test_accuracy_counts_both_heads() -> None:
     assert scores == {"top1": 0.5, "top5": 0.5, "generation_top1": 0.0, "generation_top5": 0.5}
 
 
-def test_chance_is_one_in_the_number_of_classes_or_clips() -> None:
+def test_chance_levels() -> None:
     rows = [{"video": str(number)} for number in range(20)]
     assert Classification.chance(rows, list("abcdefgh"))["top1"] == 1 / 8
     assert Retrieval.chance(rows, [])["video_to_text_r5"] == 1 / 4
     assert Captioning.chance(rows, []) == {}
 
 
-def test_matching_ranks_texts_per_clip_and_clips_per_text() -> None:
+def test_matching_ranks_in_both_directions() -> None:
     head = [[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.3, 0.6]]  # the second clip prefers the first's title
     answers = [[-3.0, -1.0, -2.0]] * 3
     predictions = [
@@ -113,7 +113,7 @@ MATCHED = [
         (Classification, [{"video": "a", "prediction": "x", "label": "y"}], [("x", "y")]),
     ],
 )
-def test_a_clip_has_the_predicted_and_the_true_text(
+def test_shown_clips_have_predicted_and_true_texts(
     task: type[Task], predictions: list[Prediction], captions: list[tuple[str, str]]
 ) -> None:
     assert task.captions(predictions) == captions

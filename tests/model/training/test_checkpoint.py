@@ -57,7 +57,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/checkpoints/{tmp_path.name}"
 
 
-def test_a_checkpoint_brings_everything_back(engine: Engine, group: Processes, place: str) -> None:
+def test_a_checkpoint_restores_all_state(engine: Engine, group: Processes, place: str) -> None:
     store = checkpoints(engine, group, place)
     assert store.restore() is None
     save(engine, store, 4)
@@ -82,7 +82,7 @@ def test_the_newest_and_the_best_are_kept(engine: Engine, group: Processes, plac
     }
 
 
-def test_a_checkpoint_that_cannot_be_written_is_known_as_lost(
+def test_a_failed_checkpoint_is_recorded_as_lost(
     engine: Engine, group: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_cannot_be_written_is_known_as_lost(
     assert progress.best_value == 3.0
 
 
-def test_an_error_of_the_writing_thread_is_raised_in_the_loop(
+def test_errors_of_the_writing_thread_are_raised_in_the_loop(
     engine: Engine, group: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def commit(*_: object, **__: object) -> None:
@@ -112,7 +112,7 @@ def test_an_error_of_the_writing_thread_is_raised_in_the_loop(
         store.wait()
 
 
-def test_a_running_save_holds_a_copy(engine: Engine, group: Processes, place: str) -> None:
+def test_a_save_in_progress_uses_a_copy(engine: Engine, group: Processes, place: str) -> None:
     store = checkpoints(engine, group, place)
     fill(engine, 7)
     store.save(7, b"", {})
@@ -141,7 +141,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     engine: Engine, group: Processes, tmp_path: Path, damage: str
 ) -> None:
     store = checkpoints(engine, group, str(tmp_path))
@@ -154,9 +154,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert saved_steps(str(tmp_path))[0] == 3
 
 
-def test_where_no_checkpoint_is_whole_the_run_does_not_start_from_nothing_in_silence(
-    engine: Engine, group: Processes, tmp_path: Path
-) -> None:
+def test_a_run_fails_if_all_checkpoints_are_damaged(engine: Engine, group: Processes, tmp_path: Path) -> None:
     store = checkpoints(engine, group, str(tmp_path))
     save(engine, store, 1, 2)
     for step in (1, 2):
@@ -165,7 +163,7 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_start_from_nothing_in_sil
         store.restore()
 
 
-def test_other_frozen_weights_are_refused(engine: Engine, group: Processes, tmp_path: Path) -> None:
+def test_other_frozen_weights_are_rejected(engine: Engine, group: Processes, tmp_path: Path) -> None:
     save(engine, checkpoints(engine, group, str(tmp_path), base="one"), 1)
     with pytest.raises(ConfigError, match="the frozen weights must be those"):
         checkpoints(engine, group, str(tmp_path), base="another").restore()
@@ -185,7 +183,7 @@ def test_frozen_weights_are_hashed_and_not_saved(
     assert trained * 12 < size < trained * 12 + 100_000
 
 
-def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
+def test_a_failed_checkpoint_does_not_end_the_run(
     engine: Engine, group: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = checkpoints(engine, group, str(tmp_path / "run"))
@@ -199,7 +197,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     assert saved_steps(str(tmp_path / "run")) == [3]
 
 
-def test_a_run_has_a_folder_of_its_own_until_what_it_learns_is_another(decoder: str) -> None:
+def test_settings_that_affect_the_result_change_the_folder(decoder: str) -> None:
     first = run_folder(pretraining_config(decoder))
     machine = [
         "data.workers=3",
@@ -219,7 +217,7 @@ def test_a_run_has_a_folder_of_its_own_until_what_it_learns_is_another(decoder: 
         assert run_folder(pretraining_config(decoder, other)) != first
 
 
-def test_a_manifest_says_what_the_run_was(engine: Engine, group: Processes, tmp_path: Path) -> None:
+def test_a_manifest_describes_the_run(engine: Engine, group: Processes, tmp_path: Path) -> None:
     save(engine, checkpoints(engine, group, str(tmp_path)), 5)
     facts = json.loads((tmp_path / "step-00000005" / "manifest.json").read_text())
     assert {"step": 5, "world_size": 1, "zero_stage": 1, "base_sha256": "b"}.items() <= facts.items()

@@ -1,4 +1,4 @@
-"""DeepSpeed's stages against each other, on two real processes."""
+"""Compares DeepSpeed's ZeRO stages on two real processes."""
 
 import json
 import os
@@ -24,6 +24,12 @@ def found(decoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return json.loads(out.read_text())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_has_every_private_attribute(found: dict[str, Any], precision: str, stage: str) -> None:
+    assert found[precision]["missing"][stage] == []
+
+
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-3)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_the_same_losses(found: dict[str, Any], precision: str, bound: float, stage: str) -> None:
@@ -34,21 +40,17 @@ def test_every_stage_has_the_same_losses(found: dict[str, Any], precision: str, 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_restored_engine_goes_on_bit_by_bit(found: dict[str, Any], precision: str, stage: str) -> None:
+def test_a_restored_engine_continues_bit_identically(found: dict[str, Any], precision: str, stage: str) -> None:
     assert found[precision]["restored"][stage] == found[precision]["then"][stage]
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-3)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_state_of_one_stage_goes_on_in_any_other(
-    found: dict[str, Any], precision: str, bound: float, stage: str
-) -> None:
+def test_state_moves_between_zero_stages(found: dict[str, Any], precision: str, bound: float, stage: str) -> None:
     assert found[precision]["from_stage_2"][stage] == pytest.approx(found[precision]["then"][stage], rel=bound)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(
-    found: dict[str, Any], precision: str, stage: str
-) -> None:
+def test_a_non_finite_step_is_skipped_on_all_processes(found: dict[str, Any], precision: str, stage: str) -> None:
     assert found[precision]["skipped"][stage]

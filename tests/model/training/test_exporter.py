@@ -18,7 +18,7 @@ def scrape(port: int, host: str = "127.0.0.1") -> str:
         return answer.read().decode()
 
 
-def test_a_run_serves_what_alerts_and_dashboard_ask_for(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_exports_the_metrics_of_alerts_and_dashboard(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The names are those of a real run's history."""
     point = json.loads((Path(decoder) / "history.jsonl").read_text().splitlines()[-1])
     step = point.pop("step")
@@ -40,7 +40,7 @@ def test_a_run_serves_what_alerts_and_dashboard_ask_for(decoder: str, monkeypatc
     assert {name for name in asked if f"\n{name}{{" not in served} == set()
 
 
-def test_a_port_that_is_taken_costs_a_run_nothing(
+def test_a_port_in_use_does_not_affect_the_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(PORT, str(free_ports(1)))

@@ -16,7 +16,7 @@ CLIPS = 6
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen decoder", "trained decoder"])
 @pytest.mark.parametrize("task", ["pretraining", "captioning", "classification", "retrieval", "matching"])
-def test_the_count_is_that_of_torch(shards: dict[str, str], decoder: str, task: str, frozen: bool) -> None:
+def test_the_count_matches_torch(shards: dict[str, str], decoder: str, task: str, frozen: bool) -> None:
     dataset = {"pretraining": "pretrain", "matching": "retrieval"}.get(task, task)
     preset = {"matching": "tiny_retrieval"}.get(task, f"tiny_{task}")
     settings = [f"model.decoder={decoder}", f"data.shards={shards[dataset]}", f"task={task}", "training.precision=fp32"]
@@ -32,5 +32,5 @@ def test_the_count_is_that_of_torch(shards: dict[str, str], decoder: str, task: 
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_the_peak_of_a_device_without_a_published_one_is_measured() -> None:
+def test_an_unknown_peak_is_measured() -> None:
     assert 1e9 < peak_flops(torch.device("cpu"), torch.float32) < 1e14

@@ -90,7 +90,7 @@ def test_two_hosts_train_as_one_and_survive_a_killed_process(
     assert outcome.weights == undisturbed.weights
 
 
-def test_an_elastic_run_goes_on_when_a_host_is_lost(
+def test_an_elastic_run_resumes_after_losing_a_host(
     settings: list[str], undisturbed: Outcome, tmp_path: Path, running: list["subprocess.Popen[str]"]
 ) -> None:
     run = Training(tmp_path, settings)

@@ -30,7 +30,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_schedule_is_upstreams(name: str) -> None:
+def test_the_schedule_matches_upstream(name: str) -> None:
     case = RECORDED["schedules"][name]
     settings = {
         "optim.lr": case["base_value"],
@@ -53,7 +53,7 @@ def test_the_schedule_is_upstreams(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECORDED["parameter_groups"])
-def test_the_parameter_groups_are_upstreams(name: str, tmp_path: Path) -> None:
+def test_parameter_groups_match_upstream(name: str, tmp_path: Path) -> None:
     weights = name if name in MODELS else "pretrain"
     options = {"class_names": list("abcde")} if weights == "cls" else {}
     folder = Recording(weights).convert(tmp_path, **options)
@@ -71,7 +71,7 @@ def test_the_parameter_groups_are_upstreams(name: str, tmp_path: Path) -> None:
     }
 
 
-def test_vectors_biases_and_position_embeddings_do_not_decay_and_clip_weights_move_slowly() -> None:
+def test_weight_decay_and_learning_rate_factors_by_parameter() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -27,13 +27,13 @@ def same(outcome: Outcome, undisturbed: Outcome) -> None:
     assert outcome.weights == undisturbed.weights
 
 
-def test_a_killed_process_leaves_no_trace_in_losses_and_weights(
+def test_a_killed_process_does_not_change_losses_or_weights(
     settings: list[str], undisturbed: Outcome, tmp_path: Path
 ) -> None:
     # its loader process would hold this command's output open, if it lived on
     outcome = Training(tmp_path, settings).interrupted(lambda child: workers(child)[1].kill(), "data.workers=1")
     same(outcome, undisturbed)
-    assert "it is started again" in outcome.said
+    assert "restarting in" in outcome.said
 
 
 @pytest.mark.parametrize("is_training", [False, True])
@@ -66,7 +66,7 @@ def terminated(settings: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-def test_a_terminated_run_goes_on_on_another_number_of_processes(
+def test_a_terminated_run_resumes_on_another_number_of_processes(
     terminated: Training, undisturbed: Outcome, tmp_path: Path
 ) -> None:
     shutil.copytree(terminated.root, tmp_path, dirs_exist_ok=True)
@@ -77,7 +77,7 @@ def test_a_terminated_run_goes_on_on_another_number_of_processes(
     assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)
 
 
-def test_a_terminated_run_goes_on_as_if_nothing_had_happened(terminated: Training, undisturbed: Outcome) -> None:
+def test_a_terminated_run_resumes_bit_identically(terminated: Training, undisturbed: Outcome) -> None:
     same(terminated.run(), undisturbed)
     again = terminated.run()
     assert again.code == 0
@@ -86,17 +86,17 @@ def test_a_terminated_run_goes_on_as_if_nothing_had_happened(terminated: Trainin
     assert "step/s" not in again.said
 
 
-def test_a_run_that_diverges_goes_back_and_ends_at_its_budget(settings: list[str], tmp_path: Path) -> None:
+def test_a_diverging_run_rolls_back_and_ends_at_max_skips(settings: list[str], tmp_path: Path) -> None:
     diverging = ["optim.lr=1e30", "checkpoint.every=1", "training.max_skips=5", "training.consecutive_skips=2"]
     outcome = Training(tmp_path, settings).run(*diverging, processes=1)
     assert outcome.code == 1
     assert "is skipped: its gradients are not finite (1 so far)" in outcome.said
-    assert "weights are those of step" in outcome.said
+    assert "weights were restored from step" in outcome.said
     assert "at most training.max_skips = 5 may be. Lower optim.lr" in outcome.said
     assert "Traceback" not in outcome.said
 
 
-def test_a_run_that_gets_nowhere_ends_for_good(tmp_path: Path) -> None:
+def test_a_run_without_progress_fails_permanently(tmp_path: Path) -> None:
     limits, folder = CheckpointConfig(max_attempts=3), str(tmp_path)
     started = [attempts.start_attempt(folder, limits) for _ in range(3)]
     assert [attempt.number for attempt in started] == [1, 2, 3]
@@ -105,7 +105,7 @@ def test_a_run_that_gets_nowhere_ends_for_good(tmp_path: Path) -> None:
         attempts.start_attempt(folder, limits)
 
 
-def test_a_checkpoint_gives_a_run_all_its_attempts_again(tmp_path: Path) -> None:
+def test_a_checkpoint_resets_the_attempts(tmp_path: Path) -> None:
     limits, folder = CheckpointConfig(max_attempts=2), str(tmp_path)
     for step in range(1, 6):
         for _ in range(2):

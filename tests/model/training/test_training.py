@@ -59,7 +59,7 @@ def plain_losses(preset: str, overrides: list[str]) -> list[float]:
     return losses
 
 
-def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
+def test_the_engine_matches_a_plain_pytorch_loop(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", f"output={tmp_path}"]
     settings += [*TINY, "training.steps=5", "name=golden", "model.use_contrastive=false"]
     settings += ["training.gradient_accumulation=2", "optim.clip_grad_norm=0.5"]
@@ -69,14 +69,14 @@ def test_the_engine_trains_as_a_plain_pytorch_loop(shards: dict[str, str], decod
     )
 
 
-def test_a_frozen_decoder_leaves_training_as_it_came(pretrained: str, decoder: str) -> None:
+def test_a_frozen_decoder_is_unchanged_by_training(pretrained: str, decoder: str) -> None:
     model = MPlugVideoForPreTraining.from_pretrained(manifest.fetch_folder(pretrained))
     before = build_task(load_config("tiny_pretraining", [f"model.decoder={decoder}", "data.shards=unused"])).model
     for name, value in before.decoder.state_dict().items():
         torch.testing.assert_close(model.decoder.state_dict()[name].float(), value.to(torch.bfloat16).float())
 
 
-def test_a_model_travels_with_its_configuration_and_history(pretrained: str) -> None:
+def test_a_model_is_saved_with_configuration_and_history(pretrained: str) -> None:
     facts = manifest.read_manifest(pretrained)
     assert facts["config"]["task"] == "pretraining"
     last = history(pretrained)[-1]
@@ -93,7 +93,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([MPLUG, *arguments], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
 
 
-def test_a_wrong_configuration_ends_with_code_2_and_lines_before_anything_starts() -> None:
+def test_an_invalid_configuration_fails_with_code_2_before_start() -> None:
     ended = command("train", "tiny_pretraining", "optim.lrr=1", "training.steps=x")
     assert ended.returncode == 2
     assert all(line.startswith("error: ") for line in ended.stderr.splitlines())
@@ -101,9 +101,7 @@ def test_a_wrong_configuration_ends_with_code_2_and_lines_before_anything_starts
     assert "training.steps" in ended.stderr
 
 
-def test_a_batch_that_does_not_divide_is_refused_by_the_processes(
-    shards: dict[str, str], decoder: str, tmp_path: Path
-) -> None:
+def test_an_indivisible_batch_size_is_rejected(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
     ended = command(
         "train",
         "tiny_pretraining",
@@ -119,9 +117,7 @@ def test_a_batch_that_does_not_divide_is_refused_by_the_processes(
     assert "Traceback" not in ended.stderr
 
 
-def test_clips_that_cannot_be_read_end_the_command_with_code_3(
-    shards: dict[str, str], decoder: str, tmp_path: Path
-) -> None:
+def test_unreadable_clips_end_the_command_with_code_3(shards: dict[str, str], decoder: str, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(shards["pretrain"], damaged)
     for tar in damaged.rglob("*.tar"):
@@ -141,7 +137,7 @@ def test_clips_that_cannot_be_read_end_the_command_with_code_3(
     assert "Traceback" not in ended.stderr
 
 
-def test_a_missing_model_is_one_line_and_a_non_zero_exit(tmp_path: Path, shards: dict[str, str]) -> None:
+def test_a_missing_model_is_a_one_line_error(tmp_path: Path, shards: dict[str, str]) -> None:
     ended = command("evaluate", str(tmp_path / "nothing"), shards["retrieval"])
     assert ended.returncode == 3
     assert ended.stderr.count("\n") == 1

@@ -54,7 +54,7 @@ def test_a_profile_of_three_steps_is_written(outcome: Outcome) -> None:
     assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_an_unknown_metric_and_a_split_that_is_too_small_are_refused(shards: dict[str, str], pretrained: str) -> None:
+def test_invalid_evaluation_settings_are_rejected(shards: dict[str, str], pretrained: str) -> None:
     settings = [f"model.init_from={pretrained}", f"data.shards={shards['classification']}", *TINY]
     for override, said in (
         ("evaluation.metric=top2", "must be one of loss, top1, top5"),

@@ -40,7 +40,7 @@ def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_over_its_time_ends_all_with_their_stacks(rank: int) -> None:
+def test_a_missed_deadline_ends_all_processes_with_stacks(rank: int) -> None:
     codes, said, seconds = run(f"{rank}-sleeps")
     assert codes == [LOST, LOST]
     assert seconds < 30
@@ -51,14 +51,14 @@ def test_a_process_over_its_time_ends_all_with_their_stacks(rank: int) -> None:
 
 
 @pytest.mark.parametrize(("rank", "case"), [(0, "stops"), (1, "stops"), (0, "hangs")])
-def test_a_process_that_gives_no_sign_of_life_is_given_up(rank: int, case: str) -> None:
+def test_a_process_without_heartbeat_ends_the_run(rank: int, case: str) -> None:
     codes, said, seconds = run(f"{rank}-{case}")
     assert codes == [LOST, None]
     assert seconds < 30
-    assert ("no sign of life for 4 s" if rank else "process 0 does not answer for 4 s") in said[0]
+    assert ("has sent no heartbeat for 4 s" if rank else "process 0 does not answer for 4 s") in said[0]
 
 
-def test_processes_whose_launcher_is_gone_before_they_look_end() -> None:
+def test_processes_end_if_the_launcher_died_early() -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     codes, said, seconds = run("0-sleeps", **{PARENT_PID: gone.stdout.strip()})
     assert codes == [LOST, LOST]
@@ -74,7 +74,7 @@ def test_an_error_of_one_process_is_the_exit_code_of_all(rank: int, case: str, c
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_a_watching_thread_ends_the_run_as_a_bug(rank: int) -> None:
+def test_an_error_of_a_watchdog_thread_is_a_bug(rank: int) -> None:
     codes, said, _ = run(f"{rank}-unwatched")
     assert codes == [FAILED, FAILED]
     assert f"the thread watchdog of process {rank} has failed" in said[rank]
@@ -82,7 +82,7 @@ def test_an_error_of_a_watching_thread_ends_the_run_as_a_bug(rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_is_worth_a_restart(rank: int) -> None:
+def test_a_killed_process_is_restartable(rank: int) -> None:
     codes, said, seconds = run(f"{rank}-dies")
     assert codes[rank] == KILLED
     assert codes[1 - rank] == LOST

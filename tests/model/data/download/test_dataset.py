@@ -59,7 +59,7 @@ HEALED = {
 
 
 @pytest.mark.parametrize("in_memory", [fetch.IN_MEMORY, 20_000], ids=["memory", "file"])
-def test_what_a_faulty_server_sends_ends_as_the_source_has_it(
+def test_files_from_a_faulty_server_match_the_source(
     server: str, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int
 ) -> None:
     monkeypatch.setattr(fetch, "IN_MEMORY", in_memory)
@@ -76,7 +76,7 @@ def test_what_a_faulty_server_sends_ends_as_the_source_has_it(
     assert {entry.path for entry in storage.walk(raw) if ".ledger" not in entry.path} == set(HEALED)
 
 
-def test_what_cannot_be_had_is_in_the_ledger_with_its_reason(server: str, root: str, tmp_path: Path) -> None:
+def test_failed_downloads_are_in_the_ledger_with_a_reason(server: str, root: str, tmp_path: Path) -> None:
     bad = ["gone/a-10", "short/a-1000", "wrong/a-1000"]
     rows = [
         {"url": f"{server}/{name}", "path": name, "sha256": hashlib.sha256(content(name[6:])).hexdigest()}
@@ -85,7 +85,7 @@ def test_what_cannot_be_had_is_in_the_ledger_with_its_reason(server: str, root: 
     rows[0]["sha256"] = ""
     rows.append({"url": f"{server}/ok/b-100", "path": "size", "size": 99})
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match="4 of 5 files could not be fetched") as caught:
+    with pytest.raises(DataError, match="4 of 5 files could not be downloaded") as caught:
         download_dataset(str(tmp_path / "list.jsonl"), root, "d", options())
     raw = storage.join(root, "raw", "d")
     found = download_status(raw)
@@ -95,7 +95,7 @@ def test_what_cannot_be_had_is_in_the_ledger_with_its_reason(server: str, root: 
     assert not any(storage.exists(storage.join(raw, name)) for name in bad)
 
 
-def test_a_second_run_fetches_only_what_failed_or_changed(server: str, tmp_path: Path) -> None:
+def test_a_second_run_downloads_only_failed_or_changed_files(server: str, tmp_path: Path) -> None:
     with serve() as fresh:
         names = ["ok/a-1000", "busy/b-1000"]
         source = manifest(tmp_path, fresh, names)
@@ -107,7 +107,7 @@ def test_a_second_run_fetches_only_what_failed_or_changed(server: str, tmp_path:
     assert storage.read(str(tmp_path / "raw" / "d" / "busy" / "b-1000")) == content("b-1000")
 
 
-def test_a_killed_transfer_goes_on_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_transfer_resumes_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "IN_MEMORY", 1000)
     with serve() as fresh:
         source = manifest(tmp_path, fresh, ["drop/a-200000"])
@@ -120,7 +120,7 @@ def test_a_killed_transfer_goes_on_in_the_middle_of_a_file(tmp_path: Path, monke
     assert storage.read(str(tmp_path / "raw" / "d" / "drop" / "a-200000")) == content("a-200000")
 
 
-def test_partitions_share_the_work_without_overlap(server: str, tmp_path: Path) -> None:
+def test_partitions_are_disjoint_and_complete(server: str, tmp_path: Path) -> None:
     names = [f"ok/{number}-100" for number in range(40)]
     source = manifest(tmp_path, server, names)
     counts = [download_dataset(source, str(tmp_path), "d", options(index=i, count=3))[1]["files"] for i in range(3)]
@@ -129,13 +129,13 @@ def test_partitions_share_the_work_without_overlap(server: str, tmp_path: Path) 
     assert download_status(str(tmp_path / "raw" / "d")).files == 40
 
 
-def test_only_what_was_asked_for_is_fetched(corpus: Path, tmp_path: Path) -> None:
+def test_only_selected_files_are_downloaded(corpus: Path, tmp_path: Path) -> None:
     raw, _ = download_dataset(str(corpus), str(tmp_path), "d", options(only=["retrieval/*", "videos/retrieval_*"]))
     found = {entry.path.partition("/")[0] for entry in storage.walk(raw)} - {".ledger"}
     assert found == {"retrieval", "videos"}
 
 
-def test_a_bucket_is_copied_and_only_changes_again(corpus: Path, s3: str, tmp_path: Path) -> None:
+def test_a_bucket_is_copied_and_then_only_changed_objects(corpus: Path, s3: str, tmp_path: Path) -> None:
     raw, first = download_dataset(str(corpus), storage.join(s3, tmp_path.name), "d")
     copy, second = download_dataset(raw, str(tmp_path), "d")
     assert first["files_copied"] == second["files_copied"] > 100
@@ -151,9 +151,7 @@ def test_the_rate_is_limited_over_all_threads(server: str, tmp_path: Path) -> No
     assert 0.8 <= time.monotonic() - start < 4
 
 
-def test_verification_finds_what_has_changed_and_the_next_download_mends_it(
-    server: str, root: str, tmp_path: Path
-) -> None:
+def test_verification_finds_damage_and_the_next_download_repairs_it(server: str, root: str, tmp_path: Path) -> None:
     names = [f"ok/{number}-1000" for number in range(5)]
     source = manifest(tmp_path, server, names)
     raw, _ = download_dataset(source, root, "d", options())
@@ -170,22 +168,22 @@ def test_verification_finds_what_has_changed_and_the_next_download_mends_it(
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("l.csv", "url,path\nhttp://h/a,../../etc/passwd\n", "row 1: the video's path must stay below"),
-        ("l.jsonl", '{"url": "http://h/a", "path": "/abs"}\n', "row 1: the video's path must stay below"),
+        ("l.csv", "url,path\nhttp://h/a,../../etc/passwd\n", "row 1: the path of a video must stay below"),
+        ("l.jsonl", '{"url": "http://h/a", "path": "/abs"}\n', "row 1: the path of a video must stay below"),
         ("l.txt", "ftp://h/a\n", "row 1: url must begin with http"),
-        ("l.txt", "http://h/%2e%2e/%2e%2e/a\n", "row 1: the video's path must stay below"),
+        ("l.txt", "http://h/%2e%2e/%2e%2e/a\n", "row 1: the path of a video must stay below"),
         ("l.csv", "link\nhttp://h/a\n", "must have a column url, it has link"),
         ("l.csv", "url,path\nhttp://h/a,x\nhttp://h/b,x\n", "a path must stand for one file; rows 1 and 2 share one"),
         ("l.jsonl", '{"path": "x"}\n', "row 1: 'url'"),
         ("l.csv", "url,size\nhttp://h/a,big\n", "row 1: invalid literal"),
         ("l.csv", "path,url\na.mp4\n", "row 1: "),
-        ("l.csv", "url,path\nhttp://h/a,.ledger/x.parquet\n", "row 1: the video's path must"),
-        ("l.csv", "url,path\nhttp://h/a,./x.mp4\n", "row 1: the video's path must"),
+        ("l.csv", "url,path\nhttp://h/a,.ledger/x.parquet\n", "row 1: the path of a video must"),
+        ("l.csv", "url,path\nhttp://h/a,./x.mp4\n", "row 1: the path of a video must"),
         ("l.jsonl", '{"url": \n', "cannot be read behind row 0"),
         ("l.csv", "url,path\nhttp://h/a,标题\n".encode("gb18030"), "must be UTF-8"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_before_anything_is_fetched(
+def test_an_invalid_list_is_rejected_before_any_download(
     tmp_path: Path, name: str, text: str | bytes, complaint: str
 ) -> None:
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -194,7 +192,7 @@ def test_a_list_that_cannot_be_used_is_refused_before_anything_is_fetched(
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["lock"]
 
 
-def test_status_may_be_asked_while_files_arrive(tmp_path: Path) -> None:
+def test_status_works_during_a_download(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path), "writer")
     for number in range(5):
         ledger.add(Outcome(path=f"{number}", identity="", status=DONE, size=1))
@@ -207,28 +205,28 @@ def test_status_may_be_asked_while_files_arrive(tmp_path: Path) -> None:
     assert download_status(str(tmp_path)).files == 4
 
 
-def test_a_share_is_downloaded_by_one_process(server: str, tmp_path: Path) -> None:
+def test_a_partition_is_downloaded_by_one_process_at_a_time(server: str, tmp_path: Path) -> None:
     source = manifest(tmp_path, server, ["ok/a-10"])
     spool = tmp_path / "raw" / "d" / ".ledger" / "arriving" / "1of1"
     spool.mkdir(parents=True)
     with (spool / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process on this machine"):
+        with pytest.raises(DataError, match="another process is downloading this partition"):
             download_dataset(source, str(tmp_path), "d", options())
 
 
-def test_a_name_that_cannot_be_a_file_is_in_the_ledger(server: str, tmp_path: Path) -> None:
+def test_an_impossible_file_name_is_in_the_ledger(server: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="name: "):
         download_dataset(manifest(tmp_path, server, ["ok/" + "长" * 90 + "-10"]), str(tmp_path), "d", options())
     assert dict(download_status(str(tmp_path / "raw" / "d")).failed) == {"name": 1}
 
 
-def test_a_folder_without_annotations_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_annotations_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold annotation files"):
         download_dataset(str(tmp_path), str(tmp_path / "out"))
 
 
-def test_a_signature_in_an_address_reaches_neither_ledger_nor_message(tmp_path: Path) -> None:
+def test_signatures_in_urls_are_not_in_ledger_or_messages(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("http://127.0.0.1:9/a.mp4?Signature=SECRET&security-token=SECRET\n")
     with pytest.raises(OutageError, match=r"a\.mp4: connection") as caught:
         download_dataset(str(tmp_path / "list.txt"), str(tmp_path), "d", options())
@@ -237,8 +235,8 @@ def test_a_signature_in_an_address_reaches_neither_ledger_nor_message(tmp_path: 
     assert row.identity == "http://127.0.0.1:9/a.mp4"
 
 
-def test_a_folder_that_was_never_downloaded_to_has_no_status(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no \.ledger/"):
+def test_a_folder_without_a_ledger_has_no_status(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no download ledger"):
         download_status(str(tmp_path))
 
 
@@ -252,9 +250,7 @@ REPOSITORY = {
 OBJECTS = {"public-zip/data/videos/a.mp4": b"A" * 1000, "public/data/videos/b.flv": b"B" * 2000}
 
 
-def test_modelscope_gives_the_repository_and_the_videos_that_its_annotations_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modelscope_lists_the_repository_and_annotated_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(ModelScopeHandler, repository=REPOSITORY, objects=OBJECTS) as address:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
         monkeypatch.setattr(modelscope, "OSS_HOST", address + "/bucket")
@@ -270,7 +266,7 @@ def test_modelscope_gives_the_repository_and_the_videos_that_its_annotations_nam
             download_dataset("modelscope://owner/other", str(tmp_path), options=options())
 
 
-def test_object_storage_addresses_are_signed_as_alibabas_own_client_signs_them() -> None:
+def test_signed_urls_equal_those_of_alibabas_client() -> None:
     key = {
         "AccessId": "AKID",
         "AccessSecret": "SECRET",

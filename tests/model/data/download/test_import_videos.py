@@ -34,7 +34,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_one_command_makes_a_dataset(videos: Path, tmp_path: Path, encoding: str) -> None:
+def test_one_command_imports_a_dataset(videos: Path, tmp_path: Path, encoding: str) -> None:
     rows = [[name, f"标题 {number}"] for number, name in enumerate(names(videos, 5))]
     table = write(tmp_path / "own.csv", [["video", "title"], *rows], encoding)
     done = run(str(videos), table, str(tmp_path / "work"), "--short-side", "32")
@@ -45,7 +45,7 @@ def test_one_command_makes_a_dataset(videos: Path, tmp_path: Path, encoding: str
     assert (tmp_path / "work/raw/own" / rows[0][0]).read_bytes() == (videos / rows[0][0]).read_bytes()
 
 
-def test_splits_are_drawn_by_video_and_captions_to_be_judged_by_come_together(videos: Path, tmp_path: Path) -> None:
+def test_splits_are_by_video_and_references_are_grouped(videos: Path, tmp_path: Path) -> None:
     used = names(videos, 60)
     rows = [[name, f"第{n}句 {name}"] for name in used for n in (1, 2)]
     table = write(tmp_path / "own.csv", [["path", "caption"], *rows])
@@ -72,7 +72,7 @@ def test_labels_become_numbered_categories(videos: Path, tmp_path: Path) -> None
     assert facts["clips"] == {"train": 3, "test": 3}
 
 
-def test_two_datasets_do_not_mix_under_one_name(videos: Path, tmp_path: Path) -> None:
+def test_two_datasets_cannot_share_a_name(videos: Path, tmp_path: Path) -> None:
     first, second = (
         write(tmp_path / f"{n}.csv", [["video", "title"], [name, "题"]]) for n, name in enumerate(names(videos, 2))
     )
@@ -90,13 +90,13 @@ def test_two_datasets_do_not_mix_under_one_name(videos: Path, tmp_path: Path) ->
         (["name", "title"], ["a.mp4", "x"], "must have one column of video, path"),
         (["video", "note"], ["a.mp4", "x"], "and one of text, title"),
         (["video", "title"], ["nowhere.mp4", "x"], r"line 3: .*nowhere\.mp4 does not exist"),
-        (["video", "title"], ["../secret.mp4", "x"], "line 3: the video's path must stay below"),
+        (["video", "title"], ["../secret.mp4", "x"], "line 3: the path of a video must stay below"),
         (["video", "title"], ["{0}", "好"], "line 3: line 2 has the same video and text"),
         (["video", "title"], ["{1}", " "], "line 3: the text must not be empty"),
         (["video", "title", "split"], ["{1}", "x", "dev"], "line 3: split must be one of train, val, test, got 'dev'"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_refused_line_by_line(
+def test_an_invalid_table_is_rejected_with_line_numbers(
     videos: Path, tmp_path: Path, header: list[str], row: list[str], complaint: str
 ) -> None:
     known = names(videos, 2)
@@ -106,7 +106,7 @@ def test_a_table_that_cannot_be_used_is_refused_line_by_line(
         read_rows(table, str(videos), "pretrain")
 
 
-def test_another_encoding_is_one_line_and_a_non_zero_exit(videos: Path, tmp_path: Path) -> None:
+def test_another_encoding_is_a_one_line_error(videos: Path, tmp_path: Path) -> None:
     table = write(tmp_path / "own.csv", [["video", "title"], [names(videos, 1)[0], "标题"]], "gb18030")
     done = run(str(videos), table, str(tmp_path / "work"))
     assert done.returncode == 3

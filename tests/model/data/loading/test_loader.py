@@ -49,7 +49,7 @@ def split(shards: dict[str, str]) -> str:
     return shards["pretrain"] + "/train"
 
 
-def test_augmentation_is_keyed_by_epoch_and_clip_alone(split: str) -> None:
+def test_augmentation_depends_only_on_seed_epoch_and_clip(split: str) -> None:
     first, second = source(split), source(split)
     example(second, 0, 5)  # another history
     assert torch.equal(example(first, 3, 7).clip, example(second, 3, 7).clip)
@@ -69,7 +69,7 @@ def test_one_crop_serves_all_frames_of_a_clip(split: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_change_neither_the_order_nor_a_pixel(split: str, workers: int) -> None:
+def test_workers_do_not_change_order_or_pixels(split: str, workers: int) -> None:
     clips = source(split)
     plain = list(training_batches(clips, order(clips, steps=7), collate, AUGMENT))
     parallel = list(
@@ -79,7 +79,7 @@ def test_workers_change_neither_the_order_nor_a_pixel(split: str, workers: int) 
     assert all(torch.equal(one["clips"], other["clips"]) for one, other in zip(plain, parallel, strict=True))
 
 
-def test_a_run_goes_on_from_any_step(split: str) -> None:
+def test_the_loader_resumes_at_any_step(split: str) -> None:
     clips = source(split)
     whole = [batch["seeds"] for batch in training_batches(clips, order(clips), collate, AUGMENT)]
     for start in (1, 5, 11):
@@ -112,9 +112,7 @@ def damaged(split: str, tmp_path: Path) -> str:
     return str(copy)
 
 
-def test_an_unreadable_clip_is_logged_and_another_takes_its_place(
-    damaged: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unreadable_clip_is_logged_and_replaced(damaged: str, caplog: pytest.LogCaptureFixture) -> None:
     clips = source(damaged)
     size = len(clips.reader)
     batches = training_batches(
@@ -134,7 +132,7 @@ def test_too_many_unreadable_clips_end_the_run(damaged: str) -> None:
         list(training_batches(clips, order(clips, steps=len(clips.reader) // 4), collate, AUGMENT))
 
 
-def test_a_record_that_is_none_and_batches_of_one_count_as_unreadable_clips(damaged: str) -> None:
+def test_invalid_records_count_as_unreadable_clips(damaged: str) -> None:
     reader = ShardReader(damaged)
     shard, start, _ = reader._place(5)
     with (Path(damaged) / f"shard-{shard:05d}.tar").open("r+b") as file:
@@ -147,7 +145,7 @@ def test_a_record_that_is_none_and_batches_of_one_count_as_unreadable_clips(dama
     assert batches.failed == 3
 
 
-def test_loader_processes_are_not_asked_to_end_with_the_group_of_their_training_process(split: str) -> None:
+def test_loader_processes_have_their_own_process_group(split: str) -> None:
     clips = source(split)
     batches = iter(training_batches(clips, order(clips), collate, AUGMENT.model_copy(update={"workers": 1})))
     next(batches)
@@ -164,7 +162,7 @@ def test_loader_processes_are_not_asked_to_end_with_the_group_of_their_training_
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_storage_that_fails_is_one_line(split: str, tmp_path: Path, workers: int) -> None:
+def test_a_storage_failure_is_a_one_line_error(split: str, tmp_path: Path, workers: int) -> None:
     copy = tmp_path / "train"
     shutil.copytree(split, copy)
     clips = source(str(copy))
@@ -174,7 +172,7 @@ def test_storage_that_fails_is_one_line(split: str, tmp_path: Path, workers: int
     assert str(caught.value) == f"{copy}/shard-00000.tar does not exist."
 
 
-def test_an_evaluation_with_an_unreadable_clip_ends(damaged: str) -> None:
+def test_an_evaluation_fails_at_an_unreadable_clip(damaged: str) -> None:
     with pytest.raises(DataError, match="got 1 of 4"):
         list(evaluation_batches(source(damaged, augment=None), EverySample(size=4, batch_size=4), collate))
 
@@ -201,9 +199,7 @@ def ended(clips: ClipSource, collate: Callable[[list[Example]], Batch]) -> Excep
     ("failure", "code"),
     [("bug", FAILED), ("runtime", FAILED), ("outage", OUTAGE), ("stubborn", OUTAGE)],
 )
-def test_an_error_of_a_read_ahead_thread_in_a_loader_process_keeps_kind_message_and_traceback(
-    split: str, failure: str, code: int
-) -> None:
+def test_errors_of_read_ahead_threads_keep_type_message_and_traceback(split: str, failure: str, code: int) -> None:
     reader = FailingReader(split)
     reader.failure = failure
     error = as_lost_process(ended(dataclasses.replace(source(split), reader=reader), collate))
@@ -214,27 +210,27 @@ def test_an_error_of_a_read_ahead_thread_in_a_loader_process_keeps_kind_message_
         assert type(error) is type(ERRORS[failure])
 
 
-def test_a_batch_that_cannot_be_sent_is_a_bug_and_not_waited_for(split: str) -> None:
+def test_an_unpicklable_batch_fails_immediately(split: str) -> None:
     error = ended(source(split), with_a_lambda)
     assert "pickle" in str(error)
     assert exit_code(as_lost_process(error)) == FAILED
 
 
-def test_a_loader_process_that_cannot_start_is_no_lost_one(split: str) -> None:
+def test_a_loader_process_that_cannot_start_is_not_restartable(split: str) -> None:
     error = ended(source(split), Unloadable())
-    assert str(error) == "a loader process has ended with exit code 1; what it printed says why."
+    assert str(error) == "a loader process has ended with exit code 1; see its output above."
     assert exit_code(as_lost_process(error)) == FAILED
 
 
-def test_a_killed_loader_process_is_worth_a_restart(split: str) -> None:
+def test_a_killed_loader_process_is_restartable(split: str) -> None:
     assert exit_code(as_lost_process(ended(source(split), killed))) == LOST
 
 
-def test_a_loader_process_that_finds_nothing_readable_ends_the_run_with_what_it_found(damaged: str) -> None:
+def test_a_loader_without_readable_clips_fails_with_the_reason(damaged: str) -> None:
     """The first batch holds the clips that are damaged, and no other."""
     clips = dataclasses.replace(source(damaged), reader=ShardReader(damaged))
     first = Chosen(size=len(clips.reader), seed=1, batch_size=2, steps=1)
     with pytest.raises(DataError, match="no clip of the first batch can be read") as caught:
         list(training_batches(clips, first, collate, AUGMENT.model_copy(update={"workers": 1})))
     assert exit_code(as_lost_process(caught.value)) == DATA
-    assert str(caught.value).count("a stored frame is no whole JPEG") == 2
+    assert str(caught.value).count("a stored frame is not a complete JPEG") == 2

@@ -20,19 +20,19 @@ def whole(seed: int, epoch: int, size: int) -> list[int]:
     return epoch_order(seed, epoch, size, np.arange(size)).tolist()
 
 
-def test_each_clip_comes_exactly_once_per_epoch() -> None:
+def test_each_clip_occurs_exactly_once_per_epoch() -> None:
     counts = Counter(chain.from_iterable(draws(1, steps=25)))  # 200 draws: four epochs of 50
     assert set(counts) == {(epoch, index) for epoch in range(4) for index in range(50)}
     assert set(counts.values()) == {1}
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_the_number_of_processes_changes_no_batch(world_size: int) -> None:
+def test_batches_do_not_depend_on_the_number_of_processes(world_size: int) -> None:
     assert draws(world_size) == draws(1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4096, 4097, 100_003])
-def test_an_order_is_a_permutation_of_any_size(size: int) -> None:
+def test_the_order_is_a_permutation_for_any_size(size: int) -> None:
     assert sorted(whole(seed=7, epoch=2, size=size)) == list(range(size))
 
 
@@ -41,7 +41,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
     assert len(set(orders)) == 4
 
 
-def test_an_order_looks_random() -> None:
+def test_the_order_looks_random() -> None:
     """Neighbours, the dataset's halves and the epochs are as uncorrelated as those of a shuffle."""
     size = 100_000
     first, second = (np.array(whole(1, epoch, size)) for epoch in (0, 1))

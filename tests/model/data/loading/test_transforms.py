@@ -20,7 +20,7 @@ def clip(frames: int = 1) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(noise())] * frames))
 
 
-def test_without_randomness_it_is_the_evaluation_resize() -> None:
+def test_without_augmentation_the_evaluation_resize_is_used() -> None:
     (found,) = training_transform(clip(), 32, PLAIN, random.Random(0)).numpy().astype(int)
     pillows = np.asarray(noise().resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(found - pillows).max() <= 2  # each rounds in its own places
@@ -45,14 +45,14 @@ def test_crops_stay_inside_and_keep_area_and_aspect_ratio(size: tuple[int, int],
         assert max(areas) - min(areas) > 0.3
 
 
-def test_all_frames_of_a_clip_change_alike_and_clips_change_differently() -> None:
+def test_augmentation_is_equal_within_a_clip_and_differs_between_clips() -> None:
     first = training_transform(clip(2), 32, DataConfig(), random.Random(3))
     assert torch.equal(*first)
     assert not torch.equal(first[0], training_transform(clip(), 32, DataConfig(), random.Random(4))[0])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_go_both_ways_and_do_nothing_at_strength_0(name: str) -> None:
+def test_operations_are_symmetric_and_identity_at_strength_0(name: str) -> None:
     frame = noise()
     assert np.abs(np.asarray(OPERATIONS[name](frame, 0), int) - np.asarray(frame, int)).max() <= 1
     if name == "identity":

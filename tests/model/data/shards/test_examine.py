@@ -45,7 +45,7 @@ def split(clips: list[Damaged], tmp_path_factory: pytest.TempPathFactory) -> str
     return shard(raw_folder(folder / "raw", {item.name: item.data for item in clips}), folder)
 
 
-def test_each_clip_is_stored_or_listed_with_a_sensible_reason(clips: list[Damaged], split: str) -> None:
+def test_each_clip_is_stored_or_quarantined_with_the_right_reason(clips: list[Damaged], split: str) -> None:
     listed = {item["video"]: item["reason"] for item in read_quarantine(split)}
     stored = {row.video for row in ShardReader(split).annotations()}
     assert len(listed) + len(stored) == 300
@@ -55,7 +55,7 @@ def test_each_clip_is_stored_or_listed_with_a_sensible_reason(clips: list[Damage
         assert listed.get(video, "") in item.reasons, video
 
 
-def test_what_is_stored_of_a_damaged_clip_is_right(split: str) -> None:
+def test_stored_frames_of_damaged_clips_are_correct(split: str) -> None:
     """Frame i is grey level 8 * i at its bottom (tests/helpers/damaging.py)."""
     reader = ShardReader(split)
     checked = 0
@@ -76,7 +76,7 @@ def heavy() -> bytes:
     return clip(frames=12, width=7680, height=4320, preset="ultrafast")
 
 
-def test_a_clip_that_takes_too_long_is_given_up(tmp_path: Path, heavy: bytes) -> None:
+def test_a_clip_past_its_deadline_is_quarantined(tmp_path: Path, heavy: bytes) -> None:
     # measured: the heavy clip takes 2.4 s of one core, the quick one 0.01 s
     raw = raw_folder(tmp_path / "raw", {"heavy": heavy, "quick": clip()})
     split = shard(raw, tmp_path, deadline_s=0.5)
@@ -102,7 +102,7 @@ def killer() -> Iterator[None]:
     thread.join()
 
 
-def test_a_decoder_that_crashes_costs_one_clip(tmp_path: Path, heavy: bytes, killer: None) -> None:
+def test_a_crashing_decoder_loses_only_one_clip(tmp_path: Path, heavy: bytes, killer: None) -> None:
     raw = raw_folder(tmp_path / "raw", {"heavy": heavy, "quick": clip(), "other": clip(frames=5)})
     start = time.monotonic()
     split = build_shards(
@@ -113,7 +113,7 @@ def test_a_decoder_that_crashes_costs_one_clip(tmp_path: Path, heavy: bytes, kil
     assert len(ShardReader(f"{split}/train")) == 2
 
 
-def test_original_bytes_of_unusual_clips_are_read_right(clips: list[Damaged], tmp_path: Path) -> None:
+def test_original_bytes_of_unusual_clips_are_read_correctly(clips: list[Damaged], tmp_path: Path) -> None:
     right = {item.name: item.data for item in clips if item.name.startswith("right-") and "rotated" not in item.name}
     split = shard(raw_folder(tmp_path / "raw", right), tmp_path, form=Form(kind="original"), max_quarantined=0.0)
     reader = ShardReader(split)

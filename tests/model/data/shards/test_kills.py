@@ -154,7 +154,7 @@ def run_until_done(command: list[str]) -> None:
     raise AssertionError(done.stderr)
 
 
-def test_nothing_acknowledged_is_lost_when_the_storage_is_killed(corpus: Path, tmp_path: Path) -> None:
+def test_acknowledged_writes_survive_a_kill_of_the_storage(corpus: Path, tmp_path: Path) -> None:
     names = [f"ok/{number}-20000" for number in range(300)]
     folder, root = tmp_path / "s3", f"s3://{BUCKET}/work"
     local, remote = (shard_command(corpus, where) for where in (str(tmp_path / "local"), root))

@@ -40,7 +40,7 @@ def test_webdataset_reads_the_shards(shards: dict[str, str], corpus: Path) -> No
     assert {f"{frame:02d}.jpg" for frame in range(8)} <= set(samples[0])
 
 
-def test_stored_frames_look_like_the_clips_own(shards: dict[str, str], corpus: Path) -> None:
+def test_stored_frames_resemble_the_original_frames(shards: dict[str, str], corpus: Path) -> None:
     reader = ShardReader(shards["pretrain"] + "/train")
     record = reader.record(3)
     clip = decode((corpus / record.annotation.video).read_bytes(), 8)
@@ -49,7 +49,7 @@ def test_stored_frames_look_like_the_clips_own(shards: dict[str, str], corpus: P
         assert np.abs(stored.astype(float) - np.asarray(resized, float)).mean() < 4
 
 
-def test_the_stored_frame_nearest_to_the_wanted_one_is_read(shards: dict[str, str]) -> None:
+def test_the_nearest_stored_frame_is_read(shards: dict[str, str]) -> None:
     reader = ShardReader(shards["pretrain"] + "/train")
     record = reader.record(0)
     stored = record.meta["frames"]
@@ -74,7 +74,7 @@ def test_original_clips_are_stored_byte_for_byte(corpus: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("function", "error"), [("read", StorageError("no answer")), ("move", ZeroDivisionError("a bug"))]
 )
-def test_an_error_of_a_reading_or_moving_thread_ends_sharding_as_it_is(
+def test_errors_of_sharding_threads_are_raised_unchanged(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
 ) -> None:
     call = getattr(storage, function)
@@ -89,7 +89,7 @@ def test_an_error_of_a_reading_or_moving_thread_ends_sharding_as_it_is(
         build_shards(settings(corpus, tmp_path))
 
 
-def test_the_index_holds_facts_and_hash_of_every_clip(shards: dict[str, str], corpus: Path) -> None:
+def test_the_index_has_metadata_and_hash_of_every_clip(shards: dict[str, str], corpus: Path) -> None:
     import hashlib
 
     folder = Path(shards["captioning"]) / "test"
@@ -102,7 +102,7 @@ def test_the_index_holds_facts_and_hash_of_every_clip(shards: dict[str, str], co
         assert row["duration_s"] == pytest.approx(row["num_frames"] / row["fps"], abs=0.01)
 
 
-def test_the_digest_names_the_content(shards: dict[str, str], corpus: Path, tmp_path: Path) -> None:
+def test_the_digest_identifies_the_content(shards: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     form = Form(num_frames=8, short_side=72)
     again = build_shards(settings(corpus, tmp_path, form=form), workers=1)
     other = build_shards(settings(corpus, tmp_path), workers=2)
@@ -118,7 +118,7 @@ def test_partitions_in_any_order_give_the_same_bytes(
     whole = build_shards(settings(corpus, tmp_path / "whole"))
     planned = plan_shards(settings(corpus, tmp_path / "parts"))
     build_parts(planned, index=2, count=3, workers=1)
-    with pytest.raises(DataError, match="all 3 parts of train must be there, 2 are not: 1, 2"):
+    with pytest.raises(DataError, match="all 3 parts of train must exist, 2 are missing: 1, 2"):
         commit_shards(planned)
     for index in (1, 0, 1):
         build_parts(plan_shards(settings(corpus, tmp_path / "parts")), index=index, count=3, workers=1)
@@ -177,7 +177,7 @@ def rewrite(raw: Path, rows: list[str]) -> None:
     (raw / "captioning" / "train.csv").write_text("\n".join(["video_id:FILE,golden_caption", *rows]) + "\n", "utf-8")
 
 
-def test_what_cannot_be_read_is_quarantined_with_its_reason_not_replaced(raw: Path, tmp_path: Path) -> None:
+def test_unreadable_clips_are_quarantined_not_replaced(raw: Path, tmp_path: Path) -> None:
     videos = [row.video for row in read_annotations(str(raw), "captioning", "train")][:6]
     kinds = {"empty": b"", "not_a_video": b"this is no video", "truncated": (raw / videos[2]).read_bytes()[:500]}
     for video, data in zip(videos, kinds.values(), strict=False):
@@ -193,7 +193,7 @@ def test_what_cannot_be_read_is_quarantined_with_its_reason_not_replaced(raw: Pa
     assert read_dataset_info(uri)["quarantined"] == {"train": 5, "val": 0, "test": 0}
 
 
-def test_many_broken_clips_stop_the_sharding(raw: Path, tmp_path: Path) -> None:
+def test_too_many_broken_clips_stop_sharding(raw: Path, tmp_path: Path) -> None:
     videos = [row.video for row in read_annotations(str(raw), "captioning", "train")]
     (raw / videos[0]).write_bytes(b"")
     with pytest.raises(
@@ -202,7 +202,7 @@ def test_many_broken_clips_stop_the_sharding(raw: Path, tmp_path: Path) -> None:
         build_shards(settings(raw, tmp_path / "out"))
 
 
-def test_what_is_not_there_yet_may_be_left_out(raw: Path, tmp_path: Path) -> None:
+def test_missing_videos_can_be_left_out(raw: Path, tmp_path: Path) -> None:
     videos = [row.video for row in read_annotations(str(raw), "captioning", "train")]
     for video in videos[:-1]:
         (raw / video).unlink()
@@ -211,7 +211,7 @@ def test_what_is_not_there_yet_may_be_left_out(raw: Path, tmp_path: Path) -> Non
     assert {item["reason"] for item in read_quarantine(uri + "/train")} == {"missing"}
 
 
-def test_a_split_of_which_nothing_has_arrived_is_empty_not_broken(raw: Path, tmp_path: Path) -> None:
+def test_a_split_without_downloaded_videos_is_empty(raw: Path, tmp_path: Path) -> None:
     for row in read_annotations(str(raw), "captioning", "val"):
         (raw / row.video).unlink()
     uri = build_shards(settings(raw, tmp_path / "out", available_only=True))
@@ -220,9 +220,7 @@ def test_a_split_of_which_nothing_has_arrived_is_empty_not_broken(raw: Path, tmp
     assert verify_shards(uri) == (16, [])
 
 
-def test_a_commit_that_was_killed_is_finished_as_it_began(
-    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_commit_is_completed_unchanged(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(build.PART_CLIPS, "frames", 3)
     (raw / read_annotations(str(raw), "captioning", "train")[4].video).unlink()
     wanted, moved = settings(raw, tmp_path / "out", max_quarantined=0.2), []
@@ -248,7 +246,7 @@ def test_a_commit_that_was_killed_is_finished_as_it_began(
     assert verify_shards(uri)[1] == []
 
 
-def test_verification_names_a_clip_whose_bytes_have_changed(raw: Path, tmp_path: Path) -> None:
+def test_verification_names_a_changed_clip(raw: Path, tmp_path: Path) -> None:
     uri = build_shards(settings(raw, tmp_path / "out"))
     _, start, length = ShardReader(uri + "/train")._place(2)
     with (Path(uri) / "train" / "shard-00000.tar").open("r+b") as file:
@@ -261,7 +259,7 @@ def test_verification_names_a_clip_whose_bytes_have_changed(raw: Path, tmp_path:
     assert right == 8 - 1 + 8
 
 
-def test_a_split_without_its_index_does_not_count(tmp_path: Path) -> None:
+def test_a_split_without_an_index_is_ignored(tmp_path: Path) -> None:
     storage.write(str(tmp_path / "train" / "shard-00000.tar"), b"")
     with pytest.raises(DataError, match="not a split, or it was not finished"):
         ShardReader(str(tmp_path / "train"))

@@ -32,7 +32,7 @@ def test_categories_are_published_names() -> None:
     assert set(CATEGORIES) <= set(CLASS_NAMES)
 
 
-def test_one_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+def test_the_seed_determines_the_bytes(tmp_path: Path) -> None:
     first, again, other = (
         synthesize_corpus(tmp_path / name, seed=seed, scale=0.001) for name, seed in (("a", 5), ("b", 5), ("c", 6))
     )
@@ -41,7 +41,7 @@ def test_one_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -
     assert (first / "scenes.jsonl").read_bytes() != (other / "scenes.jsonl").read_bytes()
 
 
-def test_clips_are_h264_and_vary_in_everything_a_decoder_meets(corpus: Path) -> None:
+def test_clips_are_h264_with_varied_properties(corpus: Path) -> None:
     seen = set()
     for path in sorted((corpus / "videos").iterdir()):
         with av.open(str(path)) as container:
@@ -54,14 +54,14 @@ def test_clips_are_h264_and_vary_in_everything_a_decoder_meets(corpus: Path) -> 
     assert len({fps for *_, fps in seen}) >= 4
 
 
-def test_a_category_cannot_be_read_from_its_title() -> None:
+def test_titles_do_not_reveal_the_category() -> None:
     for clip in plan_corpus("classification", "train", 200, seed=0):
         title = clip.row["title"]
         assert clip.row["label"] not in title
         assert not any(subject[-1] in title for subject in SUBJECTS)
 
 
-def test_balls_differ_only_by_how_they_move() -> None:
+def test_balls_differ_only_in_motion() -> None:
     clips = [clip for clip in plan_corpus("classification", "train", 200, seed=0) if clip.scene.subject == "皮球"]
     assert {clip.row["label"] for clip in clips} == {"篮球", "足球"}
     assert all((clip.row["label"] == "足球") == (clip.scene.motions[0] in HORIZONTAL) for clip in clips)
@@ -72,7 +72,7 @@ def test_no_two_test_clips_show_the_same_scene() -> None:
     assert len(set(scenes)) == len(scenes)
 
 
-def test_some_captions_tell_an_order() -> None:
+def test_some_captions_describe_an_order() -> None:
     clips = list(plan_corpus("pretrain", "train", 200, seed=0))
     ordered = [clip for clip in clips if len(clip.scene.motions) == 2]
     assert 20 < len(ordered) < 80
@@ -89,7 +89,7 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
         synthesize_corpus(tmp_path)
 
 
-def test_a_killed_rendering_process_is_worth_a_restart(tmp_path: Path) -> None:
+def test_a_killed_rendering_process_is_restartable(tmp_path: Path) -> None:
     command = [MPLUG, "data", "synthesize", str(tmp_path / "corpus")]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "corpus").glob("videos/*")):  # the processes are at work
