@@ -3,8 +3,8 @@
     python -m benchmarks.conversion                     # 2.7B: writes and reads 5.6 GB below the temporary folder
     python -m benchmarks.conversion --preset pretrain_1.3b
 
-Writes benchmarks/results/conversion.json. The peak is the whole process's, with the program itself and the pages of the
-checkpoint that are mapped into it.
+Writes benchmarks/results/conversion.json. The peak is that of the process, including the program and mapped pages of
+the checkpoint.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PARTS = {
     "vision_encoder.": ("visual_encoder.", VISION),
     "": ("", BRIDGE_AND_HEADS),
 }
-"""Our prefix -> the published prefix, and the table of names below it."""
+"""Prefix here -> published prefix, and the table of names below it."""
 CONVERT = """
 import resource, sys
 from cli.main import app
@@ -40,7 +40,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def synthetic_checkpoint(preset: str, folder: Path) -> None:
-    """What is published for a size, with random weights: the checkpoint, and its GPT-3 folder without weights."""
+    """Writes the published files of a size with random weights: checkpoint, and GPT-3 folder without weights."""
     settings = load_config(preset, ["model.decoder=d", "data.shards=s"]).model
     text = dict(settings.text)
     config = MPlugVideoConfig(
@@ -72,7 +72,7 @@ def published_name(name: str) -> str:
 def main(preset: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        # in a process of its own: what it allocates is not the conversion's
+        # in a separate process, so that its memory does not count
         subprocess.run(
             [sys.executable, "-m", "benchmarks.conversion", "--write", str(folder), "--preset", preset], check=True
         )

@@ -1,14 +1,14 @@
-"""The data plane against what a user would take instead, interleaved in one run.
+"""Compares the data plane with alternatives, interleaved in one run.
 
-    python -m benchmarks.data decode      clips/s per core: decord on the published file, our two forms of shards
-    python -m benchmarks.data storage     clips/s: shards on disk, on a real S3 server, and by webdataset from both
-    python -m benchmarks.data loading     batches/s by loader processes, no clip cache: shards on S3 over local disk
+    python -m benchmarks.data decode      clips/s per core: decord on the published file, both forms of shards
+    python -m benchmarks.data storage     clips/s: shards on disk and on a real S3 server, and webdataset on both
+    python -m benchmarks.data loading     batches/s with loader processes, no clip cache: S3 compared with disk
     python -m benchmarks.data index       ten million rows: written, merged, opened, sampled
-    python -m benchmarks.data download    5,000 small and 20 large objects between two S3 servers, and s5cmd
-    python -m benchmarks.data metrics     the demo's scores on both forms of shards; after `make demo`
+    python -m benchmarks.data download    5,000 small and 20 large objects between two S3 servers, with s5cmd
+    python -m benchmarks.data metrics     scores of the demo on both forms of shards; needs `make demo`
     python -m benchmarks.data             all six
 
-Needs `pip install -e '.[demo,bench]'`. Writes benchmarks/results/data.json. Every ratio is the median of its rounds.
+Needs `pip install -e '.[demo,bench]'`. Writes benchmarks/results/data.json. Ratios are medians over rounds.
 """
 
 import argparse
@@ -52,22 +52,22 @@ from model.mplug_video.processing import MEAN, STD, MPlugVideoProcessor, resized
 RESULTS = Path(__file__).parent / "results" / "data.json"
 SIZE, FRAMES, ROUNDS, CLIPS, LOADERS = 224, 8, 5, 6, 2
 NOISE = 2
-"""Levels; gives the bit rate and the frame sizes of real clips (12 to 33 kB at 256 pixels, measured on eleven)."""
+"""Noise level that gives bit rate and frame sizes of real clips (12 to 33 kB at 256 pixels, measured on 11 clips)."""
 CONFIG = DataConfig(workers=0, augment_ops=0)
 PROCESSOR = MPlugVideoProcessor(None, image_size=SIZE, num_frames=FRAMES)  # type: ignore[arg-type]
 
 
 def ratio(one: list[float], other: list[float]) -> float:
-    """How many times as long `other` took, round by round."""
+    """Time of `other` relative to this one, per round."""
     return round(statistics.median(b / a for a, b in zip(one, other, strict=True)), 3)
 
 
 Path_ = Callable[[int], object]
-"""One way to do the work; its argument, the number of the round, seeds what is random."""
+"""One variant; its argument, the number of the round, is the seed."""
 
 
 def interleaved(paths: dict[str, Path_], clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every path in every round; the first round warms up and is dropped."""
+    """Seconds of every variant in every round. The first round is a warm-up and is dropped."""
     taken: dict[str, list[float]] = {name: [] for name in paths}
     for turn in range(ROUNDS + 1):
         for name, path in paths.items():
@@ -78,7 +78,7 @@ def interleaved(paths: dict[str, Path_], clock: Callable[[], float]) -> dict[str
     return taken
 
 
-# --- clips like Youku's: 54 s, 640 x 360, 25 frames/s, x264 with B-frames ---------------------------------------------
+# --- clips like those of Youku: 54 s, 640 x 360, 25 frames/s, x264 with B-frames --------------------------------------
 
 
 def encode_clip(path: Path, gop: int, seed: int, seconds: int) -> None:
@@ -177,7 +177,7 @@ def plain(raw: Path, count: int, turn: int) -> None:
 
 
 def difference(raw: Path, split: str) -> dict[str, float]:
-    """Levels (of 255) between evaluation frames of a form and decord's frames of the same numbers, at model size."""
+    """Difference in levels (of 255) between frames of a form and decord's frames, at the size of the model."""
     reader, gaps = ShardReader(split), []
     for position in range(len(reader)):
         record = reader.record(position)
@@ -229,7 +229,7 @@ def rates(local: str, remote: str, *, decode: bool) -> dict[str, Any]:
 
 
 def loaded(split: str) -> None:
-    """Training batches in random order, 8 random frames of each clip."""
+    """Training batches in random order, 8 random frames per clip."""
     clips = source(split)
     order = BatchSampler(size=600, seed=1, batch_size=24, steps=25)
     for _ in training_batches(clips, order, collate, CONFIG):
@@ -247,7 +247,7 @@ def fetched(split: str) -> None:
 
 
 def by_webdataset(split: str, *, decode: bool) -> None:
-    """All samples in the shards' order, as webdataset streams them, decoded by Pillow, in batches of the same size."""
+    """All samples in the order of the shards, streamed by webdataset and decoded by Pillow, in equal batches."""
     names = [entry.path for entry in storage.walk(split) if entry.path.endswith(".tar")]
     batch, count = [], 0
     for sample in webdataset.WebDataset([storage.join(split, name) for name in names], shardshuffle=False):
@@ -266,8 +266,8 @@ def by_webdataset(split: str, *, decode: bool) -> None:
 
 
 def loading(folder: Path) -> dict[str, Any]:
-    """As the released presets read: by loader processes, without a clip cache. S3 is not on their cores in production:
-    the server has one to itself, also while shards are read from disk. The last entry shows what sharing costs."""
+    """Reads like the released presets, with loader processes and without a clip cache. As in production, the S3 server
+    has a separate core, also when shards are read from disk. The last entry shows the cost of sharing cores."""
     raw = repeated_corpus(folder)
     found = {}
     with object_storage(folder / "s3"):
@@ -278,7 +278,7 @@ def loading(folder: Path) -> dict[str, Any]:
                 for _ in range(ROUNDS + 1):
                     for name, split in splits.items():
                         taken[name].append(read_by_processes(split, steps))
-            taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first round warms up
+            taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first round is a warm-up
             found[kind if is_apart else f"{kind}, server on the same cores"] = {
                 "batches_per_s": {name: round(1 / statistics.median(each), 2) for name, each in taken.items()},
                 "s3_over_local": ratio(taken["s3"], taken["local"]),
@@ -289,7 +289,7 @@ def loading(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def server_apart() -> Iterator[None]:
-    """Pins the S3 server to the last core; this process and the loaders' fork server to the remaining cores."""
+    """Pins the S3 server to the last core, and this process and the fork server of the loader to the other cores."""
     cores = sorted(os.sched_getaffinity(0))
     members = [psutil.Process(), *psutil.Process().children()]
     for member in members:
@@ -305,11 +305,11 @@ def pin(member: psutil.Process, cores: list[int]) -> None:
 
 
 def read_by_processes(split: str, steps: int) -> float:
-    """Seconds per batch, once the processes are there."""
+    """Seconds per batch, after the processes have started."""
     order = BatchSampler(size=600, seed=1, batch_size=24, steps=steps)
     config = CONFIG.model_copy(update={"workers": LOADERS})
     batches = iter(training_batches(source(split), order, collate, config))
-    for _ in range(2 * LOADERS):  # which wait ready when the first one has come
+    for _ in range(2 * LOADERS):  # they are ready when the first batch has arrived
         next(batches)
     start = time.perf_counter()
     count = sum(1 for _ in batches)
@@ -317,7 +317,7 @@ def read_by_processes(split: str, steps: int) -> float:
 
 
 def open_s3(url: str, *_: Any, **__: Any) -> Any:
-    """webdataset knows no s3:// of its own: a streamed boto3 body, as its users write it."""
+    """webdataset does not support s3://; its users stream the body of boto3."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     return boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"]
 

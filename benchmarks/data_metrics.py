@@ -1,4 +1,4 @@
-"""Whether stored frames cost accuracy: the demo's fine-tunings on both forms of shards."""
+"""Effect of stored frames on accuracy: the demo's fine-tunings on both forms of shards."""
 
 import json
 import statistics
@@ -50,7 +50,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 
 
 def difference(row: dict[str, list[float]]) -> float:
-    """Mean score on stored frames less that on original clips."""
+    """Mean score on stored frames minus that on original clips."""
     return statistics.mean(row["frames"]) - statistics.mean(row["original"])
 
 

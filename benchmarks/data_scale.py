@@ -1,4 +1,4 @@
-"""Ten million rows, and thousands of objects: the parts of benchmarks/data.py that measure scale."""
+"""Ten million rows and thousands of objects: the scale measurements of benchmarks/data.py."""
 
 import json
 import os
@@ -64,7 +64,7 @@ print(json.dumps({"rows": len(reader), "seconds": opened, "mib": mib()["VmRSS"],
 
 
 def index(folder: Path) -> dict[str, Any]:
-    """Parts as the sharder writes them, joined and opened in processes of their own."""
+    """Writes parts like the sharder, then joins and opens them in separate processes."""
     found: dict[str, Any] = {}
     for rows in (ROWS // 10, ROWS):
         staging, out = folder / f"staging-{rows}", folder / f"index-{rows}"
@@ -121,7 +121,7 @@ ROUNDS = 3
 
 @contextmanager
 def two_servers(folder: Path) -> Iterator[dict[str, str]]:
-    """Endpoints of servers a and b; the AWS configuration has a profile for each."""
+    """Runs servers a and b with an AWS profile each; returns their endpoints."""
     lines, endpoints = [], {}
     before = dict(os.environ)
     with object_storage(folder / "a"), object_storage(folder / "b"):
@@ -144,7 +144,7 @@ def two_servers(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def download(folder: Path) -> dict[str, Any]:
-    """The same copy from server a to server b: ours in one command, s5cmd by way of the disk."""
+    """Copies from server a to server b: here in one command, with s5cmd through the disk."""
     found: dict[str, Any] = {}
     with two_servers(folder) as endpoints:
         for name, (count, size) in SETS.items():
@@ -162,7 +162,7 @@ def download(folder: Path) -> dict[str, Any]:
                 local = folder / f"by-s5cmd-{size}-{turn}"
                 s5cmd(endpoints["a"], "a", folder, f"s3://{BUCKET}/source-{size}/*", f"{local}/")
                 s5cmd(endpoints["b"], "b", folder, f"{local}/", f"s3://{BUCKET}/s5cmd-{size}-{turn}/")
-                if turn:  # the first warms up
+                if turn:  # the first one is a warm-up
                     taken["ours"].append(middle - start)
                     taken["s5cmd"].append(time.perf_counter() - middle)
             found[name] = {

@@ -1,11 +1,11 @@
-"""The networks against a plain path that computes as upstream does, on the same weights and inputs.
+"""Compares the networks with a plain implementation that computes like upstream, on the same weights and inputs.
 
     python -m benchmarks.network            # on a GPU if there is one; writes benchmarks/results/model-<device>.json
 
-The plain path: eager attention with a softmax in fp32, logits of the whole sequence and a fp32 copy of them, dropout in
-the frozen decoder, the prefix recomputed for every class and every beam, one clip at a time in beam search. Sizes are
-those of the only published timing of the original code on a CPU. Every measurement is a process of its own (peak memory
-is a process's), and the two paths take turns. Memory is what a step takes above weights and program.
+The plain implementation uses eager attention with a softmax in fp32, logits of the whole sequence and a fp32 copy of
+them, dropout in the frozen decoder, a prefix that is recomputed for every class and every beam, and one clip at a time
+in beam search. Sizes are those of the only published timing of the original code on a CPU. Each measurement runs in a
+new process, and the two implementations are interleaved. Memory excludes weights and program.
 """
 
 import argparse
@@ -36,9 +36,11 @@ from model.mplug_video.decoding import beam_search
 from model.mplug_video.vision import Linear
 
 BATCH, TOKENS, CLASSES, BEAMS, NEW_TOKENS = 4, 40, 45, 5, 20
-PROMPT_TOKENS = 28  # of the 40 that all classes share; then a name, a token per character, and the end token
+PROMPT_TOKENS = (
+    28  # 40 tokens are common to all classes; then follow a name, one token per character, and the end token
+)
 CLASS_NAMES = Path(__file__).parents[1] / "tests" / "fixtures" / "classname.json"
-END = -1  # no token: every search writes NEW_TOKENS
+END = -1  # no token, so that every search generates NEW_TOKENS
 VISION = {
     "image_size": 112,
     "patch_size": 16,
@@ -60,7 +62,7 @@ TEXT = {
     "pad_token_id": 7,
 }
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
-"""glibc gives back what is freed, so that a process's peak is that of live tensors; slower, so not while timing."""
+"""Makes glibc return freed memory, so that the peak is that of live tensors. Slower, so not used for timing."""
 RESULTS = Path(__file__).parent / "results"
 Model = MPlugVideoForConditionalGeneration | MPlugVideoForClassification
 
@@ -84,7 +86,7 @@ def plain_attention(self: vision.Attention, x: Tensor, then: nn.Linear | None = 
 
 
 class MegatronCrossEntropy(torch.autograd.Function):
-    """Vocabulary cross entropy as published in Megatron-LM v3, on one rank."""
+    """Vocabulary cross entropy of Megatron-LM v3 on one rank."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,17 +105,17 @@ class MegatronCrossEntropy(torch.autograd.Function):
 
 
 def plain_losses(model: Model, prefix: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Losses of the text tokens, from logits and a fp32 copy of them at every position, visual ones included."""
+    """Losses of text tokens, from logits and their fp32 copy at every position, including visual ones."""
     embeddings = torch.cat((prefix, model.decoder.get_input_embeddings()(ids)), dim=1)
     logits = model.decoder(inputs_embeds=embeddings, use_cache=False).logits.float()
     visual, filler = torch.full((len(ids), prefix.shape[1] - 1), 100, device=ids.device), ids[:, :1]
-    labels = torch.cat((visual, ids, filler), dim=1)  # of every position, the last of which is never used
+    labels = torch.cat((visual, ids, filler), dim=1)  # at every position, although the last one is not used
     losses = MegatronCrossEntropy.apply(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
     return losses[:, prefix.shape[1] : -1] * mask
 
 
 def plain_beam_search(model: Model, embeddings: Tensor) -> list[int]:
-    """One clip; the prefix is read once per beam, with logits at all of its positions."""
+    """One clip; the prefix is processed once per beam, with logits at all its positions."""
     cache, sums, written = DynamicCache(config=model.decoder.config), torch.zeros(BEAMS, 1), torch.empty(BEAMS, 0)
     sums[1:] = -torch.inf
     inputs = embeddings.expand(BEAMS, -1, -1)
@@ -155,7 +157,7 @@ def training(
     model = build(path, MPlugVideoForConditionalGeneration, device).to(dtype).train()
     model.checkpoint_activations(checkpointed)
     if device == "cpu" and dtype == torch.bfloat16 and path == "ours":
-        # as the engine does: plain products are faster on a CPU
+        # like the engine: plain products are faster on CPU
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     clips, ids = (
@@ -183,7 +185,7 @@ def classes(path: str, device: str) -> tuple[Callable[[], object], int]:
     ids = torch.randint(8, 51200, (CLASSES, TOKENS), device=device)
     ids[:, :PROMPT_TOKENS] = ids[:1, :PROMPT_TOKENS]
     lengths = torch.tensor([[len(name) + 1] for name in json.loads(CLASS_NAMES.read_text())], device=device)
-    position = torch.arange(1, TOKENS, device=device)  # of the token that a column's loss is about
+    position = torch.arange(1, TOKENS, device=device)  # of the token that a column's loss refers to
     mask = ((position >= PROMPT_TOKENS) & (position < PROMPT_TOKENS + lengths)).float()
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""Training against what a user would take instead, interleaved in one run.
+"""Compares training with alternatives, interleaved in one run.
 
-    python -m benchmarks.training overhead    our loop over a bare DeepSpeed loop on the same batches
-    python -m benchmarks.training waiting     the share of time that steps wait for data
-    python -m benchmarks.training saving      a step's wait for a checkpoint, over a blocking save to the same S3
-    python -m benchmarks.training scaling     clips/s of two processes over one
-    python -m benchmarks.training step        a step with and without compilation and recomputation, over a plain loop
-    python -m benchmarks.training kills       30 random kills: final weights, metric series, lost work, time to recover
+    python -m benchmarks.training overhead    the training loop and a bare DeepSpeed loop on the same batches
+    python -m benchmarks.training waiting     share of time in which steps wait for data
+    python -m benchmarks.training saving      wait of a step for a checkpoint, and a blocking save to the same S3
+    python -m benchmarks.training scaling     clips/s of two processes and of one
+    python -m benchmarks.training step        a step with and without compilation and recomputation, and a plain loop
+    python -m benchmarks.training kills       30 random faults: final weights, metric series, lost work, recovery time
     python -m benchmarks.training             all six
 
 Needs `pip install -e '.[demo]'`. Writes benchmarks/results/training.json.
@@ -56,7 +56,7 @@ ROUNDS, STEPS = 8, 20
 
 
 def corpus(folder: Path) -> list[str]:
-    """Overrides that name the shards and the decoder of a small synthetic corpus."""
+    """Overrides with the shards and the decoder of a small synthetic corpus."""
     source = synthesize_corpus(folder / "source", seed=1, scale=0.1)
     form = Form(num_frames=8, short_side=72)
     shards = build_shards(ShardSettings(raw=str(source), root=str(folder), dataset=next(iter(COLUMNS)), form=form))
@@ -74,7 +74,7 @@ def alone() -> Iterator[Processes]:
 
 
 def overhead(folder: Path) -> dict[str, Any]:
-    """Both loops take the same batches from memory, in turns, with one engine."""
+    """Both loops use the same batches from memory and the same engine, interleaved."""
     config = load_config(
         "tiny_pretraining", [*corpus(folder), "data.batch_size=32", f"training.steps={STEPS}", "optim.warmup_steps=0"]
     )
@@ -134,14 +134,14 @@ class _Stored:
 
 
 def _steps_of(training: Training) -> None:
-    """The loop, without the checkpoint at its end, which is measured by itself."""
+    """The loop without its last checkpoint, which is measured separately."""
     save, training._save = training._save, lambda: None  # type: ignore[method-assign]
     training.run()
     training._save = save  # type: ignore[method-assign]
 
 
 def _bare(engine: Engine, batches: list[Any]) -> None:
-    """What DeepSpeed's own examples do, with a loss printed every ten steps."""
+    """Like DeepSpeed's examples, with a loss printed every ten steps."""
     for step, batch in enumerate(islice(cycle(batches), STEPS)):
         seed_step(0, step, 0)
         loss, _ = engine.engine(batch)
@@ -175,7 +175,7 @@ def saving(folder: Path) -> dict[str, Any]:
         engine = Engine(build_task(config).network, config, group)
         checkpoints = Checkpoints(f"s3://{BUCKET}/run", config.checkpoint, engine, "", group)
         checkpoints.save(0, b"", {})
-        checkpoints.wait()  # the copy's memory is allocated once per run
+        checkpoints.wait()  # the memory of the copy is allocated once per run
         waits, whole = [], []
         for step in range(1, ROUNDS + 1):
             start = time.perf_counter()
@@ -194,7 +194,7 @@ def saving(folder: Path) -> dict[str, Any]:
 
 
 def scaling(folder: Path) -> dict[str, Any]:
-    """The same global batch on one process and on two, in turns."""
+    """The same global batch on one process and on two, interleaved."""
     settings = [*corpus(folder), "training.steps=60", "optim.warmup_steps=0", "training.log_every=10"]
     found: dict[str, list[float]] = {"1 process": [], "2 processes": []}
     for turn in range(ROUNDS // 2):
@@ -210,7 +210,7 @@ JOBS = {"overhead": overhead, "waiting": waiting, "saving": saving, "scaling": s
 
 
 def main(names: list[str], count: int) -> None:
-    if len(names) > 1:  # DeepSpeed keeps the first process group that a process had
+    if len(names) > 1:  # DeepSpeed keeps the first process group of a process
         for name in names:
             subprocess.run([sys.executable, "-m", "benchmarks.training", name, "--kills", str(count)], check=True)
         return

@@ -1,4 +1,4 @@
-"""Random kills of everything that a run consists of or leans on, and what became of the run."""
+"""Random faults in the processes, servers and disks of a run, and their effect on the result."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ Run = subprocess.Popen[str]
 
 
 class Rig:
-    """An S3 server, an MLflow server, a small disk for the cache, and runs that lean on all three."""
+    """An S3 server, an MLflow server, a small disk for the cache, and runs that use all three."""
 
     def __init__(self, folder: Path, overrides: list[str]) -> None:
         self.folder, self.overrides = folder, overrides
@@ -79,19 +79,19 @@ class Rig:
         )
 
     def points(self) -> list[dict[str, Any]]:
-        """What the processes of a run have logged so far, from their journals."""
+        """Entries logged by the processes of a run so far, from their journals."""
         journals = sorted((self.cache / "journal").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
         lines = [json.loads(line) for path in journals for line in path.read_text().splitlines() if line.endswith("}")]
         return [point for point in lines if "perf/step_s" in point]
 
 
 def kills(folder: Path, overrides: list[str], count: int = KILLS) -> dict[str, Any]:
-    """Each run is hit once at a random time, from its first second on, and must end as one that nothing happened to."""
+    """Injects one fault per run at a random time, and requires the result of an undisturbed run."""
     rig = Rig(folder, overrides)
     rng = random.Random(0)
     try:
         with object_storage(folder / "s3"), _Server(rig) as server:
-            _end(rig, rig.start(1))  # brings the shards into the cache
+            _end(rig, rig.start(1))  # loads the shards into the cache
             shutil.rmtree(rig.cache / "journal")
             start = time.time()
             weights, losses, last_step_at = _end(rig, rig.start(2))
@@ -106,7 +106,7 @@ def kills(folder: Path, overrides: list[str], count: int = KILLS) -> dict[str, A
                 rows.append(row)
                 print(json.dumps(row, ensure_ascii=False), flush=True)
     finally:
-        _kill_tree_below(os.getpid())  # servers that were started again
+        _kill_tree_below(os.getpid())  # restarted servers
         subprocess.run(["umount", "-l", str(rig.cache)])
     good = sum(row["same weights"] and row["complete series"] for row in rows)
     summary: dict[str, Any] = {"kills": count, "same weights and complete series": good}
@@ -122,7 +122,7 @@ def kills(folder: Path, overrides: list[str], count: int = KILLS) -> dict[str, A
 
 
 class _Server:
-    """MLflow, which can be killed and started again."""
+    """MLflow, which can be killed and restarted."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -151,11 +151,11 @@ def _hit(rig: Rig, server: _Server, rng: random.Random, kind: str, trial: int, m
     who = _do(rig, server, rng, kind, run)
     if kind == "SIGTERM":
         run.wait()
-    if run.poll():  # else it goes on, or was done before its disk was back
-        assert run.returncode in (-signal.SIGKILL, TERMINATED), run.returncode  # both are started again by a cluster
+    if run.poll():  # otherwise it continues, or had finished before the disk was available again
+        assert run.returncode in (-signal.SIGKILL, TERMINATED), run.returncode  # a cluster restarts both
         run = rig.start(trial)
     weights, series, last_step_at = _end(rig, run)
-    # every process keeps a journal
+    # every process has a journal
     again = {point["step"] for point in rig.points() if point["time_ms"] / 1000 > hit_at and point["step"] <= before}
     return {
         "kind": kind,
@@ -201,7 +201,7 @@ def _do(rig: Rig, server: _Server, rng: random.Random, kind: str, run: Run) -> s
 
 
 def _pause(name: str, seconds: float) -> None:
-    """Kills a server and starts it again with the command that it had."""
+    """Kills a server and restarts it with the same command."""
     for child in psutil.Process().children(recursive=True):
         if child.status() != psutil.STATUS_ZOMBIE and child.name() == name:
             command, environment, place = child.cmdline(), child.environ(), child.cwd()
@@ -223,7 +223,7 @@ def _kill_tree_below(pid: int) -> None:
 
 
 def _end(rig: Rig, run: Run) -> tuple[str, list[tuple[int, float]], float]:
-    """Hash of the final weights, the loss series in MLflow, and the Unix time of its last step."""
+    """Hash of the final weights, the loss series in MLflow, and the Unix time of the last step."""
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, (run.returncode, out)
     weights = hashlib.sha256(storage.read(f"{out.strip()}/model.safetensors")).hexdigest()

@@ -1,8 +1,8 @@
-"""One process's training step, with layers compiled and activations recomputed or not, against a plain PyTorch loop.
+"""Compares a training step, with and without compilation and recomputation, with a plain PyTorch loop.
 
-On a GPU the 1.3B preset with the released 48 clips per GPU, or as many as its memory holds; on a CPU a small network of
-the same kind. The plain loop: weights in fp32, the frozen decoder in bf16, autocast, AdamW, autograd keeping what it
-keeps. Every measurement is a process of its own (`--one WAY CLIPS` prints it), and the ways take turns.
+On a GPU, the 1.3B preset with the released 48 clips per GPU, or as many as fit; on a CPU, a small network of the same
+kind. The plain loop has weights in fp32, the frozen decoder in bf16, autocast and AdamW, and keeps all activations.
+Each measurement runs in a new process (`--one WAY CLIPS` prints it), and the variants are interleaved.
 """
 
 import json
@@ -34,7 +34,7 @@ WAYS = {
     "ours, vision recomputed": "[vision]",
     "ours, vision recomputed, compiled": "[vision]",
 }
-"""What of the activations is made again in the backward pass."""
+"""Parts whose activations are checkpointed, per variant."""
 SMALL = [
     "model.vision.image_size=112",
     "model.vision.hidden_size=384",
@@ -88,7 +88,7 @@ def one(way: str, clips: int) -> dict[str, float]:
 
 
 def _measured(way: str, clips: int) -> dict[str, float] | None:
-    """None where memory does not suffice."""
+    """None if memory is insufficient."""
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.training_step", "--one", way, str(clips)], capture_output=True, text=True
     )
@@ -100,7 +100,7 @@ def _measured(way: str, clips: int) -> dict[str, float] | None:
 
 
 def steps(_folder: Path) -> dict[str, Any]:
-    """Each way with the most clips that fit."""
+    """Measures each variant with the most clips that fit."""
     on_gpu = torch.cuda.is_available()
     clips = dict.fromkeys(WAYS, 48 if on_gpu else 8)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}

@@ -1,6 +1,6 @@
-"""Adds the shared libraries inside wheels to a CycloneDX inventory: `bundled_libraries.py SITE_PACKAGES SBOM.json`.
+"""Adds shared libraries in wheels to a CycloneDX inventory: `bundled_libraries.py SITE_PACKAGES SBOM.json`.
 
-A wheel's own licence says nothing of the codecs that it brings. NOTICE explains those that matter.
+The licence of a wheel does not cover the codecs that it contains. NOTICE lists their licences.
 """
 
 import json
@@ -30,7 +30,7 @@ LICENSES = {
 }
 FFMPEG = re.compile(r"lib(av(codec|device|filter|format|util)|swscale|swresample|postproc)")
 FFMPEG_LICENSES = {"av": "LGPL-3.0-or-later", "decord": "LicenseRef-nonfree-and-unredistributable"}
-"""What `avcodec_license()` of the wheel's own build says."""
+"""Licences that `avcodec_license()` of the bundled FFmpeg reports."""
 FILE = re.compile(r"(?P<name>lib[A-Za-z0-9+-]+?)(-[0-9a-f]{8})?\.so\.?(?P<version>[0-9.]*)")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Builds every overlay, alone and with each component, and checks what comes out, and the jobs: k8s/validate.py
+"""Builds every overlay, alone and with each component, and validates the result and the jobs: k8s/validate.py
 
-Checked are the strict schemas of three versions of Kubernetes, those of PyTorchJob and TrainJob, and the rules in
-components/. Kinds of other projects (Kueue, Volcano, Prometheus) have no schema here; they are listed. Needs kubectl,
-but no cluster.
+It uses the strict schemas of three versions of Kubernetes, those of PyTorchJob and TrainJob, and the rules in
+components/jobs/rules.py. Kinds of other projects (Kueue, Volcano, Prometheus) are listed but have no schema here. Needs
+kubectl, but no cluster.
 """
 
 import copy
@@ -26,7 +26,7 @@ from components.jobs import rules
 HERE = Path(__file__).resolve().parent
 VERSIONS = ("1.30", "1.34", "1.37")
 SCHEMAS = {kind: HERE / "schemas" / f"{kind.lower()}.json" for kind in ("PyTorchJob", "TrainJob", "TrainingRuntime")}
-"""Of training-operator 1.9 and of Trainer 2.3, made strict: without descriptions, unknown fields refused."""
+"""From training-operator 1.9 and Trainer 2.3, made strict: without descriptions, unknown fields are errors."""
 FOREIGN = {
     "ClusterQueue",
     "LocalQueue",
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def builds() -> Iterator[tuple[str, list[Document]]]:
-    """What people apply: each overlay, each with one component more, and each job."""
+    """Everything that users apply: each overlay, alone and with each component, and each job."""
     for overlay in sorted((HERE / "overlays").iterdir()):
         yield f"overlays/{overlay.name}", kustomize(overlay)
         for component in sorted((HERE / "components").iterdir()):
@@ -84,7 +84,7 @@ def kustomize(folder: Path) -> list[Document]:
 
 
 def check(document: Document) -> list[str]:
-    """Schema and rules; empty where all is well. Most objects are the same in every build, and are looked at once."""
+    """Violations of schema and rules. Most objects are equal in every build, and are checked once."""
     return _check(json.dumps(document, sort_keys=True))
 
 

@@ -1,4 +1,4 @@
-"""Small real things that tests share: a corpus, its shards, a tokenizer, an S3 server. Nothing here is a mock."""
+"""Shared fixtures: a corpus, its shards, a tokenizer, an S3 server. None is a mock."""
 
 import json
 import os
@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes beside each other would wait for cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: otherwise parallel test processes compete for cores
 
 import pytest
 from filelock import FileLock
@@ -16,11 +18,13 @@ from filelock import FileLock
 from tests.helpers.killing import Outcome, Training
 from tests.helpers.running import train
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # background jobs of a shell ignore it, and so do their children
 
 
 collect_ignore = [] if "MPLUG_E2E" in os.environ else ["e2e"]
-"""Which takes a cluster: `make e2e-cluster`."""
+"""Needs a cluster: `make e2e-cluster`."""
 
 
 LONGEST = (
@@ -36,7 +40,7 @@ LONGEST = (
     "tracking",
     "validation",
 )
-"""Test files, longest first: test processes that share the files then end together."""
+"""Longest test files first, so that parallel test processes end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,14 +58,14 @@ Make = Callable[[str, Callable[[], Any]], Any]
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all test processes share, for what takes long to make."""
+    """A folder shared by all test processes, for fixtures that take long to create."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
 def once(shared: Path) -> Make:
-    """Calls `make` once per test run, under a lock, and stores its JSON value for the other test processes."""
+    """Calls `make` once per test run, with a lock, and stores its JSON value for the other test processes."""
 
     def get(name: str, make: Callable[[], Any]) -> Any:
         found = shared / f"{name}.json"
@@ -83,7 +87,7 @@ def corpus(shared: Path, once: Make) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(corpus: Path, shared: Path, once: Make) -> dict[str, str]:
-    """URI of each dataset's shards."""
+    """URI of the shards of each dataset."""
     from model.data.annotations import COLUMNS
     from model.data.shards.build import ShardSettings
     from model.data.shards.commit import build_shards
@@ -104,7 +108,7 @@ def tokenizer(corpus: Path, shared: Path, once: Make) -> str:
 
 @pytest.fixture(scope="session")
 def decoder(shards: dict[str, str], tokenizer: str, shared: Path, once: Make) -> str:
-    """URI of a decoder that was trained for two steps by the real command."""
+    """URI of a decoder that `mplug train` trained for two steps."""
     settings = [f"model.decoder={tokenizer}", f"data.shards={shards['pretrain']}"]
     return once("decoder", lambda: train("tiny_decoder", shared, settings))
 
@@ -118,7 +122,7 @@ def pretrained(shards: dict[str, str], decoder: str, shared: Path, once: Make) -
 
 @pytest.fixture(scope="session")
 def undisturbed(shards: dict[str, str], decoder: str, shared: Path, once: Make) -> Outcome:
-    """A run of two processes that nothing happened to."""
+    """An undisturbed run with two processes."""
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
     outcome = Outcome(**once("undisturbed", lambda: asdict(Training(shared / "undisturbed", settings).run())))
     assert outcome.code == 0, outcome.said
@@ -127,7 +131,7 @@ def undisturbed(shards: dict[str, str], decoder: str, shared: Path, once: Make) 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket of a real S3 server; the environment holds its credentials."""
+    """A bucket on a real S3 server; its credentials are in the environment."""
     from cli.services import BUCKET, object_storage
 
     before = dict(os.environ)

@@ -1,4 +1,4 @@
-"""What the documents say exists: files, make targets and commands."""
+"""Files, make targets and commands in the documents exist."""
 
 import re
 import shlex
@@ -50,7 +50,7 @@ def test_every_command_in_a_document_exists(document: Path) -> None:
 
 
 def check_command(words: list[str], line: str) -> None:
-    """A command of `mplug` and its options, and the command line inside a job."""
+    """Checks a command of `mplug` and its options, and the command inside a job."""
     group, path = get_command(app), []
     while words and hasattr(group, "commands"):
         group, path, words = group.commands[words[0]], [*path, words[0]], words[1:]

@@ -1,4 +1,4 @@
-"""The names are ours alone, the lock is what pyproject asks for, and the wheel is whole."""
+"""Import names are unique, the lock matches pyproject.toml, and the wheel is complete."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The main job, small: interrupted, run again to the end, run a third time from the cache, and looked at."""
+"""A small demo: interrupted, repeated until it finishes, repeated from the cache; then its results are checked."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def demo(folder: Path) -> subprocess.Popen[str]:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Every process whose command line names the demo's folder."""
+    """All processes with the demo's folder in their command line."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(folder: Path) -> str:
-    """Output of a demo that was interrupted while it trained."""
+    """Output of a demo that was interrupted during training."""
     child = demo(folder)
     assert child.stdout is not None
     lines = []
@@ -75,7 +75,7 @@ def interrupted(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, interrupted: str) -> str:
-    """Output of the demo that ran after it, to the end."""
+    """Output of the repeated demo, which finished."""
     output, _ = demo(folder).communicate(timeout=540)
     assert "results on the test splits" in output, output + (folder / "pipeline.log").read_text()[-4000:]
     return output
@@ -88,7 +88,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(folder: Path, interrupted:
 
 def test_a_repeated_demo_resumes(folder: Path, interrupted: str, finished: str) -> None:
     assert "rendering" not in finished
-    # kfp runs independent stages in any order: whichever were through the first time are not run again
+    # kfp runs independent stages in any order; the stages that had finished are not repeated
     before, after = (set(re.findall(r"✓ ([a-z-]+)", output)) for output in (interrupted, finished))
     assert "train-tokenizer" in before
     assert before & after <= {"start-run"}
@@ -108,7 +108,7 @@ def test_the_report_is_one_file_without_external_resources(folder: Path, finishe
 
 @pytest.fixture(scope="module")
 def repeated(folder: Path, finished: str) -> str:
-    """Output of a third demo, with nothing left to do."""
+    """Output of a third demo, for which all stages are cached."""
     output, _ = demo(folder).communicate(timeout=300)
     return output
 
@@ -122,7 +122,7 @@ def test_a_third_demo_uses_the_cache_for_every_stage(folder: Path, finished: str
 
 @pytest.fixture(scope="module")
 def tracking(folder: Path, repeated: str) -> Iterator[mlflow.MlflowClient]:
-    """The demo's MLflow server and S3, as `mplug ui` runs them."""
+    """MLflow and S3 of the demo, started like `mplug ui`."""
     child = subprocess.Popen([MPLUG, "ui", str(folder)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     address = child.stdout.readline().split()[1]
@@ -142,7 +142,7 @@ def runs(client: mlflow.MlflowClient) -> dict[str, mlflow.entities.Run]:
     experiment = client.get_experiment_by_name("mplug-video")
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-    return {run.info.run_name: run for run in found}  # of an interrupted stage, the run that finished it
+    return {run.info.run_name: run for run in found}  # for an interrupted stage, the run that finished it
 
 
 def test_every_stage_is_a_child_of_one_parent_run(tracking: mlflow.MlflowClient) -> None:

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong, made wrong, and what is said about it."""
+"""Causes every problem that the doctor detects, and checks its report."""
 
 import copy
 import os
@@ -105,7 +105,7 @@ def test_a_rejected_host_header_of_mlflow_is_reported_as_such(monkeypatch: pytes
 
 @pytest.fixture
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
-    """A cluster on which all is well."""
+    """A cluster without problems."""
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     with fake_kube(tmp_path / "kubeconfig") as server:
         server.put("podtemplates", GPU)
@@ -163,16 +163,16 @@ def operator_pod(kube: FakeKube) -> dict[str, Any]:
 
 
 def test_the_operators_default_init_container_is_a_failure(kube: FakeKube) -> None:
-    """The ConfigMap is there, but nothing mounts it."""
+    """The ConfigMap exists but is not mounted."""
     assert found(CLUSTER, "init container").kind == "ok"
     operator_pod(kube)["volumes"] = []
     finding = found(CLUSTER, "init container")
     assert finding.kind == "failure"
     assert "nothing is mounted. A worker would be refused" in finding.said
     assert 'violates PodSecurity "restricted:latest": container init-pytorch' in finding.said
-    assert not [name for _, kind, name in kube.objects if kind == "pods"]  # asked, not made
+    assert not [name for _, kind, name in kube.objects if kind == "pods"]  # a dry run creates nothing
     kube.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": {}}}
-    assert found(CLUSTER, "init container").kind == "warning"  # admitted, but it waits for a name
+    assert found(CLUSTER, "init container").kind == "warning"  # admitted, but it waits for a DNS name
 
 
 def test_a_custom_init_container_is_checked_with_the_operators_image(kube: FakeKube) -> None:
@@ -187,7 +187,7 @@ def test_a_custom_init_container_is_checked_with_the_operators_image(kube: FakeK
 def test_without_permission_to_create_pods_the_check_is_limited(kube: FakeKube) -> None:
     kube.denied = {("create", "pods")}
     finding = found(CLUSTER, "init container")
-    assert (finding.kind, "may not create pods" in finding.said) == ("warning", True)
+    assert (finding.kind, "creating pods is not allowed" in finding.said) == ("warning", True)
 
 
 @pytest.mark.parametrize("template", ["a: {", "name: x", "[1]"])
@@ -211,7 +211,7 @@ def test_kueue_without_the_pytorchjob_integration_is_a_failure(
     shape = copy.deepcopy(GPU)
     shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
     kube.put("podtemplates", shape)
-    assert found(CLUSTER, "Kueue").kind == "failure"  # there is none
+    assert found(CLUSTER, "Kueue").kind == "failure"  # not installed
     settings = yaml.safe_dump({"integrations": {"frameworks": frameworks}})
     data = {"controller_manager_config.yaml": settings}
     kube.put("configmaps", {"metadata": {"name": "kueue-manager-config"}, "data": data}, "kueue-system")
@@ -251,7 +251,7 @@ def test_the_findings_fit_80_columns(kube: FakeKube, monkeypatch: pytest.MonkeyP
 def test_a_quota_without_read_permission_is_a_warning(kube: FakeKube) -> None:
     kube.faults.append(lambda _method, path: 403 if path.endswith("resourcequotas") else None)
     assert found(CLUSTER, "quota").kind == "warning"
-    assert found(CLUSTER, "GPUs").kind == "ok"  # and the rest is looked at
+    assert found(CLUSTER, "GPUs").kind == "ok"  # and the other checks still run
 
 
 def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:

@@ -1,4 +1,4 @@
-"""The job commands by the real command line, against a Kubernetes API server in memory."""
+"""The `mplug job` commands, against a Kubernetes API server in memory."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""`mplug plan` against what a real run takes, and what it says where something would not fit."""
+"""Compares `mplug plan` with a real run, and checks its messages for runs that do not fit."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The step that trains, with a cluster in memory in place of the operator."""
+"""The training step, with a cluster in memory instead of the operator."""
 
 import threading
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_a_pipeline_step_trains_on_the_cluster(kube: FakeKube, shards: dict[str,
     kube.put("podtemplates", CPU)
 
     def act() -> None:
-        """What the operator and the pods would do."""
+        """Acts as the operator and the pods."""
         (created,) = kube.wait_for("pytorchjobs")
         container = created["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
         config = load_config(container["args"][1], container["args"][2:])

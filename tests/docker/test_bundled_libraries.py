@@ -1,4 +1,4 @@
-"""The codecs that come inside wheels, in the inventory and in NOTICE."""
+"""The inventory and NOTICE list the codecs in wheels."""
 
 import ctypes
 import importlib.util
@@ -49,7 +49,7 @@ def test_notice_lists_every_bundled_library_and_licence(script: ModuleType) -> N
 
 def test_the_licence_of_ffmpeg_matches_notice() -> None:
     for wheel, license in {"av": "LGPL version 3 or later", "decord": "nonfree and unredistributable"}.items():
-        importlib.import_module(wheel)  # which loads what libavcodec itself needs
+        importlib.import_module(wheel)  # loads the libraries that libavcodec needs
         (library,) = (SITE_PACKAGES / f"{wheel}.libs").glob("libavcodec*")
         function = ctypes.CDLL(str(library)).avcodec_license
         function.restype = ctypes.c_char_p

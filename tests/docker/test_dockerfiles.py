@@ -1,4 +1,4 @@
-"""The Dockerfiles as text; what they build is tested in test_images.py, where there are images."""
+"""The text of the Dockerfiles; test_images.py tests the images, if they exist."""
 
 import re
 import subprocess

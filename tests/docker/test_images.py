@@ -1,4 +1,4 @@
-"""What `make images` has built, run as a pod runs it. Skipped where there are no images, or no podman."""
+"""Runs the images of `make images` like a pod. Skipped without images or podman."""
 
 import json
 import shutil
@@ -88,7 +88,7 @@ def network() -> Iterator[str]:
 
 
 def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: Path, network: str) -> None:
-    """As `podman kube play` runs the pods that the operator makes of our job: read-only, without rights, as nobody."""
+    """`podman kube play` runs the pods of a job: read-only, non-root, without capabilities."""
     shape, _ = load_pod_template(ROOT / "k8s" / "overlays" / "local")
     container = shape["template"]["spec"]["containers"][0]
     folders = {"work": tmp_path / "work", "out": tmp_path / "out"}
@@ -96,7 +96,7 @@ def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: P
         shutil.copytree(uri, folders["work"] / name)
     folders["out"].mkdir()
     for path in (*folders.values(), *folders["work"].rglob("*")):
-        path.chmod(0o777)  # the pods are nobody here
+        path.chmod(0o777)  # the pods run as another user
     container["volumeMounts"] += [{"name": name, "mountPath": f"/{name}"} for name in folders]
     command = (
         "train",
@@ -116,8 +116,8 @@ def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: P
     ]
     for role, index in replicas(job):
         pod = pod_of(job, role, index, "tiny-master-0")
-        # podman plays no probes, opens a pod's ports on this machine and knows no optional secret; what it mounts from
-        # here, a cluster has in its bucket
+        # podman supports neither probes nor optional secrets, and publishes ports on this machine; mounted folders
+        # replace the bucket of a cluster
         del pod["spec"]["containers"][0]["livenessProbe"], pod["spec"]["containers"][0]["ports"]
         pod["spec"]["containers"][0]["envFrom"] = pod["spec"]["containers"][0]["envFrom"][:1]
         pod["spec"]["volumes"] += [{"name": name, "hostPath": {"path": str(path)}} for name, path in folders.items()]

@@ -1,5 +1,6 @@
-"""A cluster on this machine, where none is configured: real API server, kubelet and containerd, started by the script
-that $CLUSTER_SH names. What it lacks is put in here: images, names in DNS, volumes, and the operator (a double).
+"""A cluster on this machine, if none is configured: a real API server, kubelet and containerd, started by $CLUSTER_SH.
+
+This module adds the missing parts: images, DNS names, volumes, and a double of the operator.
 """
 
 import json
@@ -26,7 +27,7 @@ IMAGES = {
     "docker.io/library/postgres:17.6-bookworm": "postgres",
 }
 GATEWAY = "10.244.0.1"
-"""Of the pods' network, and where kubelet tells them to ask for names."""
+"""Address in the pod network, and the DNS server that kubelet configures in pods."""
 VOLUMES = {"postgres": ("1Gi", 999), "seaweedfs": ("50Gi", 10001)}
 
 LABELS = {"app": "training-operator"}
@@ -43,7 +44,7 @@ OPERATOR = {
         },
     },
 }
-"""The real one's Deployment, without pods: what k8s/README.md patches, and the double looks at."""
+"""The operator's Deployment without pods: k8s/README.md patches it, and the double reads it."""
 
 
 def kubectl(*arguments: str, check: bool = True, stdin: str = "") -> str:
@@ -53,14 +54,14 @@ def kubectl(*arguments: str, check: bool = True, stdin: str = "") -> str:
 
 
 def missing() -> str:
-    """Why no cluster can be started here; empty where one can."""
+    """Why no cluster can be started here; empty if one can."""
     if not CLUSTER_SH.exists():
-        return f"no cluster is configured, and {CLUSTER_SH} is not there to start one"
+        return f"no cluster is configured, and {CLUSTER_SH} does not exist"
     if not BINARIES.exists():
-        return f"no cluster is configured, and {BINARIES} is not built: {CLUSTER_SH.with_name('build_k8s.sh')}"
+        return f"no cluster is configured, and {BINARIES} has not been built: {CLUSTER_SH.with_name('build_k8s.sh')}"
     for program in ("podman", "ctr", "dnsmasq"):
         if not shutil.which(program):
-            return f"no cluster is configured, and {program} is not installed to start one"
+            return f"no cluster is configured, and {program} is not installed"
     for image, stand_in in IMAGES.items():
         if not stand_in and subprocess.run(["podman", "image", "exists", image]).returncode:
             return f"{image} is not built: make images"
@@ -69,7 +70,7 @@ def missing() -> str:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[None]:
-    """The cluster, with kubectl and the current process pointed at it."""
+    """Starts the cluster and configures kubectl and this process for it."""
     archive = folder / "images.tar"
     _save_images(archive)
     subprocess.run([CLUSTER_SH, "down"], capture_output=True)
@@ -106,14 +107,14 @@ def _save_images(archive: Path) -> None:
             file = f"{stand_in}.Dockerfile"
             command = ["podman", "build", *flags, "--file", file, "--tag", image, "."]
             subprocess.run(command, check=True, cwd=ROOT / "tests" / "e2e")
-    subprocess.run(["podman", "pod", "create", "--name", "mplug-pause"], capture_output=True)  # which makes its image
+    subprocess.run(["podman", "pod", "create", "--name", "mplug-pause"], capture_output=True)  # builds the pause image
     subprocess.run(["podman", "pod", "rm", "--force", "mplug-pause"], capture_output=True)
     pause = "localhost/podman-pause:4.3.1-0"
     subprocess.run(["podman", "save", "--quiet", "-m", "-o", archive, *IMAGES, pause], check=True)
 
 
 def _make_volumes(folder: Path) -> None:
-    """One for each claim of the overlay; nothing provisions them here."""
+    """Creates a volume for each claim of the overlay, since nothing provisions them."""
     for name, (size, owner) in VOLUMES.items():
         path = folder / "volumes" / name
         path.mkdir(parents=True)
@@ -134,7 +135,7 @@ def _make_volumes(folder: Path) -> None:
 
 @contextmanager
 def _names(folder: Path) -> Iterator[None]:
-    """Names of services lead to their ready pods, as in a cluster; there is no kube-proxy to lead them further."""
+    """Resolves service names to ready pods, because there is no kube-proxy."""
     hosts, stopped = folder / "hosts", threading.Event()
     hosts.touch()
     command = [

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the official image's entry point does with an empty volume, and with one that is not.
+# Like the entry point of the official image, for an empty and for an existing volume.
 set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   mkdir -p "$PGDATA"

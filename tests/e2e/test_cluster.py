@@ -1,7 +1,7 @@
-"""The whole way on a real cluster: install, look, train on two nodes, lose a pod, go on, and find it all in MLflow.
+"""End to end on a real cluster: install, check, train on two nodes, lose a pod, resume, and read the results in MLflow.
 
 `make e2e-cluster` runs it on the cluster of the current context, or on one that it starts on this machine. It installs
-overlays/local into the namespace mplug, and leaves it there on a cluster that it has not started.
+overlays/local into the namespace mplug, and keeps it there on a cluster that it has not started.
 """
 
 import base64
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 @pytest.fixture(scope="module")
 def minor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The cluster's minor version; it is there while the tests run."""
+    """Minor version of the cluster, which exists during the tests."""
     if is_reachable():
         yield server_minor()
         return
@@ -57,7 +57,7 @@ def server_minor() -> int:
 
 @pytest.fixture(scope="module")
 def installed(minor: int) -> str:
-    """Namespace of overlays/local, everything in it ready."""
+    """Namespace of overlays/local, with all pods ready."""
     documents = list(yaml.safe_load_all(kubectl("kustomize", str(ROOT / "k8s" / "overlays" / "local"))))
     for document in documents:
         if document["kind"] == "CronJob" and minor < 21:
@@ -74,7 +74,7 @@ def installed(minor: int) -> str:
 
 @contextmanager
 def forwarded(namespace: str, service: str, port: int) -> Iterator[str]:
-    """A service's address on this machine."""
+    """Local address of a service."""
     here = free_ports(1)
     command = ["kubectl", "--namespace", namespace, "port-forward", f"service/{service}", f"{here}:{port}"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -89,7 +89,7 @@ def forwarded(namespace: str, service: str, port: int) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def bucket(installed: str) -> Iterator[dict[str, str]]:
-    """Variables with which this machine reaches the cluster's S3."""
+    """Environment variables to access the cluster's S3 from this machine."""
     secret = json.loads(kubectl("--namespace", installed, "get", "secret", "mplug-s3", "-o", "json"))["data"]
     keys = {name: base64.b64decode(value).decode() for name, value in secret.items()}
     with forwarded(installed, "s3", 8333) as address:
@@ -104,7 +104,7 @@ def mplug(environment: dict[str, str], *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def data(bucket: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Shards and decoder in the cluster's bucket, as settings of a training."""
+    """Settings of a training run with shards and decoder in the cluster's bucket."""
     corpus, root = str(tmp_path_factory.mktemp("e2e") / "corpus"), "s3://mplug/work"
     mplug(bucket, "data", "synthesize", corpus, "--scale", "0.03")
     raw = mplug(bucket, "data", "download", corpus, root)
@@ -170,7 +170,7 @@ def test_two_nodes_train_lose_a_pod_and_resume(installed: str, data: list[str], 
 
 
 def wait_for_checkpoint(bucket: dict[str, str]) -> list[str]:
-    """Checkpoints in the bucket, once there is one."""
+    """Waits for the first checkpoint and lists the checkpoints in the bucket."""
     code = "from model import storage; print(*[e.path for e in storage.walk('s3://mplug/work/checkpoints')], sep='\\n')"
     for _ in range(120):
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=bucket)

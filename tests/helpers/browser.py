@@ -1,4 +1,4 @@
-"""Headless Chromium for pages that people look at: tests open them, `make screenshots` takes pictures."""
+"""Headless Chromium, for tests of web pages and for `make screenshots`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ class Page:
         self.driver = driver
 
     def open(self, address: str) -> None:
-        self.driver.get("about:blank")  # a change behind # alone would not load the page anew
+        self.driver.get("about:blank")  # a different fragment alone would not reload the page
         self.driver.get(address)
 
     def wait_for(self, text: str) -> None:
@@ -52,7 +52,7 @@ class Page:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:
-    """A window with an empty profile in `profile`."""
+    """A window with a new profile in folder `profile`."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for flag in (*FLAGS, f"--user-data-dir={profile / 'chromium'}", "--window-size=1280,1000"):

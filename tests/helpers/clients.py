@@ -1,4 +1,4 @@
-"""S3 clients keep the address and the credentials that they were made with."""
+"""S3 clients keep the address and credentials of their creation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from model import s3
 
 @contextmanager
 def fresh_clients() -> Iterator[None]:
-    """Clients made inside know only the environment of that time."""
+    """Clients created inside the block use the environment at that time."""
     caches = (s3._client, s3._store, s3._session)
     for cache in caches:
         cache.cache_clear()

@@ -1,4 +1,4 @@
-"""Processes that have no S3 client yet, in each of which 64 threads read at once: `cold_readers.py URI RUNS`."""
+"""Starts processes without an S3 client, each with 64 threads that read at once: `cold_readers.py URI RUNS`."""
 
 import os
 import signal
@@ -27,8 +27,8 @@ def main(uri: str, runs: int) -> None:
     """Exits with the number of processes that failed."""
     failed = 0
     for _ in range(runs):
-        s3._creating.acquire()  # as a thread does that is not in the child
-        child = os.fork()  # imports are done, no thread and no client is there yet
+        s3._creating.acquire()  # like a thread that does not exist in the child
+        child = os.fork()  # imports are complete, but there are no threads or clients
         if child:
             s3._creating.release()
         else:

@@ -1,4 +1,4 @@
-"""Collate functions and readers that loader processes can import, good and bad."""
+"""Valid and faulty collate functions and readers that loader processes can import."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def collate(examples: list[Example]) -> Batch:
 
 
 class StubbornError(StorageError):
-    """Cannot be unpickled: it wants more than its message."""
+    """Cannot be unpickled, because it needs more than its message."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ ERRORS = {
 
 
 class FailingReader(ShardReader):
-    """Fails at every other clip, in the threads that read ahead."""
+    """Fails for every second clip, in the read-ahead threads."""
 
     failure = ""
 
@@ -56,7 +56,7 @@ class Chosen(BatchSampler):
 
 
 def with_a_lambda(examples: list[Example]) -> Batch:
-    """A batch that cannot be sent."""
+    """A batch that cannot be pickled."""
     return {"function": lambda: examples}
 
 
@@ -66,7 +66,7 @@ def killed(examples: list[Example]) -> NoReturn:
 
 
 class Unloadable:
-    """Fails where a loader process unpickles it."""
+    """Fails when a loader process unpickles it."""
 
     def __call__(self, examples: list[Example]) -> Batch:
         raise AssertionError

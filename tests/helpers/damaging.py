@@ -1,4 +1,4 @@
-"""Clips that are broken, or look so: 300 files, each with what may become of it."""
+"""300 damaged or unusual clips, each with its acceptable outcomes."""
 
 import io
 import random
@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 LEVELS = 30
-"""Frame i of a whole clip is grey level 8 * i below a textured bar that moves with i."""
+"""Frame i of an undamaged clip has grey level 8 * i below a textured bar that moves with i."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Damaged:
     name: str
     data: bytes
     reasons: frozenset[str]
-    """Codes that are sensible for it; "" where it must be, or may be, decoded."""
+    """Acceptable reason codes; "" if the clip must or may be decoded."""
 
 
 def clip(
@@ -38,7 +38,7 @@ def clip(
     texture = np.random.default_rng(0).integers(0, 255, (height // 4, width + LEVELS * 4, 3), dtype=np.uint8)
     settings = {"movflags": movflags} if form == "mp4" and movflags else {}
     with (
-        tempfile.NamedTemporaryFile() as file,  # faststart reads again what was written
+        tempfile.NamedTemporaryFile() as file,  # faststart reads the written file again
         av.open(file.name, "w", format=form, options=settings) as container,
     ):
         stream = container.add_stream(codec, rate=10)
@@ -56,7 +56,7 @@ def clip(
 
 
 def tone() -> bytes:
-    """Sound without pictures."""
+    """Only sound."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=44100, layout="mono")
@@ -69,7 +69,7 @@ def tone() -> bytes:
 
 
 def rotated(data: bytes, degrees: int) -> bytes:
-    """Writes a rotation into the track's header."""
+    """Writes a rotation into the header of the track."""
     matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
     a, b, c, d = (value * 65536 for value in matrix)
     start = data.index(b"tkhd") + 4 + 4 + 20 + 16
@@ -77,7 +77,7 @@ def rotated(data: bytes, degrees: int) -> bytes:
 
 
 def endless(data: bytes) -> bytes:
-    """Claims in all of its headers to last for 49 days."""
+    """All headers contain a duration of 49 days."""
     changed = bytearray(data)
     for box, offset in ((b"mvhd", 16), (b"tkhd", 20), (b"mdhd", 16)):
         start = data.index(box) + 4 + offset
@@ -86,7 +86,7 @@ def endless(data: bytes) -> bytes:
 
 
 def damaged_clips() -> Iterator[Damaged]:
-    whole, late = clip(bf="2"), clip(movflags="")  # the second has its table of contents at the end
+    whole, late = clip(bf="2"), clip(movflags="")  # the second one has its index at the end
     anything = frozenset(
         ("", "damaged", "truncated", "not_a_video", "no_video_stream", "unreadable", "too_large", "unknown_codec")
     )
@@ -116,13 +116,13 @@ def damaged_clips() -> Iterator[Damaged]:
 
 
 def _claimed(data: bytes, width: int, height: int) -> bytes:
-    """Another size in the sample table than in the stream."""
+    """The size in the sample table differs from that in the stream."""
     start = data.index(b"avc1") + 4 + 24
     return data[:start] + struct.pack(">HH", width, height) + data[start + 4 :]
 
 
 def _right(whole: bytes) -> Iterator[Damaged]:
-    """Unusual, but to be decoded."""
+    """Unusual, but must be decoded."""
     rng = random.Random(1)
     vfr = [sum(rng.randint(20, 300) for _ in range(index)) + 40 * index for index in range(LEVELS)]
     vfr = sorted(set(vfr))
@@ -137,7 +137,7 @@ def _right(whole: bytes) -> Iterator[Damaged]:
         "8k": clip(frames=3, width=7680, height=4320, preset="ultrafast"),
         "endless": endless(whole),
         "mpeg4.avi": clip(codec="mpeg4", form="avi"),
-        "mpeg4-bframes.avi": clip(codec="mpeg4", form="avi", bf="2", g="3"),  # many key frames on any machine
+        "mpeg4-bframes.avi": clip(codec="mpeg4", form="avi", bf="2", g="3"),  # many key frames on every machine
         "vp9.webm": clip(codec="libvpx-vp9", form="webm"),
         "mpegts": clip(form="mpegts"),
         "flv": clip(form="flv"),

@@ -1,4 +1,4 @@
-"""Kubeflow Pipelines' API in memory, speaking through kfp-server-api's own models; `faults` are answered first."""
+"""The API of Kubeflow Pipelines in memory, with the models of kfp-server-api. `faults` are returned first."""
 
 import json
 import threading
@@ -20,15 +20,15 @@ class FakeKfp:
     experiments: list[kfp.V2beta1Experiment] = field(default_factory=list)
     runs: list[kfp.V2beta1Run] = field(default_factory=list)
     states: list[str] = field(default_factory=lambda: ["PENDING", "RUNNING", "SUCCEEDED"])
-    """What a run is, each time somebody looks; the last one stays."""
+    """State of a run per request; the last one stays."""
     failed_steps: list[str] = field(default_factory=list)
     faults: list[int] = field(default_factory=list)
     version: str = "2.17.0"
-    """Empty: a server that does not report it."""
+    """Empty: the server does not report it."""
     backend: Backend | None = None
-    """Which really runs what is submitted; without, a run has the `states` in turn."""
+    """Executes submitted runs; without it, a run takes the `states` in order."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Of the last request."""
+    """Header of the last request."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -93,14 +93,14 @@ class Handler(BaseHTTPRequestHandler):
         self.say(200, {})
 
     def known(self, body: dict[str, Any], model: str) -> dict[str, Any]:
-        """What the model takes; a key that it does not know is an error, as in the server."""
+        """The request as a model; an unknown key is an error, as in the server."""
         names = getattr(kfp, f"V2beta1{model}").attribute_map
         unknown = set(body) - set(names.values())
         assert not unknown, unknown
         return {key: body[name] for key, name in names.items() if name in body}
 
     def page(self, query: dict[str, str]) -> kfp.V2beta1ListExperimentsResponse:
-        """Two at a time, so that the caller has to turn pages."""
+        """Returns two items per page, so that the caller must paginate."""
         start = int(query.get("page_token") or 0)
         found = [item for item in self.fake.experiments if (item.namespace or "") == query.get("namespace", "")]
         following = str(start + 2) if start + 2 < len(found) else ""

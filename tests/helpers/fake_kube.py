@@ -1,7 +1,7 @@
-"""A Kubernetes API server in memory, for the client's whole way: HTTP, watches, logs, and faults put in on purpose.
+"""A Kubernetes API server in memory with HTTP, watches, logs, and injected faults.
 
-Objects of any kind; 404, 409 and 422 as the real one answers them; watches that replay from a version; owner references
-that cascade. `faults` holds functions (method, path) -> status or None, asked before each request is served.
+It supports objects of any kind, the real server's 404, 409 and 422, watches that replay from a version, and cascading
+owner references. `faults` holds functions (method, path) -> status or None, called before each request.
 """
 
 import copy
@@ -34,37 +34,37 @@ class StatusError(Exception):
 
 
 class FakeKube:
-    """The server, and what a test does behind the client's back: `put`, `conclude`, `remove`, `log`."""
+    """The server; tests change its objects with `put`, `conclude`, `remove` and `log`."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str, str], Object] = {}
         self.events: list[tuple[int, str, Object, str]] = []
         self.oldest = 0
-        """Versions before this one are forgotten: a watch from them is answered 410."""
+        """Older versions have expired: a watch from them gets 410."""
         self.version = 100
         self.changed = threading.Condition(threading.RLock())
         self.logs: dict[str, list[tuple[str, str]]] = {}
         self.faults: list[Callable[[str, str], int | None]] = []
         self.requests: list[tuple[str, str]] = []
         self.slow_delete_s = 0.0
-        """How long an object that is being deleted stays, as one with pods to end does."""
+        """How long a deleted object remains, like one whose pods are terminating."""
         self.break_watches = 0
-        """So many watches are cut off in the middle of a line."""
+        """Number of watches to cut off within a line."""
         self.pages: dict[str, Object] = {"/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.1"}}
-        """What is answered for other paths."""
+        """Responses for other paths."""
         self.kubelet_says = ""
-        """A line that has no time, at the end of each log, as where a container is gone."""
+        """A line without a timestamp at the end of each log, as for a deleted container."""
         self.denied: set[tuple[str, str]] = set()
-        """(verb, resource) that whoever asks may not do."""
+        """(verb, resource) that the client has no permission for."""
 
-    # what tests do
+    # called by tests
 
     def put(self, plural: str, manifest: Object, namespace: str = "mplug") -> Object:
         with self.changed:
             return self._store(namespace, plural, copy.deepcopy(manifest), "ADDED")
 
     def wait_for(self, plural: str, number: int = 1, seconds: float = 10) -> list[Object]:
-        """The objects of a kind, once there are so many."""
+        """Waits for this many objects of a kind and returns them."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             with self.changed:
@@ -111,10 +111,10 @@ class FakeKube:
         )
 
     def forget(self) -> None:
-        """Watches from any version so far are told that it is too old."""
+        """Expires all versions so far for watches."""
         self.oldest = self.version + 1
 
-    # what the server does
+    # called by the server
 
     def _store(self, namespace: str, plural: str, item: Object, event: str) -> Object:
         metadata, known = item["metadata"], self.objects.get((namespace, plural, item["metadata"]["name"]))
@@ -203,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.say(200, {"kind": kind, "apiVersion": "v1", "metadata": {}, "items": chosen})
 
     def admitted(self, namespace: str, plural: str, body: Object) -> Object:
-        """As Pod Security admission does it, where a namespace enforces the restricted standard."""
+        """Pod Security admission of a namespace that enforces the restricted standard."""
         labels = self.kube.pages.get(f"/api/v1/namespaces/{namespace}", {}).get("metadata", {}).get("labels", {})
         is_restricted = plural == "pods" and labels.get("pod-security.kubernetes.io/enforce") == "restricted"
         if is_restricted and (broken := list(violations(body))):
@@ -295,7 +295,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def merged(item: Object, changes: Object) -> Object:
-    """RFC 7386, as a merge patch is applied."""
+    """Applies a merge patch (RFC 7386)."""
     for key, value in changes.items():
         if value is None:
             item.pop(key, None)
@@ -307,7 +307,7 @@ def merged(item: Object, changes: Object) -> Object:
 
 
 def selected(item: Object, query: dict[str, str]) -> bool:
-    """Whether an object is meant by labelSelector and fieldSelector."""
+    """Whether labelSelector and fieldSelector select an object."""
     labels = item["metadata"].get("labels") or {}
     for term in filter(None, query.get("labelSelector", "").split(",")):
         key, is_equality, value = term.partition("=")
@@ -325,7 +325,7 @@ def selected(item: Object, query: dict[str, str]) -> bool:
 
 @contextmanager
 def fake_kube(kubeconfig: Path) -> Iterator[FakeKube]:
-    """Runs a server that `kubeconfig` points at, with the namespace `mplug`."""
+    """Runs a server with the namespace `mplug`, and writes `kubeconfig` for it."""
     kube = FakeKube()
     handler = type("BoundHandler", (Handler,), {"kube": kube})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

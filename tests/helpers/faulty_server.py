@@ -1,15 +1,15 @@
-"""A real HTTP server that misbehaves as its paths say, and one that answers as ModelScope does.
+"""A real HTTP server whose paths select faults, and one with the responses of ModelScope.
 
-/ok/NAME            as it should
+/ok/NAME            no fault
 /drop/NAME          closes the connection after every 70,000 bytes
-/busy/NAME          429, 503 and 500 before it answers
-/short/NAME         announces the whole file and sends half
-/ignores/NAME       drops once, and knows no ranges
-/changes/NAME       drops once; then the file is another one, with another ETag
-/silent/NAME        drops once; the file changes, and no header says so
-/wrong/NAME         sends other bytes of the right length
+/busy/NAME          429, 503 and 500 before the file
+/short/NAME         announces the complete file and sends half
+/ignores/NAME       drops once; does not support ranges
+/changes/NAME       drops once; then the file and its ETag differ
+/silent/NAME        drops once; the file changes without any header showing it
+/wrong/NAME         sends different bytes of the right length
 /gone/NAME          404
-/chunked/NAME       no length; drops once
+/chunked/NAME       sends no length; drops once
 """
 
 import hashlib
@@ -26,7 +26,7 @@ DROP = 70_000
 
 
 def content(name: str, version: int = 0) -> bytes:
-    """The true bytes of a file; its name ends in its size."""
+    """The correct bytes of a file; its name ends in its size."""
     return random.Random(f"{name}/{version}").randbytes(int(name.rpartition("-")[2]))
 
 
@@ -93,11 +93,11 @@ class FaultyHandler(BaseHTTPRequestHandler):
 
 
 class ModelScopeHandler(FaultyHandler):
-    """The answers that `mplug data download modelscope://owner/name` needs, in the shape that the real one gives."""
+    """The responses that `mplug data download modelscope://owner/name` needs, in the format of the real service."""
 
     repository: Mapping[str, bytes]
     objects: Mapping[str, bytes]
-    """Object keys with their folder; anything else is 404."""
+    """Object keys including their folder; anything else is 404."""
 
     def do_GET(self) -> None:
         url = urllib.parse.urlsplit(self.path)
@@ -131,7 +131,7 @@ class ModelScopeHandler(FaultyHandler):
 
 @contextmanager
 def serve(kind: type[FaultyHandler] = FaultyHandler, **attributes: object) -> Iterator[str]:
-    """The server's address while the context lasts."""
+    """Runs the server and returns its address."""
     handler = type("Handler", (kind,), {"seen": Counter(), **attributes})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True

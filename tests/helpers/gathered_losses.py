@@ -1,4 +1,4 @@
-"""One of several gloo processes: `torchrun gathered_losses.py CASE FOLDER` records its loss and gradient norms."""
+"""One of several gloo processes: `torchrun gathered_losses.py CASE FOLDER` writes its loss and gradient norms."""
 
 import sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def _missing() -> str:
-    """Why there can be no hosts here; empty where there can."""
+    """Why hosts cannot be created here; empty if they can."""
     name = f"mplug{os.getpid()}-try"
     try:
         for command in (["ip", "netns", "add", name], ["ip", "netns", "del", name], ["unshare", "--uts", "true"]):
@@ -24,7 +24,7 @@ MISSING = _missing()
 
 @contextmanager
 def hosts(*names: str) -> Iterator[list[str]]:
-    """Names of two namespaces, in the order of the host names."""
+    """Names of the two namespaces, in the order of the host names."""
     spaces = [f"mplug{os.getpid()}-{number}" for number in range(2)]
     links = [f"m{os.getpid()}-{number}" for number in range(2)]
     folders = [Path("/etc/netns") / space for space in spaces]
@@ -47,7 +47,7 @@ def hosts(*names: str) -> Iterator[list[str]]:
 
 
 def start(space: str, name: str, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Runs a command on a host, in a session of its own."""
+    """Runs a command on a host in a new session."""
     script = 'hostname "$0" && exec "$@"'
     return subprocess.Popen(
         ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", script, name, *command],

@@ -1,4 +1,4 @@
-"""A job, and what happens to it meanwhile, for tests against the API server in memory."""
+"""A job and concurrent events, for tests with the API server in memory."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ LIMITS = Limits(deadline_s=60, restarts=2)
 
 
 def started(act: Callable[[], None]) -> threading.Thread:
-    """What happens in the cluster meanwhile."""
+    """Runs events in the cluster at the same time."""
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     return thread

@@ -1,9 +1,8 @@
-"""What Kubeflow Pipelines 2.17 on Argo does with a compiled pipeline, as far as a run notices. The steps are real.
+"""A double of Kubeflow Pipelines 2.17 on Argo that executes compiled pipelines. The steps are real.
 
-Drivers that resolve inputs and refuse unknown ones; pods in a Kubernetes API in memory, with the size that a step asks
-for and a node that may be too small; a launcher that ends with 1 whatever the command ended with, and half a second
-after a signal with 143; exit codes that no policy repeats (OnError); the exit handler after all of it, once;
-retry of what has failed.
+It has drivers that resolve inputs and reject unknown ones; pods in a Kubernetes API in memory, with the requests of a
+step and a node that may be too small; a launcher that exits with 1 for any failed command, and with 143 half a second
+after a signal; the retry policy OnError, which repeats no exit code; one exit handler; and retries of failed steps.
 """
 
 import json
@@ -28,12 +27,12 @@ PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
 
 
 class NodeFailedError(Exception):
-    """A node of the workflow has failed, and those after it do not run."""
+    """A node of the workflow has failed, so later nodes do not run."""
 
 
 @dataclass
 class Run:
-    """One run: its workflow in the cluster, and the thread that goes through it."""
+    """One run: its workflow in the cluster, and the thread that executes it."""
 
     run_id: str
     spec: Tree
@@ -42,9 +41,9 @@ class Run:
     state: str = "PENDING"
     cancelled: threading.Event = field(default_factory=threading.Event)
     done: dict[str, Tree] = field(default_factory=dict)
-    """Outputs of the nodes that have succeeded, by name: a retry leaves them alone."""
+    """Outputs of successful nodes by name; a retry does not repeat them."""
     handled: set[str] = field(default_factory=set)
-    """Exit handlers that have run: a retry does not run them again."""
+    """Exit handlers that have run; a retry does not repeat them."""
 
     @property
     def workflow(self) -> str:
@@ -80,7 +79,7 @@ class Backend:
             self.drain(pod)
 
     def retry(self, run_id: str) -> bool:
-        """Whether there was something to run again."""
+        """Whether there was a failed step to retry."""
         run = self.runs[run_id]
         if run.state != "FAILED":
             return False
@@ -94,13 +93,13 @@ class Backend:
         return True
 
     def task_details(self, run_id: str) -> list[tuple[str, str]]:
-        """(display name, state) of every node, under Argo's names; no reasons and no pods."""
+        """(display name, state) of every node, with the names of Argo, without reasons or pods."""
         phases = {"Succeeded": "SUCCEEDED", "Running": "RUNNING", "Pending": "PENDING", "Failed": "FAILED"}
         nodes = self.kube.find(NAMESPACE, "workflows", self.runs[run_id].workflow)["status"]["nodes"]
         return [(node["displayName"], phases[node["phase"]]) for node in list(nodes.values())]
 
     def drain(self, pod: str) -> None:
-        """The signal reaches all processes of the pod at once; the launcher ends, and the container with it."""
+        """Signals all processes of the pod at once; the launcher exits, and the container with it."""
         process = self.processes[pod]
         try:
             os.killpg(process.pid, signal.SIGTERM)
@@ -119,10 +118,10 @@ class Backend:
             self._dag(run, root, {**defaults, **run.parameters}, f"{run.workflow}.root(0)")
             run.state = "SUCCEEDED"
         except NodeFailedError:
-            run.state = "FAILED"  # also of a run that was cancelled: "retry exceeded workflow deadline"
+            run.state = "FAILED"  # also for a cancelled run: "retry exceeded workflow deadline"
 
     def _dag(self, run: Run, component: Tree, inputs: Tree, path: str) -> Tree:
-        """Outputs of a component's tasks, each run after those that it depends on."""
+        """Runs the tasks of a component in the order of their dependencies, and returns the outputs."""
         tasks, results, failed = component["dag"]["tasks"], dict[str, Tree](), set[str]()
         handlers = {name for name, task in tasks.items() if "triggerPolicy" in task}
         left = [name for name in tasks if name not in handlers]
@@ -187,7 +186,7 @@ class Backend:
         return {key: [item[key] for item in outputs] for key in outputs[0]}
 
     def _resolved(self, run: Run, task: Tree, around: Tree, inputs: Tree, results: Tree, path: str) -> Tree:
-        """A driver's work: the inputs of a task, and those of its platform part."""
+        """The driver: resolves the inputs of a task and of its platform configuration."""
         known = around.get("inputDefinitions", {}).get("parameters", {})
         found: Tree = {}
         component = run.spec["components"][task["componentRef"]["name"]]
@@ -259,7 +258,7 @@ class Backend:
     def _container(
         self, run: Run, component: Tree, container: Tree, given: Tree, pod: str, node: str, resources: Tree
     ) -> tuple[int, Tree, str]:
-        """Exit code, outputs, and what the container has left for Kubernetes to say."""
+        """Exit code, outputs, and termination message of the container."""
         folder = self.folder / pod
         folder.mkdir(parents=True)
         for name in ("termination", "log"):
@@ -304,7 +303,7 @@ def dependencies(task: Tree) -> set[str]:
 
 
 def inserted(value: Any, inputs: Tree) -> Any:
-    """`value` with the placeholders of inputs filled in."""
+    """`value` with its input placeholders replaced."""
     if isinstance(value, dict):
         return {key: inserted(item, inputs) for key, item in value.items()}
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A real training that something happens to, and what came of it."""
+"""Real training runs with injected faults, and their outcomes."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Training:
-    """A run by the real command, in a folder or prefix of its own."""
+    """A run of `mplug train` in a separate folder or prefix."""
 
     root: Path | str
     settings: list[str]
@@ -66,14 +66,14 @@ class Training:
     def interrupted(
         self, do: Callable[[subprocess.Popen[str]], None], *overrides: str, step: int = 4, processes: int = 2
     ) -> Outcome:
-        """`do` happens once the checkpoint of `step` is there."""
+        """Calls `do` once the checkpoint of `step` exists."""
         child = self.start(*overrides, processes=processes)
         self.wait_for(step, child)
         do(child)
         return self.end(child)
 
     def wait_for(self, step: int, child: subprocess.Popen[str]) -> None:
-        """Returns when the checkpoint of `step` is there."""
+        """Returns when the checkpoint of `step` exists."""
         where = storage.join(str(self.root), "checkpoints")
         while not any(f"step-{step:08d}/manifest.json" in entry.path for entry in storage.walk(where)):
             assert child.poll() is None, child.communicate()[1]
@@ -81,10 +81,10 @@ class Training:
 
 
 def workers(child: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes of a command, the first one first."""
+    """The training processes of a command, ordered by rank."""
     found = {item.pid: item for item in psutil.Process(child.pid).children(recursive=True)}
     trained = {pid: item for pid, item in found.items() if "TORCHELASTIC_RUN_ID" in environment(item)}
-    firsts = [item for item in trained.values() if item.ppid() not in trained]  # not their loader processes
+    firsts = [item for item in trained.values() if item.ppid() not in trained]  # excludes loader processes
     return sorted(firsts, key=lambda item: int(environment(item)["LOCAL_RANK"]))
 
 

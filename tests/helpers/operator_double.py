@@ -1,5 +1,6 @@
-"""What training-operator 1.9 does with a PyTorchJob, as far as a run notices: pods and their environment, restarts by
-exit code, conditions. For clusters where the operator itself cannot be had: `python -m tests.helpers.operator_double`.
+"""A double of training-operator 1.9: pods of a PyTorchJob and their environment, restarts by exit code, conditions.
+
+For clusters without the operator: `python -m tests.helpers.operator_double`.
 """
 
 import copy
@@ -19,11 +20,11 @@ Object = dict[str, Any]
 GROUP = ("kubeflow.org", "v1")
 LABEL = "training.kubeflow.org"
 INIT_IMAGE = os.environ.get("INIT_IMAGE", "alpine:3.10")
-"""As the operator's option --pytorch-init-container-image."""
+"""Default of the operator's option --pytorch-init-container-image."""
 
 
 def replicas(job: Object) -> list[tuple[str, int]]:
-    """(role, index) of every pod, the master first."""
+    """(role, index) of every pod, starting with the master."""
     specs = job["spec"]["pytorchReplicaSpecs"]
     return [(role, index) for role in ("Master", "Worker") if role in specs for index in range(specs[role]["replicas"])]
 
@@ -59,7 +60,7 @@ def pod_of(job: Object, role: str, index: int, master: str, init_containers: str
     }
     for container in template["spec"]["containers"]:
         container["env"] = [*container["env"], *({"name": key, "value": value} for key, value in environment.items())]
-    template["spec"]["restartPolicy"] = "Never"  # what ExitCode becomes
+    template["spec"]["restartPolicy"] = "Never"  # the operator replaces ExitCode
     if role == "Worker":
         filled = init_containers.replace("{{.InitContainerImage}}", INIT_IMAGE).replace("{{.MasterAddr}}", master)
         template["spec"]["initContainers"] = yaml.safe_load(filled)
@@ -121,7 +122,7 @@ class Operator:
                 raise
 
     def init_containers(self) -> str:
-        """What is mounted into the operator's Deployment where it looks for a template; else its own."""
+        """The template that is mounted into the operator's Deployment, or else the default."""
         try:
             pod = client.AppsV1Api().read_namespaced_deployment("training-operator", "kubeflow").spec.template.spec
         except ApiException as error:
@@ -136,7 +137,7 @@ class Operator:
         return DEFAULT_TEMPLATE
 
     def warn(self, job: Object) -> None:
-        """As the operator does for each job whose pods name a restart policy."""
+        """Emits the operator's warning for a job whose pods set a restart policy."""
         specs = job["spec"]["pytorchReplicaSpecs"].values()
         if not any("restartPolicy" in spec["template"]["spec"] for spec in specs):
             return
@@ -164,7 +165,7 @@ class Operator:
 
 
 def exit_code(pod: Any) -> int:
-    """Of the container; a pod that was evicted or lost has none, and is started again."""
+    """Exit code of the container; an evicted or lost pod has none and is restarted."""
     ended = [status.state.terminated for status in pod.status.container_statuses or [] if status.state.terminated]
     return ended[0].exit_code if ended else 255
 

@@ -1,4 +1,4 @@
-"""Trains a tiny preset in seconds, by the real launcher."""
+"""Trains a tiny preset in seconds with the real launcher."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ TINY = [
     "training.log_every=1",
     "data.workers=0",
 ]
-"""Overrides that bring a tiny preset down to seconds; tests add training.steps."""
+"""Overrides that shorten a tiny preset to seconds; tests add training.steps."""
 
 
 def train(preset: str, root: Path, settings: list[str], *, processes: int = 1, steps: int = 2) -> str:
-    """Trains in processes of its own, as `mplug train` does; returns the model's URI."""
+    """Trains in separate processes like `mplug train`; returns the URI of the model."""
     overrides = [*TINY, f"training.steps={steps}", f"output={root}", *settings]
     assert launch(preset, overrides, processes) == 0
     return manifest.latest_version(f"{root}/models/{load_config(preset, overrides).name}")

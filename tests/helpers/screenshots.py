@@ -1,4 +1,4 @@
-"""Pictures for the README, from a finished demo: `make screenshots`."""
+"""Screenshots of a finished demo for the README: `make screenshots`."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def main(demo: Path, out: Path) -> None:
 
 
 def _statistics(page: browser.Page, demo: Path, shards: str, page_file: Path, out: Path) -> None:
-    """The page of `mplug data stats`; the demo's S3 runs with its MLflow."""
+    """The page of `mplug data stats`. The demo's S3 server is running."""
     environment = {**os.environ, **local_services(demo).environment()}
     command = [Path(sys.executable).with_name("mplug"), "data", "stats", shards, "--out", page_file]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -48,7 +48,7 @@ def _mlflow(page: browser.Page, address: str, out: Path) -> str:
     page.open(
         f"{address}/#/experiments/{experiment.experiment_id}/runs/{found['tiny-pretraining-random']}/model-metrics"
     )
-    page.search("Search metric charts", "train/")  # charts out of view are not drawn, and perf/ comes first
+    page.search("Search metric charts", "train/")  # charts outside the view are not drawn, and perf/ comes first
     page.wait_for("train/loss")
     page.picture(out / "mlflow-run.png", height=1000)
     pair = [found[f"tiny-captioning-{init}"] for init in ("pretrained", "random")]

@@ -1,4 +1,4 @@
-"""The PodTemplate of k8s/base, with an image as an overlay gives it one."""
+"""The PodTemplate of k8s/base, with an image like that of an overlay."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ FILE = ROOT / "k8s" / "base" / "training" / "pod-template.yaml"
 
 
 def shape(**resources: dict[str, str]) -> dict[str, Any]:
-    """With these requests and limits, where some are given."""
+    """`requests` replaces requests and limits if it is given."""
     template: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     container = template["template"]["spec"]["containers"][0]
     container["image"] = "registry.example/training:1"

@@ -1,4 +1,4 @@
-"""A real MLflow server behind a proxy that is down, slow or answers 500 or with a page, as a test asks for."""
+"""A real MLflow server behind a proxy that tests can make unavailable, slow, or return 500 or a web page."""
 
 import sys
 import threading
@@ -33,11 +33,11 @@ class Proxy(BaseHTTPRequestHandler):
         match server.mode:
             case "500":
                 status, answer = 500, b"{}"
-            case "a page":  # of a proxy that wants a log-in
+            case "a page":  # like a proxy that requires a login
                 status, answer = 200, b"<html>Sign in</html>"
             case _:
                 status, answer = self._forward(server.target, body)
-        if server.mode == "lost answers":  # the server has done it, and nobody hears of it
+        if server.mode == "lost answers":  # the server has processed the request, but its response is lost
             self.close_connection = True
             return
         self.send_response(status)

@@ -1,4 +1,4 @@
-"""Recorded runs of the original code: `Recording("cls")` holds its inputs and outputs, and converts its weights."""
+"""Recorded runs of the original code: `Recording("cls")` has inputs and outputs, and converts the weights."""
 
 import json
 from functools import cached_property
@@ -17,7 +17,7 @@ GPT3 = FOLDER / "modelscope_gpt3"
 
 
 class Recording:
-    """One recorded case. Weights are random, of tiny sizes; every number comes from the original code in float32."""
+    """One recorded case, with tiny random weights. All numbers are from the original code in float32."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -31,7 +31,7 @@ class Recording:
         return self.tensors[name]
 
     def convert(self, folder: Path, **options: object) -> Path:
-        """Writes the recorded weights as they are published, and converts them."""
+        """Writes the recorded weights in their published format and converts them."""
         decoder = gpt3_folder(folder / "gpt3", self.facts["text_cfg"])
         state = {
             name.removeprefix("state/"): value for name, value in self.tensors.items() if name.startswith("state/")
@@ -49,7 +49,7 @@ class Recording:
 
 
 def gpt3_folder(folder: Path, config: dict[str, object]) -> Path:
-    """What ModelScope's folder holds beside the weights."""
+    """Files of the ModelScope folder other than the weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_bytes((GPT3 / "tokenizer.json").read_bytes())

@@ -1,4 +1,4 @@
-"""One process of two under the watchdog: `watched.py CASE` with the variables that torchrun sets."""
+"""One of two processes with a watchdog: `watched.py CASE`, with the variables of torchrun."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ def act(case: str, group: Processes, watchdog: Watchdog) -> None:
             case "stops":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "hangs":
-                ctypes.PyDLL(None).sleep(100)  # the interpreter's lock is never given back
+                ctypes.PyDLL(None).sleep(100)  # the interpreter lock is never released
             case "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "fails":
@@ -39,7 +39,7 @@ def act(case: str, group: Processes, watchdog: Watchdog) -> None:
 def main() -> None:
     with exit_codes():
         watchdog = Watchdog(LIMITS)
-        watchdog.on_exit = lambda: print("last words", file=sys.stderr, flush=True)
+        watchdog.on_exit = lambda: print("on exit", file=sys.stderr, flush=True)
         with processes(LIMITS) as group, watchdog.together(group):
             watchdog.enter("checkpoint" if sys.argv[1].endswith(("stops", "hangs")) else "step")
             act(sys.argv[1], group, watchdog)

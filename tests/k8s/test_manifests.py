@@ -1,4 +1,4 @@
-"""All that `kubectl apply` is given: built, checked against schemas and rules, and what the network lets through."""
+"""Builds all manifests, validates them against schemas and rules, and checks the network policies."""
 
 import importlib.util
 import json
@@ -61,7 +61,7 @@ def test_a_trainjob_matches_the_schema_of_trainer_2(nodes: int) -> None:
     runtime, job = render_job(launch, GPU, "mplug", "trainjob")
     assert validate.check(runtime) + validate.check(job) == []
     job["spec"]["trainer"]["numProcPerNode"] = "8"
-    runtime["spec"]["mlPolicy"]["torch"] = {"numProcPerNode": 8}  # as Trainer 2.1 took it
+    runtime["spec"]["mlPolicy"]["torch"] = {"numProcPerNode": 8}  # accepted by Trainer 2.1
     assert validate.check(job)
     assert validate.check(runtime)
 
@@ -146,7 +146,7 @@ def selects(selector: Document, labels: dict[str, str]) -> bool:
 
 
 def allows(policies: list[Document], own: dict[str, str], peer: dict[str, str], port: int, way: str) -> bool:
-    """Whether a pod may talk to (egress), or be talked to by (ingress), another of the same namespace."""
+    """Whether the policies allow egress to, or ingress from, another pod of the same namespace."""
     chosen = [item["spec"] for item in policies if selects(item["spec"]["podSelector"], own)]
     for rule in (rule for spec in chosen for rule in spec.get(way, [])):
         ports = [item["port"] for item in rule.get("ports", [])]
@@ -163,7 +163,7 @@ def allows(policies: list[Document], own: dict[str, str], peer: dict[str, str], 
     ("source", "target", "port", "expected"),
     [
         (TRAINING, TRAINING, 23456, True),
-        (TRAINING, TRAINING, 41234, True),  # torchrun's store, on a random port
+        (TRAINING, TRAINING, 41234, True),  # torchrun's store on a random port
         (TRAINING, S3, 8333, True),
         (TRAINING, MLFLOW, 5000, True),
         (STEP, S3, 8333, True),
@@ -204,7 +204,7 @@ def test_no_pod_reaches_the_metadata_service(builds: dict[str, list[Document]]) 
                             assert forbidden, item["metadata"]["name"]
 
 
-# ---- rights
+# ---- permissions
 
 
 def test_permissions_of_the_launcher_match_its_calls(builds: dict[str, list[Document]]) -> None:

@@ -1,4 +1,4 @@
-"""What a process leaves behind it when it ends, and what it does not print."""
+"""Exit codes, termination messages and log output of a process that ends with an error."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A process that is killed for memory, on this machine's own cgroups."""
+"""Out-of-memory kills in a real cgroup."""
 
 import os
 import re
@@ -15,19 +15,19 @@ from tests.helpers.killing import Training
 
 CGROUPS = next((path for path in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")) if path.is_dir()), Path("/"))
 LIMIT = 250 * 2**20
-"""Enough for the process that counts, too little for one that trains."""
+"""Enough for the process that counts starts, too little for training."""
 
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A cgroup with that limit. It is cgroup v1's or v2's, as this machine has it."""
+    """A cgroup with this limit, v1 or v2 like the machine."""
     folder = CGROUPS / f"mplug-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir()
         limit = "memory.limit_in_bytes" if (folder / "memory.limit_in_bytes").exists() else "memory.max"
         (folder / limit).write_text(str(LIMIT))
     except OSError as error:
-        pytest.skip(f"no cgroup can be made here: {error}")
+        pytest.skip(f"no cgroup can be created here: {error}")
     yield folder
     folder.rmdir()
 
@@ -53,7 +53,7 @@ def test_a_run_that_exceeds_memory_fails_permanently(
     (folder,) = tmp_path.glob("checkpoints/*")
     assert attempts.read_attempt(str(folder)).restarts_without_progress == 2
     again = subprocess.run(run.command("--processes", "1"), capture_output=True, text=True, timeout=200)
-    assert (again.returncode, again.stderr.strip()) == (4, last)  # a pod that is made anew does not begin to count anew
+    assert (again.returncode, again.stderr.strip()) == (4, last)  # a new pod does not reset the count
 
 
 def tree(folder: Path, files: dict[str, str]) -> None:
@@ -70,7 +70,7 @@ V2 = {"memory.max": "471859200\n", "memory.events": "low 0\nhigh 0\nmax 9\noom 4
     ("own", "files"),
     [
         ("0::/\n", V2),
-        ("0::/kubepods/pod1/c\n", V2),  # a container without a cgroup namespace, whose own cgroup is the mount
+        ("0::/kubepods/pod1/c\n", V2),  # a container without a cgroup namespace, whose cgroup is mounted
         ("0::/kubepods/c\n", {f"kubepods/c/{name}": text for name, text in V2.items()}),
         ("9:memory:/\n0::/\n", {f"memory/{name}": text for name, text in V1.items()}),
         ("9:memory:/kubepods/pod1/c\n", {f"memory/{name}": text for name, text in V1.items()}),

@@ -1,4 +1,4 @@
-"""The state of a pipeline's run in a real MLflow, through success, failure, cancellation and retry."""
+"""Status of a pipeline's run in a real MLflow after success, failure, cancellation and retry."""
 
 import os
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def test_a_pipeline_has_finished_with_its_last_stages(server: mlflow.MlflowClien
     assert finish(uri) == "nightly has ended: succeeded."
     first = newest(server)
     assert first.info.status == "FINISHED"
-    start(uri)  # again, under the same name
+    start(uri)  # again with the same name
     assert newest(server).info.run_id == first.info.run_id
     assert newest(server).info.status == "RUNNING"
     assert LAST_STAGES not in newest(server).data.tags
@@ -83,7 +83,7 @@ def test_a_cancelled_pipeline_and_its_stage_are_killed(server: mlflow.MlflowClie
 def test_the_workflow_status_takes_precedence(server: mlflow.MlflowClient, uri: str) -> None:
     start(uri)
     run_stages(uri, *LAST)
-    finish(uri, "failed")  # a driver, which has no run of its own in MLflow
+    finish(uri, "failed")  # a driver, which has no MLflow run
     assert newest(server).info.status == "FAILED"
 
 
@@ -117,7 +117,7 @@ def test_the_status_follows_a_retry_without_exit_handler(server: mlflow.MlflowCl
     with stage("train", {"uri": uri, "experiment": EXPERIMENT, "pipeline": NAME}, {"seed": 1}) as run:
         run.opened_id()
         assert newest(server).info.status == "RUNNING"
-    assert newest(server).info.status == "RUNNING"  # the last stages are still to come
+    assert newest(server).info.status == "RUNNING"  # the last stages have not run yet
     run_stages(uri, "gate")
     run_stages(uri, "register", fails=True)
     assert newest(server).info.status == "FAILED"
@@ -160,7 +160,7 @@ def test_an_unopened_run_does_not_close_an_earlier_one(
     finish(uri, "cancelled")  # before its first step
     assert newest(server).info.status == "KILLED"
     assert server.get_run(first.info.run_id).info.status == "FINISHED"
-    start(uri)  # it is retried
+    start(uri)  # a retry
     run_stages(uri, *LAST)
     assert newest(server).info.status == "FINISHED"
 

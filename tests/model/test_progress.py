@@ -1,4 +1,4 @@
-"""Progress where nobody sees a terminal: as a container's log delivers it."""
+"""Progress without a terminal, as in the log of a container."""
 
 import os
 import pty
@@ -27,7 +27,7 @@ def test_a_log_receives_complete_lines_during_the_work() -> None:
     assert 4 <= len(lines) <= 7, lines
     assert all(b"\r" not in line and line.startswith(b"sharding:") for _, line in lines)
     assert any(b"loss=" in line and b"<00:" in line and b"clip/s" in line for _, line in lines[1:-1])
-    assert lines[1][0] < lines[-1][0] - 0.4  # not everything at its end
+    assert lines[1][0] < lines[-1][0] - 0.4  # not only at the end
     assert b"40/40" in lines[-1][1]
 
 
@@ -36,7 +36,7 @@ def test_lines_are_at_least_ten_seconds_apart() -> None:
 
     assert LINE_EVERY_S == 10
     ended = subprocess.run([sys.executable, "-c", SCRIPT, "10"], capture_output=True, text=True)
-    assert len(ended.stderr.splitlines()) == 2  # its start and its end
+    assert len(ended.stderr.splitlines()) == 2  # first and last line
 
 
 def test_a_terminal_shows_a_bar() -> None:
@@ -48,7 +48,7 @@ def test_a_terminal_shows_a_bar() -> None:
         try:
             while data := os.read(ours, 4096):
                 said += data
-        except OSError:  # the other end is closed
+        except OSError:  # the other end has been closed
             pass
     os.close(ours)
     assert said.count(b"\r") > 3

@@ -1,4 +1,4 @@
-"""Runs in a real MLflow whose server is down, slow, answers 500 or loses its answers."""
+"""Tracking with a real MLflow server that is down, slow, returns 500 or loses responses."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from tests.helpers.unreliable import Mode, Unreliable, mlflow_server
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unreliable]:
     with mlflow_server(tmp_path_factory.mktemp("mlflow")) as proxy:
         yield proxy
-    os.environ.pop("MLFLOW_TRACKING_URI", None)  # mlflow sets it, and commands of other tests would read it
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # mlflow sets it, which would affect commands of other tests
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def config(server: Unreliable, patience_s: float = 30) -> TrackingConfig:
 
 
 def log(run: Run, steps: range, wait_s: float = 0.0) -> float:
-    """Logs loss = step; returns the longest time that a call took."""
+    """Logs loss = step; returns the longest duration of a call."""
     longest = 0.0
     for step in steps:
         start = time.perf_counter()
@@ -83,7 +83,7 @@ def test_an_outage_neither_delays_a_run_nor_loses_points(
             back = tracking.threading.Timer(2.0, lambda: setattr(server, "mode", "up"))
             back.start()
     assert longest < 0.1
-    assert capfd.readouterr().out == ""  # which is for the model's URI alone
+    assert capfd.readouterr().out == ""  # stdout is reserved for the model's URI
     for key in ("train/loss", "train/lr"):
         assert series(server, run, key) == list(range(1, 41))
     assert status(server, run) == "FINISHED"
@@ -99,7 +99,7 @@ def test_a_lost_server_delays_only_by_the_patience(server: Unreliable, caplog: p
     assert "MLflow did not receive the last 6 entries; metrics are in" in caplog.text
     assert caplog.text.count("MLflow is unreachable") == 1
     server.mode = "up"
-    with tracked(config(server), "lost", key="lost", history=points(run)) as again:  # the same command once more
+    with tracked(config(server), "lost", key="lost", history=points(run)) as again:  # the same command again
         pass
     assert series(server, again) == [1, 2, 3, 4, 5]
 
@@ -132,7 +132,7 @@ def test_a_restarted_run_continues_the_same_series(server: Unreliable) -> None:
     log(killed, range(1, 21))
     while killed.outbox:
         time.sleep(0.05)
-    killed.stopped.set()  # as a killed process: without a word
+    killed.stopped.set()  # like a killed process, without closing the run
     until_the_checkpoint = points(killed)[:10]
     with tracked(config(server), "killed", key="killed", history=until_the_checkpoint) as run:
         log(run, range(11, 31))

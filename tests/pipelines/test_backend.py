@@ -1,4 +1,4 @@
-"""A compiled pipeline on the double of Kubeflow Pipelines: real steps, a real S3 server and MLflow, one small node."""
+"""Compiled pipelines on a double of Kubeflow Pipelines, with real steps, real S3 and MLflow, and one small node."""
 
 import os
 import re
@@ -28,7 +28,7 @@ from tests.helpers.shapes import CPU
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 LOCAL = list(yaml.safe_load_all((ROOT / "k8s/overlays/local/training.yaml").read_text()))[1]["data"]
-"""Sizes of steps on one machine with 2 cores, of which Kubernetes and Kubeflow leave half a core."""
+"""Step sizes for a machine with 2 cores, of which Kubernetes and Kubeflow leave half a core."""
 SHORT = "[training.steps=2,optim.warmup_steps=1,data.batch_size=8,data.workers=0]"
 
 
@@ -52,7 +52,7 @@ class Cluster:
         return job
 
     def states(self) -> list[str]:
-        """Of the pipeline's runs in MLflow, the oldest first."""
+        """States of the pipeline's runs in MLflow, oldest first."""
         experiment = self.mlflow.get_experiment_by_name("mplug-video")
         assert experiment
         found = self.mlflow.search_runs(
@@ -90,7 +90,7 @@ def cluster(s3: str, corpus: Path, decoder: str, tmp_path_factory: pytest.TempPa
 
 
 def publish(cluster: Cluster) -> None:
-    """What the operator and the pods of the job would do."""
+    """Acts as the operator and the pods of the job."""
     job = cluster.job()
     arguments = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["args"]
     config = load_config(arguments[1], arguments[2:])
@@ -102,7 +102,7 @@ def publish(cluster: Cluster) -> None:
 
 
 def running_pod(cluster: Cluster, step: str) -> str:
-    """The pod of a step, once its command runs."""
+    """The pod of a step, as soon as its command runs."""
     for _ in range(600):
         for (_, kind, name), pod in list(cluster.kube.objects.items()):
             node = pod["metadata"].get("annotations", {}).get("workflows.argoproj.io/node-name", "")
@@ -125,7 +125,7 @@ def test_a_pending_step_is_shown_and_cancelling_cleans_up(cluster: Cluster) -> N
     assert "running: start-run" in text
     assert "shard waits: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu." in text
     assert re.search(r"^error: run r0 was cancelled\. http", text, re.MULTILINE)
-    assert cluster.backend.runs["r0"].state == "FAILED"  # what Kubeflow calls it
+    assert cluster.backend.runs["r0"].state == "FAILED"  # the state in Kubeflow
     assert cluster.states() == ["KILLED"]
 
 
@@ -140,7 +140,7 @@ def test_a_drained_step_is_retried_and_mlflow_follows(cluster: Cluster) -> None:
         time.sleep(0.1)
     assert cluster.states()[-1] == "FAILED"
     again = cluster.job()
-    assert again["metadata"]["uid"] != first["metadata"]["uid"]  # stopped by the exit handler, with a checkpoint
+    assert again["metadata"]["uid"] != first["metadata"]["uid"]  # the exit handler stopped it with a checkpoint
     publish(cluster)
     text, _ = submitted.communicate(timeout=120)
     assert submitted.returncode == 0, text
@@ -151,7 +151,7 @@ def test_a_drained_step_is_retried_and_mlflow_follows(cluster: Cluster) -> None:
 
 
 def test_cancelling_a_retried_run_leaves_no_job(cluster: Cluster) -> None:
-    """Its exit handler has run before and does not run again."""
+    """The exit handler has already run and is not repeated."""
     cluster.kube.remove("pytorchjobs", cluster.job()["metadata"]["name"])
     submitted = cluster.start("shard_cpu=100m", "run_name=other", options=("--wait",))
     cluster.job()
@@ -178,7 +178,7 @@ def test_a_permanent_failure_is_one_line_and_not_retried(cluster: Cluster) -> No
 
 
 def test_an_unknown_input_ends_the_run(cluster: Cluster) -> None:
-    """As the driver of Kubeflow Pipelines does, which is why the compiled files are checked."""
+    """The driver of Kubeflow Pipelines does the same, so compiled files are checked."""
     from pipelines.catalog import compiled_documents, with_defaults
 
     spec, platform = compiled_documents("pretrain")
@@ -194,7 +194,7 @@ def test_an_unknown_input_ends_the_run(cluster: Cluster) -> None:
 
 
 def test_a_benchmark_is_gated_registered_and_trained_once(cluster: Cluster, pretrained: str) -> None:
-    """With the sizes of the local overlay; the gate says no, and is not asked again."""
+    """Uses the sizes of the local overlay. The gate fails and is not retried."""
     items = ["configs=[tiny_classification]", f"raw={cluster.items[0].removeprefix('source=')}", "raw_version=1"]
     items += [
         f"pretrained={pretrained}",
@@ -217,6 +217,6 @@ def test_a_benchmark_is_gated_registered_and_trained_once(cluster: Cluster, pret
     accepted = cluster.command(*command, "minimum={classification: 0.0}")
     text, _ = accepted.communicate(timeout=200)
     assert accepted.returncode == 0, text
-    assert "running: train" not in text  # it comes from the cache
+    assert "running: train" not in text  # cached
     version = cluster.mlflow.get_model_version_by_alias("mplug-video-classification", "candidate")
     assert version.source.startswith("s3://")

@@ -1,4 +1,4 @@
-"""Defaults of a run: the cluster's or an overlay's take precedence over the compiled ones."""
+"""Defaults of the cluster or an overlay take precedence over the compiled ones."""
 
 import shutil
 from collections.abc import Iterator
@@ -106,6 +106,6 @@ def test_steps_of_the_local_overlay_fit_a_small_node() -> None:
     found: dict[str, Any] = with_defaults("benchmark", arguments_on_cluster("benchmark", GIVEN, OVERLAYS / "local"))
     cores = [parse_amount(value) for key, value in found.items() if key.endswith("_cpu")]
     assert len(cores) >= 3
-    assert sum(cores) <= 0.5  # of two cores, most of which Kubeflow Pipelines takes
+    assert sum(cores) <= 0.5  # of two cores, most of which Kubeflow Pipelines uses
     assert found["gpus"] == 0
     assert found["nodes"] == 1

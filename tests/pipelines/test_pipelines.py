@@ -1,4 +1,4 @@
-"""The pipelines as they are sent to Kubeflow, and as they run here."""
+"""The compiled pipelines and local runs."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ SHORT = ["training.steps=2", "training.log_every=1", "optim.warmup_steps=1", "da
 
 
 def tasks_of(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every task of every level that is a step, not a pipeline of its own."""
+    """Tasks at all levels, except nested pipelines."""
     components = spec["components"]
     levels = [spec["root"], *components.values()]
     found = [item for level in levels for item in level.get("dag", {}).get("tasks", {}).items()]
@@ -77,7 +77,7 @@ def test_uncacheable_steps_are_not_cached(name: str) -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_cached_steps_have_code_version_and_image_as_inputs(name: str) -> None:
-    """What a step is known by are its inputs; shards carry a digest of their content."""
+    """The cache key of a step is its inputs; shards have a digest of their content."""
     for step, task in tasks_of(compiled_documents(name)[0]):
         if task["cachingOptions"] != {}:
             assert {"code_version", "base_image"} <= set(task["inputs"]["parameters"]), step
@@ -105,7 +105,7 @@ def placeholders(tree: Any) -> set[str]:
 
 
 def unknown_inputs(spec: dict[str, Any], platform: dict[str, Any]) -> list[str]:
-    """Inputs that a task, its resources or its platform part name and the driver would not find."""
+    """Inputs of a task, its resources or platform configuration that the driver would not find."""
     components, executors = spec["components"], spec["deploymentSpec"]["executors"]
     on_kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     found = []
@@ -123,13 +123,13 @@ def unknown_inputs(spec: dict[str, Any], platform: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_step_input_exists_in_the_enclosing_component(name: str) -> None:
-    """Kubeflow Pipelines ends others with "parent DAG does not have input parameter"."""
+    """Otherwise, Kubeflow Pipelines fails with "parent DAG does not have input parameter"."""
     spec, platform = compiled_documents(name)
     assert unknown_inputs(spec, platform) == []
 
 
 def test_inputs_used_only_by_resources_are_found() -> None:
-    """As it was compiled without `register_pipeline_channels`."""
+    """The pipeline as compiled without `register_pipeline_channels`."""
     spec, platform = copy.deepcopy(compiled_documents("benchmark"))
     loop = next(part for name, part in spec["components"].items() if name.startswith("comp-for-loop"))
     del loop["inputDefinitions"]["parameters"]["pipelinechannel--gpus"]

@@ -123,7 +123,7 @@ def test_a_rejected_request_has_a_remedy(kfp: FakeKfp, code: int) -> None:
 
 
 def test_a_lost_response_does_not_submit_twice(kfp: FakeKfp) -> None:
-    """After an answer that was lost nobody knows whether there is one."""
+    """After a lost response, it is unknown whether a run was created."""
     kfp.faults = [0, 0, 0, 503]
     with pytest.raises(OutageError):
         start(Host(url=kfp.url))

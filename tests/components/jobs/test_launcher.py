@@ -1,4 +1,4 @@
-"""The launcher against an API server that fails in every way that it knows."""
+"""The launcher with an API server that injects every kind of failure."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ def test_a_repeated_step_adopts_the_running_job(kube: FakeKube, cluster: Cluster
     started(lambda: succeed(kube))
     run_job(cluster, job, LIMITS)
     assert kube.objects["mplug", "pytorchjobs", "job"]["metadata"]["uid"] == uid
-    run_job(cluster, job, LIMITS)  # and one that has succeeded is a success at once
+    run_job(cluster, job, LIMITS)  # a job that has already succeeded is an immediate success
 
 
 def test_a_repeated_step_replaces_a_failed_job(kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]) -> None:
@@ -116,7 +116,7 @@ def test_following_survives_lost_watches_and_expired_versions(
 def test_a_timeout_of_create_does_not_create_a_second_job(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
-    """The server has made the job, and the client has not heard of it."""
+    """The server has created the job, but the response was lost."""
     answered = iter([True])
 
     def lose_answer(method: str, path: str) -> int | None:
@@ -159,7 +159,7 @@ def test_a_job_past_its_deadline_is_suspended(kube: FakeKube, cluster: Cluster, 
     with pytest.raises(
         AttemptsError, match=r"did not finish within 1 s.* Remove it with `mplug job cancel job` to start again"
     ):
-        run_job(cluster, job, LIMITS)  # as the step is started again
+        run_job(cluster, job, LIMITS)  # like a repeated step
 
 
 def test_waiting_in_a_queue_does_not_count_towards_the_deadline(
@@ -203,7 +203,7 @@ def test_a_job_deleted_by_someone_else_is_a_failure(
 def test_a_job_admitted_by_kueue_is_stopped_through_its_workload(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]]
 ) -> None:
-    """Kueue resumes a job that another hand has suspended, while its Workload is active."""
+    """Kueue resumes a job suspended by others while its Workload is active."""
     job[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
     stopped = threading.Event()
 
@@ -231,7 +231,7 @@ def test_a_job_admitted_by_kueue_is_stopped_through_its_workload(
 def test_a_job_with_a_queue_but_without_kueue_is_suspended(
     kube: FakeKube, cluster: Cluster, job: list[dict[str, Any]], is_there: bool
 ) -> None:
-    """Kueue does not know PyTorchJobs as delivered, or is not installed."""
+    """Kueue is not installed, or does not manage PyTorchJobs, as in its default configuration."""
     job[-1]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "training"
     kube.faults.append(lambda _method, path: 404 if "workloads" in path and not is_there else None)
     with pytest.raises(AttemptsError, match="did not finish within 1 s"):
@@ -285,6 +285,6 @@ def test_the_workflow_of_a_step_owns_its_job(
     (owner,) = ensure_job(cluster, job)["metadata"]["ownerReferences"]
     assert owner == {**reference, "uid": workflow["metadata"]["uid"], "controller": False, "blockOwnerDeletion": False}
     step["metadata"]["ownerReferences"][0]["uid"] = "of-the-next-run"
-    ensure_job(cluster, job)  # which takes the job over
+    ensure_job(cluster, job)  # adopts the job
     adopted = kube.objects["mplug", "pytorchjobs", "job"]
     assert adopted["metadata"]["ownerReferences"][0]["uid"] == "of-the-next-run"

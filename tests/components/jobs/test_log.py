@@ -1,4 +1,4 @@
-"""The log of a job, through broken connections and from pod to pod."""
+"""The log of a job across broken connections and replaced pods."""
 
 import threading
 import time

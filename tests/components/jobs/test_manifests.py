@@ -29,7 +29,7 @@ def test_a_training_job_has_a_master_and_its_workers() -> None:
 
 
 def test_a_defaulted_restart_policy_of_the_template_is_ignored() -> None:
-    """training-operator warns about each job whose pods name one."""
+    """training-operator emits a warning for each job whose pods set one."""
     shape = copy.deepcopy(CPU)
     shape["template"]["spec"]["restartPolicy"] = "Always"
     assert "restartPolicy" not in pod_of(render_job(Launch(command=TRAIN), shape, "mplug")[0])["spec"]

@@ -1,4 +1,4 @@
-"""What is said of a job's pods: why they wait, which were replaced, what of them is unknown."""
+"""Messages about pods of a job: why they wait, which were replaced, incomplete statuses."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""A table of what goes wrong on a cluster, and the rule that says so before."""
+"""A table of faults on a cluster, and the rule that rejects each before launch."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What the exit handler of a pipeline finds on a cluster, and what it leaves."""
+"""What the exit handler of a pipeline reads from a cluster, and which jobs it stops."""
 
 import base64
 import gzip
@@ -22,7 +22,7 @@ from tests.helpers.shapes import CPU
 
 @pytest.fixture(autouse=True)
 def step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Kubernetes fills in a step's variables."""
+    """Environment variables of a step, as set by Kubernetes."""
     monkeypatch.setenv(NAMESPACE, "kubeflow")
     monkeypatch.setenv(RUN_ID, "run-1")
     monkeypatch.setenv(WORKFLOW, "pretrain-x2x4z")

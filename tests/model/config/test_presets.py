@@ -1,4 +1,4 @@
-"""The published configurations at full size, on the meta device."""
+"""The published configurations in full size on the meta device."""
 
 import pytest
 import torch

@@ -40,13 +40,13 @@ def test_a_piece_is_fetched_once(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     assert cache.get("a", lambda: b"one") == b"one"
     assert cache.get("a", refuse) == b"one"
-    assert Cache(tmp_path, 10**6).get("a", refuse) == b"one"  # another process's
+    assert Cache(tmp_path, 10**6).get("a", refuse) == b"one"  # of another process
 
 
 def test_a_damaged_piece_is_fetched_again(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 10**6)
     cache.get("a", lambda: b"x" * 1000)
-    (piece,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock")  # of a sweep, by chance
+    (piece,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock")  # a sweep is random
     piece.write_bytes(piece.read_bytes()[:500])
     assert cache.get("a", lambda: b"new") == b"new"
     assert cache.get("a", refuse) == b"new"

@@ -1,4 +1,4 @@
-"""The same frame choice and the same pixels from both decoders, and where they are known to differ."""
+"""Both decoders select the same frames and return the same pixels, except for known differences."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def test_both_decoders_return_the_same_pixels_per_frame_number(name: str) -> Non
 
 @pytest.mark.parametrize("name", sorted(DECORD_FAILS))
 def test_known_limitations_of_decord_persist(name: str) -> None:
-    """If this fails, decord has learned it: remove the name here and in the README."""
+    """If this fails, decord supports it now: remove the name here and in docs/data.md."""
     reader = open_clip(CLIPS[name].data, "decord")
     try:
         frames = [np.asarray(frame) for frame in reader.frames(frame_indices(reader.num_frames, 7))]
@@ -71,7 +71,7 @@ def damaged() -> list[Damaged]:
 
 
 def test_a_damaged_clip_is_rejected() -> None:
-    """decord passes on what FFmpeg conceals: that is why it is not the default."""
+    """decord returns frames whose errors FFmpeg concealed, so it is not the default."""
     wrong = dict.fromkeys(DECODERS, 0)
     for item, decoder in itertools.product(damaged(), DECODERS):
         try:
@@ -80,5 +80,5 @@ def test_a_damaged_clip_is_rejected() -> None:
         except VideoError:
             continue
         wrong[decoder] += any(abs(frame[-30:].mean() - 8 * number) > 5 for number, frame in enumerate(frames))
-    assert wrong["pyav"] <= 1  # of 140: a bit in a table of times changes the order, which nobody can tell
+    assert wrong["pyav"] <= 1  # of 140: a flipped bit in a table of times changes the order, which cannot be detected
     assert wrong["decord"] > 15

@@ -25,7 +25,7 @@ def test_random_frames_cover_every_interval_and_every_frame() -> None:
 
 
 def counting_clip(length: int) -> bytes:
-    """A clip whose frame i is filled with grey level 8 * i."""
+    """A clip whose frame i has grey level 8 * i."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=10)

@@ -18,7 +18,7 @@ MPLUG = str(Path(sys.executable).with_name("mplug"))
 
 @pytest.fixture(scope="module")
 def shards_with_losses(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A classification dataset of which some clips are empty."""
+    """A classification dataset with some empty clips."""
     import shutil
 
     folder = tmp_path_factory.mktemp("lossy")
@@ -34,7 +34,7 @@ def shards_with_losses(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def shown(shards_with_losses: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
-    """What the command printed, the page that it wrote, and the tracking store."""
+    """Output of the command, its page, and the tracking store."""
     folder = tmp_path_factory.mktemp("stats")
     store = f"sqlite:///{folder}/mlflow.db"
     command = [MPLUG, "data", "stats", shards_with_losses, "--out", str(folder / "stats.html"), "--tracking-uri", store]

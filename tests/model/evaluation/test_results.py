@@ -1,4 +1,4 @@
-"""What a stored evaluation keeps."""
+"""Saving and loading of evaluations."""
 
 import json
 from pathlib import Path

@@ -13,7 +13,7 @@ def test_chunked_losses_and_gradients_match_full_logits(rows: int, frozen: bool,
     torch.manual_seed(0)
     head = nn.Linear(8, 50, bias=bias).requires_grad_(not frozen)
     states, targets = torch.randn(rows, 8, requires_grad=True), torch.randint(50, (rows,))
-    weights = torch.rand(rows)  # not all losses count alike
+    weights = torch.rand(rows)  # losses with different weights
     found, expected = (
         token_cross_entropy(states, head, targets),
         F.cross_entropy(head(states), targets, reduction="none"),

@@ -83,7 +83,7 @@ def test_a_new_model_has_no_temporal_attention(
 
 
 def test_greedy_generation_equals_repeated_argmax(model: MPlugVideoForPreTraining) -> None:
-    torch.nn.init.normal_(model.visual_projection.weight, std=1.0)  # so that the clips matter
+    torch.nn.init.normal_(model.visual_projection.weight, std=1.0)  # makes the result depend on the clips
     begin = torch.full((2, 1), 5)
     written = model.generate(clips(), begin, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=7)
     sequence = begin
@@ -125,7 +125,7 @@ def test_answers_are_scored_by_the_sum_of_their_tokens() -> None:
     ids = torch.randint(8, 100, (2, 3, 7))
     mask = (torch.rand(2, 3, 6) > 0.4).long()
     prefix = model.encode_video(clips()).prefix
-    ids[:, :, :3] = ids[:, :1, :3]  # a question in common, read once
+    ids[:, :, :3] = ids[:, :1, :3]  # a common question is processed once
     for row in range(2):
         scores = model.score_answers(prefix[row, None], ids[row], mask[row])
         for answer in range(3):
@@ -181,7 +181,7 @@ def test_activation_checkpointing_does_not_change_gradients(model: MPlugVideoFor
 def test_compilation_does_not_change_gradients(
     model: MPlugVideoForPreTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the compiler's front half, which needs no C compiler and takes seconds
+    # the front end of the compiler needs no C compiler and only seconds
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     compiled = deepcopy(model)
     compile_layers(compiled)
@@ -222,7 +222,7 @@ def test_the_cpu_linear_layer_matches_torch() -> None:
 
 
 def test_bf16_agrees_with_fp32(model: MPlugVideoForPreTraining) -> None:
-    """The bounds that the README states: 1 % of a loss, a cosine of 0.999 between features and between gradients."""
+    """The bounds in the README: 1 % of a loss, cosine similarity 0.999 of features and gradients."""
     arguments = clips(), torch.randint(8, 100, (2, 9)), torch.ones(2, 8)
     found = {}
     for precision in ("fp32", "autocast", "bf16"):

@@ -1,4 +1,4 @@
-"""The converted networks compute what the original code computed, on recorded weights and inputs."""
+"""Converted networks match the original code on recorded weights and inputs."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def load(name: str, tmp_path: Path) -> tuple[Recording, torch.nn.Module]:
 
 
 def losses_and_masks(recording: Recording, model: torch.nn.Module, kind: str, rows: Tensor | None = None) -> Tensor:
-    """Checks the loss mask and the losses where it is 1; returns their mean, with its graph."""
+    """Checks the loss mask and the unmasked losses; returns their mean with its graph."""
     ids, attention = recording[f"in/{kind}text.input_ids"], recording[f"in/{kind}text.attention_mask"]
     prompts = recording.tensors.get(f"in/{kind}text.prompt_lengths", torch.zeros(len(ids), dtype=torch.long))
     mask = answer_mask(attention, prompts.tolist())
@@ -89,10 +89,10 @@ def gloo_of_one(folder: Path) -> Iterator[None]:
 
 
 def contrastive_as_recorded(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
-    """The loss with torch's own gather, whose gradients the recording holds.
+    """The loss with torch's own gather, which the recording used.
 
-    On gloo (torch 2.13) that gather mixes up the numbers of a gradient that is not contiguous, as the one through
-    `permute` is here. `contrastive_loss` does not: its gradients are checked against one process with all clips.
+    On gloo (torch 2.13), that gather mixes up non-contiguous gradients, such as the one through `permute` here.
+    `contrastive_loss` does not; its gradients are compared with one process that has all clips.
     """
     (all_video,), (all_text,) = all_gather(video), all_gather(text)
     video_to_text = (video[:, None] @ all_text[..., None]).squeeze(-1).amax(dim=-1) / temperature
@@ -298,7 +298,7 @@ def test_two_processes(case: str, tmp_path: Path) -> None:
 
 
 def whole_batch_grad_norms(recording: Recording, folder: Path) -> Tensor:
-    """Gradients of the contrastive loss on the clips of both processes, in one."""
+    """Gradients of the contrastive loss with the clips of both processes in one process."""
     model = MPlugVideoForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()
     images, ids, mask = (
         torch.cat([recording[key.format(rank)] for rank in (0, 1)])

@@ -1,4 +1,4 @@
-"""The recipe on decoders of other families: one line of configuration, `model.decoder`."""
+"""Training with decoders of other families, selected by `model.decoder`."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ FAMILIES = {
 
 
 def decoder_folder(family: str, folder: Path) -> str:
-    """A random decoder with a tokenizer that has an end token and nothing else, like Qwen's."""
+    """A random decoder whose tokenizer has only an end token, like Qwen's."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(

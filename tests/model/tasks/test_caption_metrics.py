@@ -1,4 +1,4 @@
-"""Our caption metrics against pycocoevalcap, on random texts and at the edges."""
+"""Compares the caption metrics with pycocoevalcap on random texts and edge cases."""
 
 import random
 
@@ -11,7 +11,7 @@ from model.tasks.caption_metrics import bleu, cider_d, rouge_l
 
 WORDS = "一二三四五六"
 Corpus = tuple[list[str], list[list[str]]]
-"""Candidates, and the references of each."""
+"""Candidates and their references."""
 
 
 def text(rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""Contrastive losses against loops over single pairs."""
+"""Compares contrastive losses with loops over single pairs."""
 
 import math
 

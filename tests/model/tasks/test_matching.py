@@ -15,7 +15,7 @@ def test_negatives_are_titles_of_other_clips(shards: dict[str, str], decoder: st
     ]
     task = build_task(load_config("tiny_retrieval", settings))
     clips = ClipSource(reader=ShardReader(f"{shards['retrieval']}/train"), processor=task.processor)
-    examples = [clips.example((0, position), clips.fetch(position)) for position in (0, 1, 1, 2)]  # one clip twice
+    examples = [clips.example((0, position), clips.fetch(position)) for position in (0, 1, 1, 2)]  # the same clip twice
     batch = task.collate(examples)
     tokenizer = task.processor.tokenizer
     titles = tokenizer.batch_decode(batch["title_ids"], skip_special_tokens=True)

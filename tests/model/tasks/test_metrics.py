@@ -1,4 +1,4 @@
-"""Metrics against recorded values of upstream and against brute force."""
+"""Compares metrics with recorded values of upstream and with brute force."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def brute_force_recall(similarity: list[list[float]], relevant: list[list[bool]]
 @pytest.mark.parametrize("seed", range(5))
 def test_recalls_match_a_brute_force_count(seed: int) -> None:
     rng = random.Random(seed)
-    similarity = [[round(rng.random(), 1) for _ in range(30)] for _ in range(20)]  # rounded: ties happen
+    similarity = [[round(rng.random(), 1) for _ in range(30)] for _ in range(20)]  # rounded to create ties
     relevant = [[column == row or rng.random() < 0.03 for column in range(30)] for row in range(20)]
     found = metrics.recalls(np.array(similarity), np.array(relevant))
     assert found == {k: brute_force_recall(similarity, relevant, k) for k in (1, 5, 10)}
@@ -79,7 +79,7 @@ def test_chance_levels() -> None:
 
 
 def test_matching_ranks_in_both_directions() -> None:
-    head = [[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.3, 0.6]]  # the second clip prefers the first's title
+    head = [[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.1, 0.3, 0.6]]  # the second clip prefers the title of the first
     answers = [[-3.0, -1.0, -2.0]] * 3
     predictions = [
         {"video": f"{row}.mp4", "text": str(row), "head_scores": head[row], "generation_scores": answers[row]}
@@ -89,7 +89,7 @@ def test_matching_ranks_in_both_directions() -> None:
     assert scores["video_to_text_r1"] == pytest.approx(2 / 3)
     assert scores["text_to_video_r1"] == 1
     assert scores["generation_video_to_text_r1"] == pytest.approx(1 / 3)
-    assert scores["generation_text_to_video_r1"] == 0  # every clip ties
+    assert scores["generation_text_to_video_r1"] == 0  # all clips are tied
     assert Matching.chance(predictions, [])["text_to_video_r1"] == pytest.approx(1 / 3)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of one process, in a folder and on a real S3 server, whole and damaged."""
+"""Complete and damaged checkpoints of one process, in a folder and on a real S3 server."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def fill(engine: Engine, value: float) -> None:
 
 
 def value(engine: Engine) -> float:
-    """The one number that all state has; also in the weights that the network computes with."""
+    """The number that fills all state, including the weights of the network."""
     found = {float(number) for tensor in engine.state.tensors().values() for number in tensor.unique()}
     found |= {
         float(weights.detach().unique()) for weights in engine.engine.module.parameters() if weights.requires_grad
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     restored = store.restore()
     assert restored
     assert (restored["step"], value(engine)) == (1, 1.0)
-    save(engine, store, 3)  # and what comes after the damaged one does not push the good ones out
+    save(engine, store, 3)  # checkpoints after the damaged one do not remove the good ones
     assert saved_steps(str(tmp_path))[0] == 3
 
 

@@ -19,7 +19,7 @@ def scrape(port: int, host: str = "127.0.0.1") -> str:
 
 
 def test_a_run_exports_the_metrics_of_alerts_and_dashboard(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names are those of a real run's history."""
+    """Metric names are those in the history of a real run."""
     point = json.loads((Path(decoder) / "history.jsonl").read_text().splitlines()[-1])
     step = point.pop("step")
     del point["time_ms"]

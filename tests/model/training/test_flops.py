@@ -1,4 +1,4 @@
-"""The analytic count of operations against torch's own counter, for every task."""
+"""Compares the analytic count of operations with torch's counter for every task."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_the_count_matches_torch(shards: dict[str, str], decoder: str, task: str
     built.model.train()
     clips = ClipSource(reader=ShardReader(f"{shards[dataset]}/train"), processor=built.processor)
     batch = built.collate([clips.example((0, position), clips.fetch(position)) for position in range(CLIPS)])
-    # on a CPU the counter does not see fused attention
+    # on CPU, the counter does not count fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         built.network(batch)[0].backward()
     ours = step_flops(built.model, CLIPS, built.decoder_passes(batch)).total

@@ -1,4 +1,4 @@
-"""Two hosts with the environment that a PyTorchJob's pods get, as network namespaces of this machine."""
+"""Two hosts with the environment of PyTorchJob pods, as network namespaces of this machine."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def settings(shards: dict[str, str], decoder: str) -> list[str]:
 
 
 def static(number: int) -> dict[str, str]:
-    """As training-operator sets it for one Master and one Worker: RANK and WORLD_SIZE count pods."""
+    """Environment set by training-operator for one Master and one Worker; RANK and WORLD_SIZE count pods."""
     port, master = "23456", "job-master-0"
     return {
         "PYTHONUNBUFFERED": "1",
@@ -38,7 +38,7 @@ def static(number: int) -> dict[str, str]:
 
 
 def elastic() -> dict[str, str]:
-    """As training-operator sets it for one or two elastic Workers."""
+    """Environment set by training-operator for one or two elastic Workers."""
     return {
         "PYTHONUNBUFFERED": "1",
         "PET_RDZV_ENDPOINT": "job-worker-0:23456",
@@ -53,7 +53,7 @@ def elastic() -> dict[str, str]:
 
 @pytest.fixture
 def running() -> Iterator[list["subprocess.Popen[str]"]]:
-    """Children that are gone after the test, whatever became of it."""
+    """Child processes, killed after the test."""
     children: list[subprocess.Popen[str]] = []
     yield children
     for child in children:
@@ -61,7 +61,7 @@ def running() -> Iterator[list["subprocess.Popen[str]"]]:
 
 
 def kill(child: "subprocess.Popen[str]") -> None:
-    """A host that is lost: everything on it at once."""
+    """Simulates a lost host: kills all its processes at once."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -76,7 +76,7 @@ def test_two_hosts_train_as_one_and_survive_a_killed_process(
     run = Training(tmp_path, settings)
     names = ["job-master-0", "job-worker-0"]
     with hosts(*names) as spaces:
-        for number in (1, 0):  # the worker is there first, and has to wait
+        for number in (1, 0):  # the worker starts first and must wait
             running.append(start(spaces[number], names[number], run.command(), static(number)))
             time.sleep(4)
         worker, master = running
@@ -85,7 +85,7 @@ def test_two_hosts_train_as_one_and_survive_a_killed_process(
         ended = [run.end(child) for child in running]
     assert [outcome.code for outcome in ended] == [0, 0], [outcome.said for outcome in ended]
     assert "waiting for the first node, job-master-0:23456" in ended[0].said
-    outcome = max(ended, key=lambda outcome: outcome.model)  # printed where process 0 is
+    outcome = max(ended, key=lambda outcome: outcome.model)  # printed on the host of process 0
     assert outcome.losses == undisturbed.losses
     assert outcome.weights == undisturbed.weights
 

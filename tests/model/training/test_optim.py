@@ -45,7 +45,7 @@ def test_the_schedule_matches_upstream(name: str) -> None:
         "data.batch_size": 4,
     }
     config = load_config("tiny_pretraining", [f"{key}={value}" for key, value in settings.items()])
-    config = count_in_steps(config, clips=4 * case["niter_per_ep"] + 3)  # an incomplete last batch is left out
+    config = count_in_steps(config, clips=4 * case["niter_per_ep"] + 3)  # an incomplete last batch is dropped
     expected = SCHEDULES[name].tolist()
     assert config.training.steps == len(expected)
     found = [lr_at(step, len(expected), config.optim) for step in range(len(expected))]

@@ -1,7 +1,7 @@
-"""The released presets as they run on a cluster: from S3, with loader processes, and killed.
+"""The released presets with the settings of a cluster: from S3, with loader processes, killed and resumed.
 
-Only the network's sizes, the length of the run and the number of processes are this machine's: one trains on the share
-of one of the 8 GPUs that the presets are written for, and two read for it.
+Only the sizes of the networks, the length of the run and the number of processes differ: one process trains with the
+batch of one of the 8 GPUs of a preset, with two loader processes.
 """
 
 import json
@@ -42,7 +42,7 @@ RELEASED = [name for name in list_presets() if not name.startswith("tiny_")]
 
 @pytest.fixture(scope="module")
 def bases(decoder: str, pretrained: str, s3: str) -> dict[str, str]:
-    """What a preset starts from, by the field that says so."""
+    """Weights that a preset starts from, by field."""
     return {
         "model.decoder": copied(decoder, storage.join(s3, "production", "decoder")),
         "model.init_from": copied(pretrained, storage.join(s3, "production", "pretrained")),
@@ -51,7 +51,7 @@ def bases(decoder: str, pretrained: str, s3: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stored(corpus: Path, shards: dict[str, str], s3: str) -> Callable[[str, str], str]:
-    """URI of a dataset's shards on S3, by dataset and form."""
+    """URI of the shards on S3, by dataset and form."""
 
     @cache
     def store(dataset: str, form: str) -> str:
@@ -80,7 +80,9 @@ def test_a_released_preset_trains_from_s3_and_resumes(
     assert [point["step"] for point in outcome.history] == [1, 2, 3]
     assert {point["data/read_failures"] for point in outcome.history} == {0.0}
     fetched = MPlugVideoConfig.from_pretrained(manifest.fetch_folder(outcome.model))
-    assert fetched.vision_config.num_frames == config.model.vision.num_frames  # also from a model with another number
+    assert (
+        fetched.vision_config.num_frames == config.model.vision.num_frames
+    )  # also if the initial model has another number of frames
     if task_class(task).metrics:
         found = (
             judged(outcome.model, shards, tmp_path / "scores.json")
@@ -93,7 +95,7 @@ def test_a_released_preset_trains_from_s3_and_resumes(
 
 
 def judged(model: str, shards: str, out: Path) -> Evaluation:
-    """As the command line evaluates the model."""
+    """Evaluates the model like `mplug evaluate`."""
     command = [MPLUG, "evaluate", model, shards, "--out", str(out)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     evaluation = load_evaluation(str(out))

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to end, moved to other numbers of processes, or diverge."""
+"""Runs that are killed, terminated, resumed with another number of processes, or diverge."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def same(outcome: Outcome, undisturbed: Outcome) -> None:
 def test_a_killed_process_does_not_change_losses_or_weights(
     settings: list[str], undisturbed: Outcome, tmp_path: Path
 ) -> None:
-    # its loader process would hold this command's output open, if it lived on
+    # a surviving loader process would keep the output of this command open
     outcome = Training(tmp_path, settings).interrupted(lambda child: workers(child)[1].kill(), "data.workers=1")
     same(outcome, undisturbed)
     assert "restarting in" in outcome.said
@@ -56,7 +56,7 @@ def test_a_killed_command_leaves_no_process_behind(settings: list[str], tmp_path
 @pytest.fixture(scope="module")
 def terminated(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Training:
     run = Training(tmp_path_factory.mktemp("terminated"), settings)
-    # torchrun asks the loader processes too
+    # torchrun also signals the loader processes
     outcome = run.interrupted(lambda child: child.terminate(), "data.workers=1")
     assert outcome.code == 143
     assert "Traceback" not in outcome.said
@@ -73,7 +73,7 @@ def test_a_terminated_run_resumes_on_another_number_of_processes(
     outcome = Training(tmp_path, terminated.settings).run(processes=1)
     assert outcome.code == 0, outcome.said
     assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
-    # each process averages over its own tokens: equal up to the spread of title lengths
+    # each process averages over its own tokens, so results differ with the lengths of titles
     assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)
 
 
@@ -82,7 +82,7 @@ def test_a_terminated_run_resumes_bit_identically(terminated: Training, undistur
     again = terminated.run()
     assert again.code == 0
     (folder,) = terminated.root.glob("checkpoints/*")
-    assert json.loads((folder / "run.json").read_text())["model"] == again.model  # and did not train
+    assert json.loads((folder / "run.json").read_text())["model"] == again.model  # it did not train
     assert "step/s" not in again.said
 
 

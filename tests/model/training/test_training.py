@@ -1,4 +1,4 @@
-"""Training and evaluation by the real commands, in processes of their own."""
+"""Training and evaluation with the real commands in separate processes."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_a_model_is_saved_with_configuration_and_history(pretrained: str) -> Non
         last
     )
     assert {"perf/data_wait_share", "perf/eta_hours", "system/node-0/cpu_utilization_percentage"} <= set(last)
-    assert 0 < last["perf/mfu"] < 1.5  # of what a large product reaches on this processor
+    assert 0 < last["perf/mfu"] < 1.5  # relative to a large matrix product on this processor
     assert sum(last[section] for section in sections) <= last["perf/step_s"] * 1.01
 
 

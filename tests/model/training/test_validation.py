@@ -1,4 +1,4 @@
-"""Evaluation while training, and which checkpoint becomes the model."""
+"""Evaluation during training, and selection of the checkpoint that becomes the model."""
 
 import gzip
 import json
@@ -22,12 +22,12 @@ from tests.helpers.running import TINY
 
 @pytest.fixture(scope="module")
 def outcome(shards: dict[str, str], pretrained: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """A run that is at its best at its first evaluation, and is interrupted after it."""
+    """A run whose first evaluation is the best, and which is interrupted after it."""
     remote = copied(shards["classification"], f"{s3}/validation")
     settings = [f"model.init_from={pretrained}", f"data.shards={remote}", "data.workers=1", "evaluation.every=4"]
-    # ZeRO-3 is the stage in which no process has all weights to evaluate with
+    # in ZeRO-3, no process has all weights
     settings += ["training.zero_stage=3", "checkpoint.keep=1", "optim.lr=0.3"]
-    settings += ["evaluation.metric=generation_top5"]  # which a learning rate so large does not raise
+    settings += ["evaluation.metric=generation_top5"]  # does not improve with such a large learning rate
     root = tmp_path_factory.mktemp("validated")
     run = Training(root, settings, "tiny_classification")
     assert run.interrupted(lambda child: child.terminate()).code == 143

@@ -1,4 +1,4 @@
-"""Two real processes, one of which stands still, dies or fails: both end, in time and with one code."""
+"""Two real processes, one of which hangs, dies or fails: both end in time and with the same code."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ LOST, DATA, FAILED, KILLED = 144, 3, 1, -signal.SIGKILL
 
 
 def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float]:
-    """Exit codes (None: it had to be killed), what was said on standard error, seconds."""
+    """Exit codes (None: it had to be killed), standard errors, seconds."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1))}
     common |= variables
     start = time.monotonic()
@@ -32,7 +32,7 @@ def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float
     said = []
     stopped = int(case[0]) if case.endswith(("stops", "hangs")) else None
     for rank in sorted(range(2), key=lambda rank: rank == stopped):
-        if rank == stopped:  # as torchrun does with one that does not answer
+        if rank == stopped:  # like torchrun with a process that does not respond
             children[rank].kill()
         said.append(children[rank].communicate(timeout=60)[1])
         codes.append(None if rank == stopped else children[rank].returncode)
@@ -47,7 +47,7 @@ def test_a_missed_deadline_ends_all_processes_with_stacks(rank: int) -> None:
     assert any("s in step (watchdog.step_s)" in text for text in said)
     assert "time.sleep(100)" in said[rank]
     assert "group.any(False)" in said[1 - rank]
-    assert all("MainThread:" in text and "last words" in text for text in said)
+    assert all("MainThread:" in text and "on exit" in text for text in said)
 
 
 @pytest.mark.parametrize(("rank", "case"), [(0, "stops"), (1, "stops"), (0, "hangs")])

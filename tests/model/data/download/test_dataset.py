@@ -1,4 +1,4 @@
-"""Downloads from a real server with real faults, to disk and to a real S3."""
+"""Downloads from a real server with injected faults, to disk and to a real S3 server."""
 
 import fcntl
 import hashlib
@@ -55,7 +55,7 @@ HEALED = {
     "silent/a-90000": 1,
     "chunked/a-90000": 0,
 }
-"""Path -> the version of the file that must arrive."""
+"""Path -> the version of the file that must be stored."""
 
 
 @pytest.mark.parametrize("in_memory", [fetch.IN_MEMORY, 20_000], ids=["memory", "file"])
@@ -63,7 +63,7 @@ def test_files_from_a_faulty_server_match_the_source(
     server: str, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int
 ) -> None:
     monkeypatch.setattr(fetch, "IN_MEMORY", in_memory)
-    with serve() as fresh:  # the faults happen once per server
+    with serve() as fresh:  # each fault happens once per server
         raw, facts = download_dataset(manifest(tmp_path, fresh, list(HEALED)), root, "d", options())
     for name, version in HEALED.items():
         assert storage.read(storage.join(raw, name)) == content(name.partition("/")[2], version), name
@@ -100,7 +100,7 @@ def test_a_second_run_downloads_only_failed_or_changed_files(server: str, tmp_pa
         names = ["ok/a-1000", "busy/b-1000"]
         source = manifest(tmp_path, fresh, names)
         hasty = options(policy=RetryPolicy(attempts=2, first_wait_s=0.01))
-        with pytest.raises(OutageError, match="busy/b-1000: http_503"):  # a server that is busy is no bad data
+        with pytest.raises(OutageError, match="busy/b-1000: http_503"):  # a busy server is not invalid data
             download_dataset(source, str(tmp_path), "d", hasty)
         _, facts = download_dataset(source, str(tmp_path), "d", hasty)
     assert facts == {"files": 2, "files_copied": 1, "bytes_copied": 1000, "files_failed": 0}
@@ -112,7 +112,7 @@ def test_a_killed_transfer_resumes_within_a_file(tmp_path: Path, monkeypatch: py
     with serve() as fresh:
         source = manifest(tmp_path, fresh, ["drop/a-200000"])
         one_try = options(policy=RetryPolicy(attempts=1))
-        for _ in range(2):  # 70,000 bytes a try
+        for _ in range(2):  # 70,000 bytes per attempt
             with pytest.raises(OutageError):
                 download_dataset(source, str(tmp_path), "d", one_try)
         _, facts = download_dataset(source, str(tmp_path), "d", one_try)

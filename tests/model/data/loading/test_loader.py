@@ -51,7 +51,7 @@ def split(shards: dict[str, str]) -> str:
 
 def test_augmentation_depends_only_on_seed_epoch_and_clip(split: str) -> None:
     first, second = source(split), source(split)
-    example(second, 0, 5)  # another history
+    example(second, 0, 5)  # other clips before it
     assert torch.equal(example(first, 3, 7).clip, example(second, 3, 7).clip)
     assert not torch.equal(example(first, 3, 7).clip, example(first, 4, 7).clip)
 
@@ -99,7 +99,7 @@ def test_an_evaluation_reads_each_clip_once(split: str) -> None:
 
 @pytest.fixture
 def damaged(split: str, tmp_path: Path) -> str:
-    """A copy of a split in which the frames of two clips are overwritten, their annotations not."""
+    """A copy of a split in which the frames of two clips, but not their annotations, are overwritten."""
     copy = tmp_path / "train"
     shutil.copytree(split, copy)
     reader = ShardReader(str(copy))
@@ -155,7 +155,7 @@ def test_loader_processes_have_their_own_process_group(split: str) -> None:
     groups = {os.getpgid(child.pid) for child in readers}
     assert len(groups) == 1
     assert os.getpgid(0) not in groups
-    for child in readers:  # asked by themselves they end
+    for child in readers:  # a signal to the process itself ends it
         (blocked,) = re.findall(r"SigBlk:\s+(\w+)", Path(f"/proc/{child.pid}/status").read_text())
         assert not int(blocked, 16) >> (signal.SIGTERM - 1) & 1
     assert len(list(batches)) == 11
@@ -181,7 +181,7 @@ def test_shards_on_s3_give_the_same_batches_with_and_without_a_cache(split: str,
     remote = copied(split, f"{s3}/loader/train")
     expected = list(islice(training_batches(source(split), order(source(split)), collate, AUGMENT), 5))
     for cache in (None, Cache(tmp_path / "cache", 10**7)):
-        for _ in range(2):  # the second time from the cache
+        for _ in range(2):  # the second iteration reads from the cache
             clips = source(remote, cache=cache)
             found = list(islice(training_batches(clips, order(clips), collate, AUGMENT), 5))
             assert all(torch.equal(one["clips"], other["clips"]) for one, other in zip(expected, found, strict=True))
@@ -189,7 +189,7 @@ def test_shards_on_s3_give_the_same_batches_with_and_without_a_cache(split: str,
 
 
 def ended(clips: ClipSource, collate: Callable[[list[Example]], Batch]) -> Exception:
-    """What a loader process ends training by."""
+    """The error with which a loader process ends training."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - which is the question
         list(training_batches(clips, order(clips), collate, AUGMENT.model_copy(update={"workers": 1})))
     return caught.value
@@ -227,7 +227,7 @@ def test_a_killed_loader_process_is_restartable(split: str) -> None:
 
 
 def test_a_loader_without_readable_clips_fails_with_the_reason(damaged: str) -> None:
-    """The first batch holds the clips that are damaged, and no other."""
+    """The first batch contains exactly the damaged clips."""
     clips = dataclasses.replace(source(damaged), reader=ShardReader(damaged))
     first = Chosen(size=len(clips.reader), seed=1, batch_size=2, steps=1)
     with pytest.raises(DataError, match="no clip of the first batch can be read") as caught:

@@ -8,7 +8,7 @@ from model.data.loading.sampler import BatchSampler, Draw, EverySample, epoch_or
 
 
 def draws(world_size: int, steps: int = 30) -> list[list[Draw]]:
-    """Global batches of all processes, put together."""
+    """Global batches, combined from all processes."""
     ranks = [
         BatchSampler(size=50, seed=3, batch_size=8, steps=steps, rank=rank, world_size=world_size)
         for rank in range(world_size)
@@ -42,7 +42,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
 
 
 def test_the_order_looks_random() -> None:
-    """Neighbours, the dataset's halves and the epochs are as uncorrelated as those of a shuffle."""
+    """Neighbours, halves of the dataset and epochs are as uncorrelated as in a shuffle."""
     size = 100_000
     first, second = (np.array(whole(1, epoch, size)) for epoch in (0, 1))
     bound = 5 / size**0.5  # five standard deviations

@@ -23,7 +23,7 @@ def clip(frames: int = 1) -> torch.Tensor:
 def test_without_augmentation_the_evaluation_resize_is_used() -> None:
     (found,) = training_transform(clip(), 32, PLAIN, random.Random(0)).numpy().astype(int)
     pillows = np.asarray(noise().resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(found - pillows).max() <= 2  # each rounds in its own places
+    assert np.abs(found - pillows).max() <= 2  # they round at different places
     assert np.abs(found - pillows).mean() < 0.05
 
 
@@ -38,7 +38,7 @@ def test_crops_stay_inside_and_keep_area_and_aspect_ratio(size: tuple[int, int],
         assert 0 <= top < bottom <= size[1] + 1e-9
         assert 3 / 4 - 1e-6 <= (right - left) / (bottom - top) / own <= 4 / 3 + 1e-6
     areas = [(right - left) * (bottom - top) / (size[0] * size[1]) for left, top, right, bottom in boxes]
-    if size == (320, 60) and not relative:  # no crop of half the area is so narrow: always the one in the middle
+    if size == (320, 60) and not relative:  # no crop with half the area is so narrow, so it is always the central one
         assert {(box[1], box[3]) for box in boxes} == {(0, 60)}
     else:
         assert min(areas) > 0.499
@@ -64,6 +64,6 @@ def test_operations_are_symmetric_and_identity_at_strength_0(name: str) -> None:
 
 def test_enhancements_saturate_and_geometry_fills_with_grey() -> None:
     bright = np.asarray(OPERATIONS["brightness"](Image.new("RGB", (8, 8), (250, 3, 3)), 1.0))
-    assert bright[0, 0].tolist() == [255, 5, 5]  # upstream's wraps around
+    assert bright[0, 0].tolist() == [255, 5, 5]  # upstream wraps around
     shifted = np.asarray(OPERATIONS["translate_x"](noise(), 1.0))
     assert shifted[30, -1].tolist() == list(FILL)

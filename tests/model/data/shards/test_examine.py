@@ -1,4 +1,4 @@
-"""300 damaged and unusual clips through the real sharder: each is decoded right or listed with a reason."""
+"""300 damaged and unusual clips in the real sharder: each is decoded correctly or quarantined with a reason."""
 
 import threading
 import time
@@ -56,7 +56,7 @@ def test_each_clip_is_stored_or_quarantined_with_the_right_reason(clips: list[Da
 
 
 def test_stored_frames_of_damaged_clips_are_correct(split: str) -> None:
-    """Frame i is grey level 8 * i at its bottom (tests/helpers/damaging.py)."""
+    """The bottom of frame i has grey level 8 * i (tests/helpers/damaging.py)."""
     reader = ShardReader(split)
     checked = 0
     for position in range(len(reader)):
@@ -77,7 +77,7 @@ def heavy() -> bytes:
 
 
 def test_a_clip_past_its_deadline_is_quarantined(tmp_path: Path, heavy: bytes) -> None:
-    # measured: the heavy clip takes 2.4 s of one core, the quick one 0.01 s
+    # measured: the heavy clip needs 2.4 s of one core, the quick one 0.01 s
     raw = raw_folder(tmp_path / "raw", {"heavy": heavy, "quick": clip()})
     split = shard(raw, tmp_path, deadline_s=0.5)
     assert [(item["video"], item["reason"]) for item in read_quarantine(split)] == [("heavy.mp4", "timeout")]
@@ -85,7 +85,7 @@ def test_a_clip_past_its_deadline_is_quarantined(tmp_path: Path, heavy: bytes) -
 
 @pytest.fixture
 def killer() -> Iterator[None]:
-    """Kills the first process that holds frames of the heavy clip: 350 to 450 MB were measured, 210 before."""
+    """Kills the first process with frames of the heavy clip: 350 to 450 MB were measured, 210 before decoding."""
     finished = threading.Event()
 
     def kill() -> None:

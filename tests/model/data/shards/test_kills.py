@@ -1,4 +1,4 @@
-"""kill -9 at random moments, of real commands and of a real S3 server: the rerun ends with identical bytes."""
+"""SIGKILL of real commands and of a real S3 server at random moments; the rerun writes identical bytes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ KILLS = 20
 
 
 def run_and_kill(command: list[str], after_s: float) -> int | None:
-    """Exit code, or None where the command was killed; nothing that it started is left."""
+    """Exit code, or None if the command was killed; asserts that no child process is left."""
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         child.wait(timeout=after_s)
@@ -39,7 +39,7 @@ def run_and_kill(command: list[str], after_s: float) -> int | None:
 
 
 def kill_until_done(command: list[str], lowest_s: float, highest_s: float) -> int:
-    """Kills the command KILLS times, then lets it end; returns how often it was really killed."""
+    """Kills the command up to KILLS times, then lets it finish; returns the number of kills."""
     rng, killed = random.Random(0), 0
     for _ in range(KILLS):
         killed += run_and_kill(command, rng.uniform(lowest_s, highest_s)) is None
@@ -94,7 +94,7 @@ main()
 
 @contextmanager
 def fragile_storage(folder: Path) -> Iterator[None]:
-    """A real S3 server of its own; the environment is put back afterwards."""
+    """A separate S3 server; restores the environment afterwards."""
     before = dict(os.environ)
     try:
         with fresh_clients(), object_storage(folder):
@@ -116,7 +116,7 @@ def server_process(folder: Path) -> psutil.Process:
 
 @contextmanager
 def killing(folder: Path, every_s: float, times: int) -> Iterator[None]:
-    """Kills and restarts the storage while the context runs."""
+    """Kills and restarts the storage during the block."""
     restarted: list[subprocess.Popen[bytes]] = []
     finished = threading.Event()
 
@@ -143,7 +143,7 @@ def killing(folder: Path, every_s: float, times: int) -> Iterator[None]:
 
 
 def run_until_done(command: list[str]) -> None:
-    """A command whose storage was away for longer than it waits says so, and goes on when it is called again."""
+    """A command reports storage that is unavailable for too long, and resumes when it is repeated."""
     for _ in range(10):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode == 0:

@@ -145,7 +145,7 @@ def test_a_part_whose_clips_have_changed_is_built_again(corpus: Path, tmp_path: 
 
 
 def test_a_large_index_is_read_across_groups_and_shards(tmp_path: Path) -> None:
-    """Shards that begin in the middle of a group of rows, end with it, or span several."""
+    """Shards that begin within a row group, end with one, or span several."""
     lengths = np.random.default_rng(0).integers(1, 9, 300_000) * 512
     shard = np.sort(np.random.default_rng(1).integers(0, 5, len(lengths)))
     starts = np.concatenate([[0], np.flatnonzero(np.diff(shard)) + 1])
@@ -239,7 +239,7 @@ def test_a_killed_commit_is_completed_unchanged(raw: Path, tmp_path: Path, monke
     lost = read_annotations(str(raw), "captioning", "train")[4].video
     shutil.copy(
         raw / read_annotations(str(raw), "captioning", "train")[0].video, raw / lost
-    )  # it has arrived meanwhile
+    )  # it has been downloaded since
     uri = build_shards(wanted)
     assert [item["video"] for item in read_quarantine(uri + "/train")] == [lost]
     assert all(dest.startswith(uri) for dest in moved)

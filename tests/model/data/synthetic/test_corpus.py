@@ -92,7 +92,7 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_killed_rendering_process_is_restartable(tmp_path: Path) -> None:
     command = [MPLUG, "data", "synthesize", str(tmp_path / "corpus")]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "corpus").glob("videos/*")):  # the processes are at work
+    while not list((tmp_path / "corpus").glob("videos/*")):  # the processes are rendering
         time.sleep(0.05)
     psutil.Process(child.pid).children()[-1].kill()
     _, said = child.communicate(timeout=60)

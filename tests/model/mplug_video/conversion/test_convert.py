@@ -1,4 +1,4 @@
-"""`mplug convert` on every kind of source, and on sources that it must refuse."""
+"""`mplug convert` with every kind of source, and with sources that it must reject."""
 
 import argparse
 import json
