@@ -88,8 +88,8 @@ def _run_pipeline(folder: Path, source: Path, services: LocalServices, overrides
                 file.flush()
                 _show(line.decode(errors="replace").rstrip())
         if code := child.wait():
-            said = f"the pipeline failed; see {log}. Run `mplug demo` again to resume."
-            raise ProcessFailedError(said, code)
+            message = f"the pipeline failed; see {log}. Run `mplug demo` again to resume."
+            raise ProcessFailedError(message, code)
     finally:
         stop_process(child)
 

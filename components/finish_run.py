@@ -16,6 +16,6 @@ def finish_run(tracking_uri: str, experiment: str, run_name: str, last_stages: s
     with exit_codes():
         stages = last_stages.replace("_", "-").split()
         outcome, reasons = end_run(namespace)
-        said = "\n".join([finish_pipeline_run(tracking_uri, experiment, run_name, stages, outcome), *reasons])
-        print(said)
-        return said
+        message = "\n".join([finish_pipeline_run(tracking_uri, experiment, run_name, stages, outcome), *reasons])
+        print(message)
+        return message

@@ -176,11 +176,11 @@ class Run:
                 self._send_first(self.client)
         except Exception as error:  # in a thread nobody else would report it; a proxy may return invalid JSON
             if not self.is_silent:  # once per outage
-                said = str(error)[:200] or type(error).__name__
+                message = str(error)[:200] or type(error).__name__
                 from mlflow.exceptions import MlflowException
 
                 known = isinstance(error, MlflowException | OSError)
-                log.warning("MLflow is unreachable, entries are kept: %s", said, exc_info=not known)
+                log.warning("MLflow is unreachable, entries are kept: %s", message, exc_info=not known)
             self.is_silent = True
             return False
         if self.is_silent:

@@ -37,7 +37,7 @@ class Followed:
     cluster: Cluster | None
     jobs: Cluster | None = None
     """The namespace of the training jobs."""
-    said: set[str] = field(default_factory=set)
+    printed: set[str] = field(default_factory=set)
     running: str = ""
 
     def run(self) -> Any:
@@ -59,8 +59,8 @@ class Followed:
 
     def say(self, line: str) -> None:
         """Says it once."""
-        if line not in self.said:
-            self.said.add(line)
+        if line not in self.printed:
+            self.printed.add(line)
             log.info("%s", line)
 
 
@@ -186,8 +186,8 @@ def _failure(followed: Followed, run: Any, workflow: Manifest | None) -> Process
     if not workflow or not failed:
         details = (run.run_details.task_details if run.run_details else None) or []
         names = sorted({task.display_name for task in details if task.state == "FAILED"} & followed.known)
-        said = f"Failed: {', '.join(names)}." if names else ""
-        return ProcessFailedError(f"run {followed.run_id} has ended as {run.state}. {said} {link}")
+        message = f"Failed: {', '.join(names)}." if names else ""
+        return ProcessFailedError(f"run {followed.run_id} has ended as {run.state}. {message} {link}")
     worst = min(failed, key=lambda step: (is_restartable(step.code), step.node))  # a permanent failure is the cause
     for step in failed:
         _show_log(followed, workflow, step)

@@ -77,16 +77,16 @@ def call_api(function: Callable[..., T], *arguments: Any, patience_s: float | No
         if not isinstance(error, ApiException | urllib3.exceptions.HTTPError | OSError):
             raise error
         status = getattr(error, "status", 0) or 0
-        said = f"{status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}"
+        message = f"{status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}"
         if status in (401, 403):
-            raise StageError(f"Kubeflow Pipelines denies access: {said}. Give --token or --header.") from error
+            raise StageError(f"Kubeflow Pipelines denies access: {message}. Give --token or --header.") from error
         if 400 <= status < 500 and status != 429:
             body = " ".join(str(getattr(error, "body", "")).split())[:300]
-            raise StageError(f"Kubeflow Pipelines: {said}: {body}") from error
+            raise StageError(f"Kubeflow Pipelines: {message}: {body}") from error
         if time.monotonic() >= deadline:
-            raise OutageError(f"Kubeflow Pipelines does not answer: {said}.") from error
+            raise OutageError(f"Kubeflow Pipelines does not answer: {message}.") from error
         seconds = exponential_s(failures, 1.0, 30.0)
-        log.warning("Kubeflow Pipelines does not answer, retrying in %g s: %s", seconds, said)
+        log.warning("Kubeflow Pipelines does not answer, retrying in %g s: %s", seconds, message)
         return seconds
 
     return retry(lambda: function(*arguments, _request_timeout=(5, 60), **options), wait_s)

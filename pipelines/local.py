@@ -59,11 +59,11 @@ def run_pipeline(name: str, folder: Path, given: Mapping[str, Any]) -> None:
 
 def pipeline_failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> ProcessFailedError:
     """kfp's error with message and code of the failed step: the first permanent failure, else the first failure."""
-    said = " ".join(str(error).split())
+    kfp_message = " ".join(str(error).split())
     if not noted:  # killed
-        return ProcessFailedError(said)
+        return ProcessFailedError(kfp_message)
     code, message = min(noted, key=lambda failure: is_restartable(failure[0]))
-    return ProcessFailedError(f"{message}\n{said}", code)
+    return ProcessFailedError(f"{message}\n{kfp_message}", code)
 
 
 def validate_arguments(values: Mapping[str, Any]) -> None:

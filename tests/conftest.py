@@ -125,7 +125,7 @@ def undisturbed(shards: dict[str, str], decoder: str, shared: Path, once: Make) 
     """An undisturbed run with two processes."""
     settings = [f"data.shards={shards['pretrain']}", f"model.decoder={decoder}"]
     outcome = Outcome(**once("undisturbed", lambda: asdict(Training(shared / "undisturbed", settings).run())))
-    assert outcome.code == 0, outcome.said
+    assert outcome.code == 0, outcome.stderr
     return outcome
 
 

@@ -59,11 +59,11 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
 def _version(cluster: Cluster) -> Finding:
     found = cluster.read("/version")
     version = tuple(int("".join(filter(str.isdigit, found[key]))) for key in ("major", "minor"))
-    said = f"Kubernetes {found['gitVersion']}"
+    message = f"Kubernetes {found['gitVersion']}"
     return (
-        fine("API server", said)
+        fine("API server", message)
         if version >= OLDEST
-        else warned("API server", said, "1.27 is the oldest supported version.")
+        else warned("API server", message, "1.27 is the oldest supported version.")
     )
 
 
@@ -118,8 +118,8 @@ def _quota(cluster: Cluster, pod: Any, nodes: int) -> Iterator[Finding]:
                 continue
             left = parse_amount(limit) - parse_amount(used.get(key, "0"))
             if wanted[key] * nodes > left:
-                said = f"{key}: the job asks for {wanted[key] * nodes:g}, {left:g} of {limit} are left"
-                yield failed("quota", said, f"Raise quota {quota['metadata']['name']}, or take fewer nodes.")
+                message = f"{key}: the job asks for {wanted[key] * nodes:g}, {left:g} of {limit} are left"
+                yield failed("quota", message, f"Raise quota {quota['metadata']['name']}, or take fewer nodes.")
                 return
     yield fine("quota", "the job fits")
 
@@ -134,11 +134,11 @@ def _nodes(cluster: Cluster, gpus: tuple[str, int], nodes: int) -> Iterator[Find
         yield warned("GPUs", "nodes may not be looked at", "")
         return
     able = sum(int(parse_amount(node["status"]["allocatable"].get(name, "0")) // count) for node in found)
-    said = f"there is room for {able} pods with {count} of {name} each, the job has {nodes}"
+    message = f"there is room for {able} pods with {count} of {name} each, the job has {nodes}"
     if able < nodes:
-        yield failed("GPUs", said, "Take fewer --nodes, or --processes; or add nodes and the device plugin.")
+        yield failed("GPUs", message, "Take fewer --nodes, or --processes; or add nodes and the device plugin.")
     else:
-        yield fine("GPUs", said)
+        yield fine("GPUs", message)
 
 
 def counted(pod: Any) -> dict[str, float]:

@@ -33,7 +33,7 @@ def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Find
     if nodes == 1:
         return
     try:
-        template, image, said = _template(cluster)
+        template, image, message = _template(cluster)
         added = _filled(template, image)
     except ClusterError as error:
         yield warned("init container", f"the operator's Deployment cannot be read: {error}", "Ask an administrator.")
@@ -44,17 +44,17 @@ def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Find
     worker = copy.deepcopy(pod)
     worker["spec"]["initContainers"] = [*(worker["spec"].get("initContainers") or []), *added]
     if not cluster.is_allowed("create", "", "pods"):
-        yield warned("init container", f"{said} Not checked with admission: creating pods is not allowed.", "")
+        yield warned("init container", f"{message} Not checked with admission: creating pods is not allowed.", "")
         return
     refused = cluster.admission_error({"apiVersion": "v1", "kind": "Pod", **worker, "metadata": _metadata(worker)})
     if "PodSecurity" in refused:
-        yield failed("init container", f"{said} A worker would be refused: {refused}", APPLY)
+        yield failed("init container", f"{message} A worker would be refused: {refused}", APPLY)
     elif refused:
         yield failed("worker pod", f"it would be refused: {refused}", "Fix the overlay, or raise the quota.")
     elif "nslookup" in template:
-        yield warned("init container", f"{said} It waits for a DNS name, without a limit in some images.", APPLY)
+        yield warned("init container", f"{message} It waits for a DNS name, without a limit in some images.", APPLY)
     else:
-        yield fine("init container", f"{said} Admission accepts a worker with it.")
+        yield fine("init container", f"{message} Admission accepts a worker with it.")
 
 
 def _template(cluster: Cluster) -> tuple[str, str, str]:
@@ -125,11 +125,11 @@ def retry_policy(cluster: Cluster) -> Iterator[Finding]:
         return
     policy = next(filter(None, map(_policy, data.values())), "")
     if policy in ("Always", "OnFailure"):
-        said = "Argo repeats every failed step, including permanent failures such as a failed gate"
-        yield warned("pipeline steps", said, "Set retryPolicy OnError in workflow-controller-configmap.")
+        message = "Argo repeats every failed step, including permanent failures such as a failed gate"
+        yield warned("pipeline steps", message, "Set retryPolicy OnError in workflow-controller-configmap.")
     else:
-        said = f"Argo's retryPolicy is {policy or 'its default'}: failed steps are not repeated"
-        yield fine("pipeline steps", f"{said}; use `mplug pipeline retry` or `submit --wait --retries`")
+        message = f"Argo's retryPolicy is {policy or 'its default'}: failed steps are not repeated"
+        yield fine("pipeline steps", f"{message}; use `mplug pipeline retry` or `submit --wait --retries`")
 
 
 def _policy(text: str) -> str:

@@ -76,7 +76,7 @@ def print_findings(question: Question) -> bool:
         table = Table.grid(padding=(0, 2))
         for width in (1, NAME_WIDTH, None):
             table.add_column(width=width)
-        table.add_row(marks[finding.kind], escape(finding.what), escape(finding.said))
+        table.add_row(marks[finding.kind], escape(finding.check), escape(finding.message))
         if finding.remedy:
             table.add_row("", "", f"[bold]→[/] {escape(finding.remedy)}")
         console.print(table)
@@ -150,10 +150,10 @@ def _tracking(uri: str) -> Iterator[Finding]:
     try:
         version = registry.try_out(uri)
     except TrackingError as error:
-        said = str(error)
+        message = str(error)
         remedy = "Check that the server runs, and that network policies allow access from this pod."
-        if "403" in said or "Invalid Host" in said:
+        if "403" in message or "Invalid Host" in message:
             remedy = "Add its host name to MLFLOW_SERVER_ALLOWED_HOSTS of the server (k8s/base/mlflow)."
-        yield failed("MLflow", said, remedy)
+        yield failed("MLflow", message, remedy)
         return
     yield fine("MLflow", f"{uri} accepts runs; client {version}")

@@ -7,18 +7,18 @@ from typing import Literal
 @dataclass(frozen=True)
 class Finding:
     kind: Literal["ok", "warning", "failure"]
-    what: str
-    said: str
+    check: str
+    message: str
     remedy: str = ""
 
 
-def fine(what: str, said: str) -> Finding:
-    return Finding("ok", what, said)
+def fine(check: str, message: str) -> Finding:
+    return Finding("ok", check, message)
 
 
-def warned(what: str, said: str, remedy: str) -> Finding:
-    return Finding("warning", what, said, remedy)
+def warned(check: str, message: str, remedy: str) -> Finding:
+    return Finding("warning", check, message, remedy)
 
 
-def failed(what: str, said: str, remedy: str) -> Finding:
-    return Finding("failure", what, said, remedy)
+def failed(check: str, message: str, remedy: str) -> Finding:
+    return Finding("failure", check, message, remedy)

@@ -170,7 +170,7 @@ def _is_first_node() -> bool:
 
 def _wait_for(host: str, port: int) -> None:
     """Waits for the port: the name of a pod resolves before anything listens there."""
-    end, said = time.monotonic() + FIRST_NODE_WITHIN_S, 0.0
+    end, reported = time.monotonic() + FIRST_NODE_WITHIN_S, 0.0
     while True:
         try:
             socket.create_connection((host, port), timeout=5).close()
@@ -179,9 +179,9 @@ def _wait_for(host: str, port: int) -> None:
             if time.monotonic() > end:
                 print(f"error: {host}:{port} does not answer for {FIRST_NODE_WITHIN_S:g} s: {error}", file=sys.stderr)
                 sys.exit(LOST)
-            if time.monotonic() - said > 30:
+            if time.monotonic() - reported > 30:
                 print(f"waiting for the first node, {host}:{port}: {error}", file=sys.stderr, flush=True)
-                said = time.monotonic()
+                reported = time.monotonic()
             time.sleep(0.5)
 
 

@@ -22,9 +22,9 @@ from tests.helpers.shapes import GPU
 K8S = ROOT / "k8s"
 
 
-def found(question: Question, what: str) -> Finding:
-    findings = [finding for finding in run_checks(question) if finding.what == what]
-    assert findings, [finding.what for finding in run_checks(question)]
+def found(question: Question, check: str) -> Finding:
+    findings = [finding for finding in run_checks(question) if finding.check == check]
+    assert findings, [finding.check for finding in run_checks(question)]
     return findings[0]
 
 
@@ -42,20 +42,20 @@ def test_the_bucket_check_writes_reads_and_deletes(s3: str) -> None:
     from model import storage
 
     finding = found(Question(root=f"{s3}/doctor"), "storage")
-    assert (finding.kind, finding.said) == ("ok", f"{s3}/doctor can be written, read and removed")
+    assert (finding.kind, finding.message) == ("ok", f"{s3}/doctor can be written, read and removed")
     assert list(storage.walk(f"{s3}/doctor")) == []
 
 
 def test_a_missing_bucket_is_a_failure(s3: str) -> None:
     finding = found(Question(root="s3://no-such-bucket/x"), "storage")
     assert finding.kind == "failure"
-    assert "no-such-bucket" in finding.said
+    assert "no-such-bucket" in finding.message
 
 
 def test_a_wrong_clock_is_a_failure(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.storage.clock_skew_s", lambda _uri: -700.0)
     finding = found(Question(root=f"{s3}/doctor"), "clock")
-    assert (finding.kind, finding.said) == ("failure", "-700 s off the clock of the storage")
+    assert (finding.kind, finding.message) == ("failure", "-700 s off the clock of the storage")
 
 
 def test_insufficient_shared_memory_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,13 +66,13 @@ def test_insufficient_shared_memory_is_a_failure(monkeypatch: pytest.MonkeyPatch
 
 
 def test_missing_gpus_are_a_failure() -> None:
-    assert found(Question(gpus=8), "GPUs").said == "0 of 8"
+    assert found(Question(gpus=8), "GPUs").message == "0 of 8"
 
 
 def test_a_missing_network_interface_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib")
     finding = found(Question(), "NCCL_SOCKET_IFNAME")
-    assert (finding.kind, finding.said) == ("failure", "ib: no interface of that name")
+    assert (finding.kind, finding.message) == ("failure", "ib: no interface of that name")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     assert found(Question(), "NCCL_SOCKET_IFNAME").kind == "ok"
 
@@ -127,14 +127,14 @@ CLUSTER = Question(cluster=True, namespace="mplug", nodes=2)
 
 
 def test_a_complete_cluster_passes(kube: FakeKube) -> None:
-    kinds = {finding.what: finding.kind for finding in run_checks(CLUSTER)}
+    kinds = {finding.check: finding.kind for finding in run_checks(CLUSTER)}
     assert set(kinds.values()) <= {"ok", "warning"}, kinds
     assert {"API server", "rights", "training-operator", "shape", "init container", "quota"} <= set(kinds)
 
 
 def test_missing_permissions_are_listed(kube: FakeKube) -> None:
     kube.denied = {("create", "pytorchjobs"), ("list", "events")}
-    assert found(CLUSTER, "rights").said == "not allowed: create pytorchjobs, list events"
+    assert found(CLUSTER, "rights").message == "not allowed: create pytorchjobs, list events"
 
 
 def test_a_cluster_without_the_operator_is_a_failure(kube: FakeKube) -> None:
@@ -147,14 +147,14 @@ def test_missing_components_are_listed(kube: FakeKube) -> None:
     kube.remove("configmaps", "mplug-config")
     kube.remove("podtemplates", "training")
     assert found(CLUSTER, "mplug-config").kind == "failure"
-    assert found(CLUSTER, "shape").said == "namespace mplug has no PodTemplate training"
+    assert found(CLUSTER, "shape").message == "namespace mplug has no PodTemplate training"
 
 
 def test_a_pod_template_that_violates_a_rule_is_reported(kube: FakeKube) -> None:
     shape = copy.deepcopy(GPU)
     shape["template"]["spec"]["containers"][0]["image"] = "registry.example/training:latest"
     kube.put("podtemplates", shape)
-    assert "other than latest" in found(CLUSTER, "shape").said
+    assert "other than latest" in found(CLUSTER, "shape").message
 
 
 def operator_pod(kube: FakeKube) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def test_the_operators_default_init_container_is_a_failure(kube: FakeKube) -> No
     operator_pod(kube)["volumes"] = []
     finding = found(CLUSTER, "init container")
     assert finding.kind == "failure"
-    assert "nothing is mounted. A worker would be refused" in finding.said
-    assert 'violates PodSecurity "restricted:latest": container init-pytorch' in finding.said
+    assert "nothing is mounted. A worker would be refused" in finding.message
+    assert 'violates PodSecurity "restricted:latest": container init-pytorch' in finding.message
     assert not [name for _, kind, name in kube.objects if kind == "pods"]  # a dry run creates nothing
     kube.pages["/api/v1/namespaces/mplug"] = {"metadata": {"labels": {}}}
     assert found(CLUSTER, "init container").kind == "warning"  # admitted, but it waits for a DNS name
@@ -181,13 +181,13 @@ def test_a_custom_init_container_is_checked_with_the_operators_image(kube: FakeK
     config["initContainer.yaml"] = "- {name: mine, image: '{{.InitContainerImage}}', command: ['true']}"
     finding = found(CLUSTER, "init container")
     assert finding.kind == "failure"
-    assert "container mine: allowPrivilegeEscalation must be false" in finding.said
+    assert "container mine: allowPrivilegeEscalation must be false" in finding.message
 
 
 def test_without_permission_to_create_pods_the_check_is_limited(kube: FakeKube) -> None:
     kube.denied = {("create", "pods")}
     finding = found(CLUSTER, "init container")
-    assert (finding.kind, "creating pods is not allowed" in finding.said) == ("warning", True)
+    assert (finding.kind, "creating pods is not allowed" in finding.message) == ("warning", True)
 
 
 @pytest.mark.parametrize("template", ["a: {", "name: x", "[1]"])
@@ -223,7 +223,7 @@ STOCK = "spec: {templateDefaults: {retryStrategy: {limit: 2, retryPolicy: OnErro
 
 
 @pytest.mark.parametrize(
-    ("data", "kind", "said"),
+    ("data", "kind", "message"),
     [
         ({"workflowDefaults": STOCK, "artifactRepository": "s3: {}"}, "ok", "Argo's retryPolicy is OnError"),
         ({"config": f"workflowDefaults: {{{STOCK}}}"}, "ok", "Argo's retryPolicy is OnError"),
@@ -231,11 +231,11 @@ STOCK = "spec: {templateDefaults: {retryStrategy: {limit: 2, retryPolicy: OnErro
         ({}, "ok", "is its default"),
     ],
 )
-def test_the_retry_policy_of_argo_is_shown(kube: FakeKube, data: dict[str, str], kind: str, said: str) -> None:
+def test_the_retry_policy_of_argo_is_shown(kube: FakeKube, data: dict[str, str], kind: str, message: str) -> None:
     kube.put("configmaps", {"metadata": {"name": "workflow-controller-configmap"}, "data": data}, "kubeflow")
     finding = found(CLUSTER, "pipeline steps")
     assert finding.kind == kind
-    assert said in finding.said
+    assert message in finding.message
 
 
 def test_the_findings_fit_80_columns(kube: FakeKube, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -263,12 +263,12 @@ def test_a_job_above_the_quota_is_a_failure(kube: FakeKube) -> None:
             "status": {"hard": {"requests.nvidia.com/gpu": "16"}, "used": {"requests.nvidia.com/gpu": "8"}},
         },
     )
-    assert found(CLUSTER, "quota").said == "requests.nvidia.com/gpu: the job asks for 16, 8 of 16 are left"
+    assert found(CLUSTER, "quota").message == "requests.nvidia.com/gpu: the job asks for 16, 8 of 16 are left"
 
 
 def test_too_few_nodes_with_gpus_are_a_failure(kube: FakeKube) -> None:
-    finding = [item for item in run_checks(Question(cluster=True, nodes=3)) if item.what == "GPUs"][-1]
-    assert (finding.kind, finding.said) == (
+    finding = [item for item in run_checks(Question(cluster=True, nodes=3)) if item.check == "GPUs"][-1]
+    assert (finding.kind, finding.message) == (
         "failure",
         "there is room for 2 pods with 8 of nvidia.com/gpu each, the job has 3",
     )

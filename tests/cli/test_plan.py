@@ -82,7 +82,7 @@ def test_measuring_uses_the_decoder_of_the_configuration(shards: dict[str, str],
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["pretrain_1.3b"], "data.shards does not exist yet: give the number of clips with --clips"),
         (["pretrain_1.3b", "--clips", "1000000", "--gpus", "7"], "data.batch_size must be a multiple of processes"),
@@ -90,12 +90,12 @@ def test_measuring_uses_the_decoder_of_the_configuration(shards: dict[str, str],
     ],
 )
 def test_an_invalid_plan_is_a_one_line_error(
-    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mplug", "plan", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     stderr = capsys.readouterr().err
     assert ended.value.code == 2
-    assert f"error: {said}" in stderr or said in stderr
+    assert f"error: {message}" in stderr or message in stderr
     assert "Traceback" not in stderr

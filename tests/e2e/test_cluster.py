@@ -132,15 +132,15 @@ def test_permissions_are_minimal(installed: str) -> None:
 
 def test_the_jobs_are_accepted_by_the_api_server(installed: str, minor: int) -> None:
     unchecked = ["--validate=false"] if minor < 25 else []
-    said = kubectl("apply", *unchecked, "--dry-run=server", "-f", str(ROOT / "k8s" / "jobs"))
-    assert said.count("created (server dry run)") == len(list((ROOT / "k8s" / "jobs").glob("*.yaml")))
+    output = kubectl("apply", *unchecked, "--dry-run=server", "-f", str(ROOT / "k8s" / "jobs"))
+    assert output.count("created (server dry run)") == len(list((ROOT / "k8s" / "jobs").glob("*.yaml")))
 
 
 def test_the_doctor_passes_inside_a_pod(installed: str) -> None:
-    said = mplug(dict(os.environ), "doctor", "--cluster", "--pod", "--namespace", installed)
-    assert "✗" not in said
-    assert "s3://mplug/work can be written, read and removed" in said
-    assert "http://mlflow.mplug.svc:5000 takes runs" in said
+    output = mplug(dict(os.environ), "doctor", "--cluster", "--pod", "--namespace", installed)
+    assert "✗" not in output
+    assert "s3://mplug/work can be written, read and removed" in output
+    assert "http://mlflow.mplug.svc:5000 takes runs" in output
 
 
 def test_two_nodes_train_lose_a_pod_and_resume(installed: str, data: list[str], bucket: dict[str, str]) -> None:

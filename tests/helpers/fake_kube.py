@@ -208,8 +208,8 @@ class Handler(BaseHTTPRequestHandler):
         is_restricted = plural == "pods" and labels.get("pod-security.kubernetes.io/enforce") == "restricted"
         if is_restricted and (broken := list(violations(body))):
             name = body["metadata"].get("name") or body["metadata"]["generateName"]
-            said = f'pods "{name}" is forbidden: violates PodSecurity "restricted:latest": {"; ".join(broken)}'
-            raise StatusError(403, "Forbidden", said)
+            message = f'pods "{name}" is forbidden: violates PodSecurity "restricted:latest": {"; ".join(broken)}'
+            raise StatusError(403, "Forbidden", message)
         return body
 
     def delete(self, namespace: str, plural: str, name: str, options: Object) -> Object:

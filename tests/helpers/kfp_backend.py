@@ -239,8 +239,8 @@ class Backend:
         resources = inserted(container.get("resources", {}), given)
         cores = parse_amount(resources.get("resourceCpuRequest", "100m"))
         if cores > self.cores:
-            said = "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."
-            self._node(run, node, "executor(0)", "Pod", "Pending", said)
+            message = "Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."
+            self._node(run, node, "executor(0)", "Pod", "Pending", message)
             run.cancelled.wait()
             self._node(run, node, "executor(0)", "Pod", "Failed", "workflow shutdown with strategy: Terminate")
             raise NodeFailedError(node)

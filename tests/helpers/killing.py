@@ -24,7 +24,7 @@ LENGTH = (*TINY, f"training.steps={STEPS}", "checkpoint.every=4")
 class Outcome:
     code: int
     model: str
-    said: str
+    stderr: str
 
     @property
     def weights(self) -> str:
@@ -57,8 +57,8 @@ class Training:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def end(self, child: subprocess.Popen[str]) -> Outcome:
-        out, said = child.communicate(timeout=200)
-        return Outcome(child.returncode, out.strip(), said)
+        out, err = child.communicate(timeout=200)
+        return Outcome(child.returncode, out.strip(), err)
 
     def run(self, *overrides: str, processes: int = 2) -> Outcome:
         return self.end(self.start(*overrides, processes=processes))

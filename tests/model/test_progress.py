@@ -44,11 +44,11 @@ def test_a_terminal_shows_a_bar() -> None:
     termios.tcsetwinsize(theirs, (24, 80))
     with subprocess.Popen([sys.executable, "-c", SCRIPT, "10"], stderr=theirs):
         os.close(theirs)
-        said = b""
+        output = b""
         try:
             while data := os.read(ours, 4096):
-                said += data
+                output += data
         except OSError:  # the other end has been closed
             pass
     os.close(ours)
-    assert said.count(b"\r") > 3
+    assert output.count(b"\r") > 3

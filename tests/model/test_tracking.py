@@ -113,11 +113,11 @@ def test_a_repeated_finished_run_sends_the_rest(
     server.mode = "down"
     first = run.run(processes=1)
     assert first.code == 0
-    assert "MLflow did not receive" in first.said
+    assert "MLflow did not receive" in first.stderr
     server.mode = "up"
     again = run.run(processes=1)
     assert (again.code, again.model) == (0, first.model)
-    assert "step/s" not in again.said
+    assert "step/s" not in again.stderr
     client = mlflow.MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("late")
     assert experiment is not None

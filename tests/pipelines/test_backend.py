@@ -114,14 +114,14 @@ def running_pod(cluster: Cluster, step: str) -> str:
 
 def test_a_pending_step_is_shown_and_cancelling_cleans_up(cluster: Cluster) -> None:
     submitted = cluster.start(options=("--wait",))
-    said = []
+    lines = []
     assert submitted.stdout
     for line in submitted.stdout:
-        said.append(line)
+        lines.append(line)
         if "shard waits" in line:
             cluster.backend.terminate("r0")
     assert submitted.wait() == 1
-    text = "".join(said)
+    text = "".join(lines)
     assert "running: start-run" in text
     assert "shard waits: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu." in text
     assert re.search(r"^error: run r0 was cancelled\. http", text, re.MULTILINE)

@@ -157,7 +157,7 @@ def test_step_sizes_are_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("items", "said"),
+    ("items", "message"),
     [
         (["sourc=x"], "The nearest is source."),
         (["nodes=many"], "nodes must be of type NUMBER_INTEGER, got 'many'"),
@@ -167,10 +167,10 @@ def test_step_sizes_are_parameters() -> None:
         (["deadline_hours=long"], "deadline_hours must be of type NUMBER_DOUBLE, got 'long'"),
     ],
 )
-def test_all_invalid_arguments_are_reported_at_once(items: list[str], said: str) -> None:
+def test_all_invalid_arguments_are_reported_at_once(items: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments("pretrain", [*items, "nonsense=1"])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "nonsense=1 must be parameter=value of pipeline pretrain" in str(caught.value)
 
 

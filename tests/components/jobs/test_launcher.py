@@ -267,9 +267,9 @@ def test_a_terminated_step_deletes_its_job(kube: FakeKube, tmp_path: Path, asked
     kube.wait_for("pytorchjobs", seconds=60)
     time.sleep(1)
     child.send_signal(asked)
-    _, said = child.communicate(timeout=60)
-    assert not kube.objects, said
-    assert child.returncode == (143 if asked == signal.SIGTERM else -signal.SIGINT), said
+    _, output = child.communicate(timeout=60)
+    assert not kube.objects, output
+    assert child.returncode == (143 if asked == signal.SIGTERM else -signal.SIGINT), output
 
 
 def test_the_workflow_of_a_step_owns_its_job(

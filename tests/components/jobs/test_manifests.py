@@ -88,7 +88,7 @@ def test_only_download_jobs_have_internet_access() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (("train",), "must be given a preset"),
         (("train", "tiny_pretrainin", "data.shards=s"), "did you mean tiny_pretraining"),
@@ -96,8 +96,8 @@ def test_only_download_jobs_have_internet_access() -> None:
         ((*TRAIN, "data.batch_size=7"), "multiple of processes"),
     ],
 )
-def test_invalid_training_settings_are_rejected_before_launch(command: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_training_settings_are_rejected_before_launch(command: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         render_job(Launch(command=command, nodes=2), CPU, "mplug")
 
 

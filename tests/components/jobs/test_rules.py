@@ -42,7 +42,7 @@ CONTAINER = (*POD, "containers", 0)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (put(*MASTER, "restartPolicy", value="OnFailure"), "restarts a wrong configuration forever"),
         (put(*MASTER, "restartPolicy", value=None), "restarts a wrong configuration forever"),
@@ -87,10 +87,10 @@ CONTAINER = (*POD, "containers", 0)
         (put(*POD, "automountServiceAccountToken", value=None), "automountServiceAccountToken must be false"),
     ],
 )
-def test_each_rule_rejects_its_violation(change: Callable[[Manifest], None], said: str) -> None:
+def test_each_rule_rejects_its_violation(change: Callable[[Manifest], None], message: str) -> None:
     changed = copy.deepcopy(job())
     change(changed)
-    assert any(said in problem for problem in problems(changed)), problems(changed)
+    assert any(message in problem for problem in problems(changed)), problems(changed)
 
 
 PODS = json.loads((FIXTURES / "psa_verdicts.json").read_text())
@@ -113,7 +113,7 @@ HOST = {"httpGet": {"host": "10.0.0.1", "path": "/", "port": 80}}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (put(*CONTAINER, "lifecycle", value={"preStop": HOST}), "lifecycle.preStop.httpGet must not name a host"),
         (put(*CONTAINER, "livenessProbe", value={"tcpSocket": {"host": "x", "port": 1}}), "livenessProbe.tcpSocket"),
@@ -124,10 +124,10 @@ HOST = {"httpGet": {"host": "10.0.0.1", "path": "/", "port": 80}}
         (put(*POD, "ephemeralContainers", value=[{"name": "debug", "image": "x:1"}]), "container debug: allowPriv"),
     ],
 )
-def test_further_violations_are_rejected(change: Callable[[Manifest], None], said: str) -> None:
+def test_further_violations_are_rejected(change: Callable[[Manifest], None], message: str) -> None:
     changed = copy.deepcopy(job())
     change(changed)
-    assert any(said in problem and STANDARD in problem for problem in problems(changed)), problems(changed)
+    assert any(message in problem and STANDARD in problem for problem in problems(changed)), problems(changed)
 
 
 @pytest.mark.parametrize(

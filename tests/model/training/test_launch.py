@@ -83,8 +83,8 @@ def test_two_hosts_train_as_one_and_survive_a_killed_process(
         run.wait_for(4, master)
         workers(worker)[0].kill()
         ended = [run.end(child) for child in running]
-    assert [outcome.code for outcome in ended] == [0, 0], [outcome.said for outcome in ended]
-    assert "waiting for the first node, job-master-0:23456" in ended[0].said
+    assert [outcome.code for outcome in ended] == [0, 0], [outcome.stderr for outcome in ended]
+    assert "waiting for the first node, job-master-0:23456" in ended[0].stderr
     outcome = max(ended, key=lambda outcome: outcome.model)  # printed on the host of process 0
     assert outcome.losses == undisturbed.losses
     assert outcome.weights == undisturbed.weights
@@ -103,6 +103,6 @@ def test_an_elastic_run_resumes_after_losing_a_host(
             worker.kill()
         kill(running[1])
         outcome = run.end(running[0])
-    assert outcome.code == 0, outcome.said
+    assert outcome.code == 0, outcome.stderr
     assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
     assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)

@@ -74,9 +74,9 @@ def test_a_released_preset_trains_from_s3_and_resumes(
     settings = [*SIZES, "data.workers=2", f"data.batch_size={share}", f"data.shards={shards}", f"{base}={bases[base]}"]
     run = Training(root, settings, preset, LENGTH)
     outcome = run.interrupted(lambda child: workers(child)[0].kill(), step=1, processes=1)
-    assert outcome.code == 0, outcome.said
+    assert outcome.code == 0, outcome.stderr
     assert outcome.model.startswith(root)
-    assert "restarting in" in outcome.said
+    assert "restarting in" in outcome.stderr
     assert [point["step"] for point in outcome.history] == [1, 2, 3]
     assert {point["data/read_failures"] for point in outcome.history} == {0.0}
     fetched = MPlugVideoConfig.from_pretrained(manifest.fetch_folder(outcome.model))

@@ -21,7 +21,7 @@ def settings(shards: dict[str, str], decoder: str) -> list[str]:
 
 
 def same(outcome: Outcome, undisturbed: Outcome) -> None:
-    assert outcome.code == 0, outcome.said
+    assert outcome.code == 0, outcome.stderr
     assert outcome.losses == undisturbed.losses
     assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
     assert outcome.weights == undisturbed.weights
@@ -33,7 +33,7 @@ def test_a_killed_process_does_not_change_losses_or_weights(
     # a surviving loader process would keep the output of this command open
     outcome = Training(tmp_path, settings).interrupted(lambda child: workers(child)[1].kill(), "data.workers=1")
     same(outcome, undisturbed)
-    assert "restarting in" in outcome.said
+    assert "restarting in" in outcome.stderr
 
 
 @pytest.mark.parametrize("is_training", [False, True])
@@ -50,7 +50,7 @@ def test_a_killed_command_leaves_no_process_behind(settings: list[str], tmp_path
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     if is_training:
-        assert "is saved, the next start resumes from it" in run.end(child).said
+        assert "is saved, the next start resumes from it" in run.end(child).stderr
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def terminated(settings: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     # torchrun also signals the loader processes
     outcome = run.interrupted(lambda child: child.terminate(), "data.workers=1")
     assert outcome.code == 143
-    assert "Traceback" not in outcome.said
-    assert "DataLoader worker" not in outcome.said
+    assert "Traceback" not in outcome.stderr
+    assert "DataLoader worker" not in outcome.stderr
     (folder,) = run.root.glob("checkpoints/*")
-    assert f"step {saved_steps(str(folder))[0]} is saved" in outcome.said
+    assert f"step {saved_steps(str(folder))[0]} is saved" in outcome.stderr
     return run
 
 
@@ -71,7 +71,7 @@ def test_a_terminated_run_resumes_on_another_number_of_processes(
 ) -> None:
     shutil.copytree(terminated.root, tmp_path, dirs_exist_ok=True)
     outcome = Training(tmp_path, terminated.settings).run(processes=1)
-    assert outcome.code == 0, outcome.said
+    assert outcome.code == 0, outcome.stderr
     assert [point["step"] for point in outcome.history] == list(range(1, STEPS + 1))
     # each process averages over its own tokens, so results differ with the lengths of titles
     assert outcome.losses == pytest.approx(undisturbed.losses, rel=0.03)
@@ -83,17 +83,17 @@ def test_a_terminated_run_resumes_bit_identically(terminated: Training, undistur
     assert again.code == 0
     (folder,) = terminated.root.glob("checkpoints/*")
     assert json.loads((folder / "run.json").read_text())["model"] == again.model  # it did not train
-    assert "step/s" not in again.said
+    assert "step/s" not in again.stderr
 
 
 def test_a_diverging_run_rolls_back_and_ends_at_max_skips(settings: list[str], tmp_path: Path) -> None:
     diverging = ["optim.lr=1e30", "checkpoint.every=1", "training.max_skips=5", "training.consecutive_skips=2"]
     outcome = Training(tmp_path, settings).run(*diverging, processes=1)
     assert outcome.code == 1
-    assert "is skipped: its gradients are not finite (1 so far)" in outcome.said
-    assert "weights were restored from step" in outcome.said
-    assert "at most training.max_skips = 5 may be. Lower optim.lr" in outcome.said
-    assert "Traceback" not in outcome.said
+    assert "is skipped: its gradients are not finite (1 so far)" in outcome.stderr
+    assert "weights were restored from step" in outcome.stderr
+    assert "at most training.max_skips = 5 may be. Lower optim.lr" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
 
 
 def test_a_run_without_progress_fails_permanently(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def outcome(shards: dict[str, str], pretrained: str, s3: str, tmp_path_factory: 
     run = Training(root, settings, "tiny_classification")
     assert run.interrupted(lambda child: child.terminate()).code == 143
     found = run.run("--profile")
-    assert found.code == 0, found.said
+    assert found.code == 0, found.message
     return found
 
 
@@ -49,17 +49,17 @@ def test_the_best_checkpoint_becomes_the_model(outcome: Outcome, shards: dict[st
 
 def test_a_profile_of_three_steps_is_written(outcome: Outcome) -> None:
     root = Path(outcome.model).parents[2]
-    assert f"profile of 3 steps: {root}/profiles/tiny-classification.json.gz" in outcome.said
+    assert f"profile of 3 steps: {root}/profiles/tiny-classification.json.gz" in outcome.message
     trace = json.loads(gzip.decompress((root / "profiles" / "tiny-classification.json.gz").read_bytes()))
     assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_invalid_evaluation_settings_are_rejected(shards: dict[str, str], pretrained: str) -> None:
     settings = [f"model.init_from={pretrained}", f"data.shards={shards['classification']}", *TINY]
-    for override, said in (
+    for override, message in (
         ("evaluation.metric=top2", "must be one of loss, top1, top5"),
         ("evaluation.clips=3", "at least"),
     ):
         config = load_config("tiny_classification", [*settings, override])
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             Validation(build_task(config), config, Processes(0, 1, torch.device("cpu"), dist.group.WORLD))

@@ -29,63 +29,63 @@ def run(case: str, **variables: str) -> tuple[list[int | None], list[str], float
         for rank in range(2)
     ]
     codes: list[int | None] = []
-    said = []
+    errors = []
     stopped = int(case[0]) if case.endswith(("stops", "hangs")) else None
     for rank in sorted(range(2), key=lambda rank: rank == stopped):
         if rank == stopped:  # like torchrun with a process that does not respond
             children[rank].kill()
-        said.append(children[rank].communicate(timeout=60)[1])
+        errors.append(children[rank].communicate(timeout=60)[1])
         codes.append(None if rank == stopped else children[rank].returncode)
-    return codes, said, time.monotonic() - start
+    return codes, errors, time.monotonic() - start
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_missed_deadline_ends_all_processes_with_stacks(rank: int) -> None:
-    codes, said, seconds = run(f"{rank}-sleeps")
+    codes, errors, seconds = run(f"{rank}-sleeps")
     assert codes == [LOST, LOST]
     assert seconds < 30
-    assert any("s in step (watchdog.step_s)" in text for text in said)
-    assert "time.sleep(100)" in said[rank]
-    assert "group.any(False)" in said[1 - rank]
-    assert all("MainThread:" in text and "on exit" in text for text in said)
+    assert any("s in step (watchdog.step_s)" in text for text in errors)
+    assert "time.sleep(100)" in errors[rank]
+    assert "group.any(False)" in errors[1 - rank]
+    assert all("MainThread:" in text and "on exit" in text for text in errors)
 
 
 @pytest.mark.parametrize(("rank", "case"), [(0, "stops"), (1, "stops"), (0, "hangs")])
 def test_a_process_without_heartbeat_ends_the_run(rank: int, case: str) -> None:
-    codes, said, seconds = run(f"{rank}-{case}")
+    codes, errors, seconds = run(f"{rank}-{case}")
     assert codes == [LOST, None]
     assert seconds < 30
-    assert ("has sent no heartbeat for 4 s" if rank else "process 0 does not answer for 4 s") in said[0]
+    assert ("has sent no heartbeat for 4 s" if rank else "process 0 does not answer for 4 s") in errors[0]
 
 
 def test_processes_end_if_the_launcher_died_early() -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    codes, said, seconds = run("0-sleeps", **{PARENT_PID: gone.stdout.strip()})
+    codes, errors, seconds = run("0-sleeps", **{PARENT_PID: gone.stdout.strip()})
     assert codes == [LOST, LOST]
     assert seconds < 30
-    assert any("the launcher of process" in text for text in said)
+    assert any("the launcher of process" in text for text in errors)
 
 
 @pytest.mark.parametrize(("rank", "case", "code"), [(1, "fails", DATA), (0, "breaks", FAILED)])
 def test_an_error_of_one_process_is_the_exit_code_of_all(rank: int, case: str, code: int) -> None:
-    codes, said, _ = run(f"{rank}-{case}")
+    codes, errors, _ = run(f"{rank}-{case}")
     assert codes == [code, code]
-    assert ("error: no clip can be read" if case == "fails" else "ZeroDivisionError: a bug") in said[rank]
+    assert ("error: no clip can be read" if case == "fails" else "ZeroDivisionError: a bug") in errors[rank]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_a_watchdog_thread_is_a_bug(rank: int) -> None:
-    codes, said, _ = run(f"{rank}-unwatched")
+    codes, errors, _ = run(f"{rank}-unwatched")
     assert codes == [FAILED, FAILED]
-    assert f"the thread watchdog of process {rank} has failed" in said[rank]
-    assert f"error: process {rank}, watchdog: AttributeError" in said[1 - rank]
+    assert f"the thread watchdog of process {rank} has failed" in errors[rank]
+    assert f"error: process {rank}, watchdog: AttributeError" in errors[1 - rank]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_is_restartable(rank: int) -> None:
-    codes, said, seconds = run(f"{rank}-dies")
+    codes, errors, seconds = run(f"{rank}-dies")
     assert codes[rank] == KILLED
     assert codes[1 - rank] == LOST
     assert seconds < 20
-    assert "a process of the run is gone" in said[1 - rank]
-    assert "Traceback" not in said[1 - rank]
+    assert "a process of the run is gone" in errors[1 - rank]
+    assert "Traceback" not in errors[1 - rank]

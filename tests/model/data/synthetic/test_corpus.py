@@ -95,7 +95,7 @@ def test_a_killed_rendering_process_is_restartable(tmp_path: Path) -> None:
     while not list((tmp_path / "corpus").glob("videos/*")):  # the processes are rendering
         time.sleep(0.05)
     psutil.Process(child.pid).children()[-1].kill()
-    _, said = child.communicate(timeout=60)
+    _, output = child.communicate(timeout=60)
     assert child.returncode == LOST
-    assert "error: a rendering process was killed" in said
-    assert "Traceback" not in said
+    assert "error: a rendering process was killed" in output
+    assert "Traceback" not in output
