@@ -3,10 +3,11 @@
     python -m benchmarks.data decode      clips/s per core: decord on the published file, both forms of shards
     python -m benchmarks.data storage     clips/s: shards on disk and on a real S3 server, and webdataset on both
     python -m benchmarks.data loading     batches/s with loader processes, no clip cache: S3 compared with disk
+    python -m benchmarks.data batches     batches/s and shared memory: uint8, and float32 normalised in the loader
     python -m benchmarks.data index       ten million rows: written, merged, opened, sampled
     python -m benchmarks.data download    5,000 small and 20 large objects between two S3 servers, with s5cmd
     python -m benchmarks.data metrics     scores of the demo on both forms of shards; needs `make demo`
-    python -m benchmarks.data             all six
+    python -m benchmarks.data             all seven
 
 Needs `pip install -e '.[demo,bench]'`. Writes benchmarks/results/data.json. Ratios are medians over rounds.
 """
@@ -19,22 +20,33 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import boto3
 import decord
 import numpy as np
-import psutil
 import torch
 import webdataset
 from PIL import Image
 from torch.nn import functional as F
 
+from benchmarks.data_clips import (
+    CONFIG,
+    FRAMES,
+    PROCESSOR,
+    SIZE,
+    Variant,
+    collate,
+    corpus,
+    interleaved,
+    ratio,
+    repeated_corpus,
+    shard,
+    source,
+)
+from benchmarks.data_loading import batches, loading
 from benchmarks.data_metrics import metrics
 from benchmarks.data_scale import download, index
 from cli.services import BUCKET, object_storage
@@ -42,89 +54,12 @@ from model import storage
 from model.config.schema import DataConfig
 from model.data.loading.loader import ClipSource, Example, training_batches
 from model.data.loading.sampler import BatchSampler
-from model.data.shards.build import ShardSettings
-from model.data.shards.commit import build_shards
-from model.data.shards.format import Form
 from model.data.shards.reader import ShardReader
 from model.data.video import frame_indices
-from model.mplug_video.processing import MEAN, STD, MPlugVideoProcessor, resized
+from model.mplug_video.processing import MEAN, STD, resized
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
-SIZE, FRAMES, ROUNDS, CLIPS, LOADERS = 224, 8, 5, 6, 2
-NOISE = 2
-"""Noise level that gives bit rate and frame sizes of real clips (12 to 33 kB at 256 pixels, measured on 11 clips)."""
-CONFIG = DataConfig(workers=0, augment_ops=0)
-PROCESSOR = MPlugVideoProcessor(None, image_size=SIZE, num_frames=FRAMES)  # type: ignore[arg-type]
-
-
-def ratio(one: list[float], other: list[float]) -> float:
-    """Time of `other` relative to this one, per round."""
-    return round(statistics.median(b / a for a, b in zip(one, other, strict=True)), 3)
-
-
-Path_ = Callable[[int], object]
-"""One variant; its argument, the number of the round, is the seed."""
-
-
-def interleaved(paths: dict[str, Path_], clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every variant in every round. The first round is a warm-up and is dropped."""
-    taken: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(ROUNDS + 1):
-        for name, path in paths.items():
-            start = clock()
-            path(turn)
-            if turn:
-                taken[name].append(clock() - start)
-    return taken
-
-
-# --- clips like those of Youku: 54 s, 640 x 360, 25 frames/s, x264 with B-frames --------------------------------------
-
-
-def encode_clip(path: Path, gop: int, seed: int, seconds: int) -> None:
-    rng = np.random.default_rng(seed)
-    scene = Image.fromarray(rng.integers(70, 186, (45, 80, 3), dtype=np.uint8)).resize(
-        (1280, 720), Image.Resampling.BICUBIC
-    )
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
-        stream.options = {"preset": "medium", "crf": "23", "g": str(gop)}
-        for index in range(25 * seconds):
-            if index % 125 == 0:  # a cut every five seconds
-                x, y, dx, dy = rng.integers(0, 640), rng.integers(0, 360), rng.integers(-4, 5), rng.integers(-3, 4)
-            left, top = int(np.clip(x + dx * (index % 125), 0, 640)), int(np.clip(y + dy * (index % 125), 0, 360))
-            pixels = np.asarray(scene.crop((left, top, left + 640, top + 360))).astype(np.int16)
-            pixels += rng.integers(-NOISE, NOISE + 1, (360, 640, 1), dtype=np.int16)
-            frame = av.VideoFrame.from_ndarray(pixels.clip(0, 255).astype(np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def corpus(folder: Path, gop: int, clips: int, seconds: int = 54) -> Path:
-    """A raw pre-training dataset of `clips` clips."""
-    (folder / "pretrain").mkdir(parents=True)
-    for number in range(clips):
-        encode_clip(folder / f"{number}.mp4", gop, number, seconds)
-    rows = "".join(f"{number}.mp4,标题{number}\n" for number in range(clips))
-    (folder / "pretrain" / "train.csv").write_text(f"video_id:FILE,title\n{rows}", encoding="utf-8")
-    return folder
-
-
-def repeated_corpus(folder: Path) -> Path:
-    """600 rows over 8 clips of 10 s."""
-    raw = corpus(folder / "raw", 48, 8, seconds=10)
-    rows = "".join(f"{number % 8}.mp4,标题{number}\n" for number in range(600))
-    (raw / "pretrain" / "train.csv").write_text(f"video_id:FILE,title\n{rows}", encoding="utf-8")
-    return raw
-
-
-def shard(raw: Path, root: str, kind: str) -> str:
-    return build_shards(ShardSettings(raw=str(raw), root=root, dataset="pretrain", form=Form(kind=kind))) + "/train"
-
-
-def source(split: str, decoder: str = "pyav") -> ClipSource:
-    return ClipSource(reader=ShardReader(split, decoder=decoder), processor=PROCESSOR, augment=CONFIG, seed=1)
+CLIPS = 6
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -146,7 +81,7 @@ def plain_clip(path: Path, rng: random.Random) -> torch.Tensor:
 
 def read(clips: ClipSource, epoch: int) -> None:
     for position in range(len(clips.reader)):
-        collate([clips.example((epoch, position), clips.fetch(position))])
+        PROCESSOR.normalize(collate([clips.example((epoch, position), clips.fetch(position))])["frames"])
 
 
 def decode(folder: Path) -> dict[str, Any]:
@@ -157,7 +92,7 @@ def decode(folder: Path) -> dict[str, Any]:
         splits = {kind: shard(raw, str(folder / f"out{gop}"), kind) for kind in ("frames", "original")}
         ours = {kind: source(split) for kind, split in splits.items()}
         ours["original, decord"] = source(splits["original"], "decord")
-        paths: dict[str, Path_] = {"plain": partial(plain, raw, count)}
+        paths: dict[str, Variant] = {"plain": partial(plain, raw, count)}
         paths |= {kind: partial(read, clips) for kind, clips in ours.items()}
         taken = interleaved(paths, time.process_time)
         found[f"gop {gop}"] = {
@@ -193,10 +128,6 @@ def difference(raw: Path, split: str) -> dict[str, float]:
 
 
 # --- storage ----------------------------------------------------------------------------------------------------------
-
-
-def collate(examples: list[Example]) -> dict[str, Any]:
-    return {"frames": torch.stack([example.clip for example in examples if example.clip is not None])}
 
 
 def storage_rates(folder: Path) -> dict[str, Any]:
@@ -262,60 +193,6 @@ def by_webdataset(split: str, *, decode: bool) -> None:
     assert count == 600
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def loading(folder: Path) -> dict[str, Any]:
-    """Reads like the released presets, with loader processes and without a clip cache. As in production, the S3 server
-    has a separate core, also when shards are read from disk. The last entry shows the cost of sharing cores."""
-    raw = repeated_corpus(folder)
-    found = {}
-    with object_storage(folder / "s3"):
-        for kind, steps, is_apart in (("frames", 50, True), ("original", 16, True), ("frames", 50, False)):
-            splits = {"local": shard(raw, str(folder / "out"), kind), "s3": shard(raw, f"s3://{BUCKET}/out", kind)}
-            taken: dict[str, list[float]] = {name: [] for name in splits}
-            with server_apart() if is_apart else nullcontext():
-                for _ in range(ROUNDS + 1):
-                    for name, split in splits.items():
-                        taken[name].append(read_by_processes(split, steps))
-            taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first round is a warm-up
-            found[kind if is_apart else f"{kind}, server on the same cores"] = {
-                "batches_per_s": {name: round(1 / statistics.median(each), 2) for name, each in taken.items()},
-                "s3_over_local": ratio(taken["s3"], taken["local"]),
-                "each round": [round(a / b, 3) for a, b in zip(taken["local"], taken["s3"], strict=True)],
-            }
-    return {"loader processes": LOADERS, "clips per batch": 24, **found}
-
-
-@contextmanager
-def server_apart() -> Iterator[None]:
-    """Pins the S3 server to the last core, and this process and the fork server of the loader to the other cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    members = [psutil.Process(), *psutil.Process().children()]
-    for member in members:
-        pin(member, cores[-1:] if member.name().startswith("weed") else cores[:-1])
-    yield
-    for member in members:
-        pin(member, cores)
-
-
-def pin(member: psutil.Process, cores: list[int]) -> None:
-    for thread in member.threads():
-        os.sched_setaffinity(thread.id, cores)
-
-
-def read_by_processes(split: str, steps: int) -> float:
-    """Seconds per batch, after the processes have started."""
-    order = BatchSampler(size=600, seed=1, batch_size=24, steps=steps)
-    config = CONFIG.model_copy(update={"workers": LOADERS})
-    batches = iter(training_batches(source(split), order, collate, config))
-    for _ in range(2 * LOADERS):  # they are ready when the first batch has arrived
-        next(batches)
-    start = time.perf_counter()
-    count = sum(1 for _ in batches)
-    return (time.perf_counter() - start) / count
-
-
 def open_s3(url: str, *_: Any, **__: Any) -> Any:
     """webdataset does not support s3://; its users stream the body of boto3."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
@@ -326,6 +203,7 @@ JOBS = {
     "decode": decode,
     "storage": storage_rates,
     "loading": loading,
+    "batches": batches,
     "index": index,
     "download": download,
     "metrics": metrics,

@@ -92,7 +92,10 @@ def test_a_diverging_run_rolls_back_and_ends_at_max_skips(settings: list[str], t
     assert outcome.code == 1
     assert "is skipped: its gradients are not finite (1 so far)" in outcome.stderr
     assert "weights were restored from step" in outcome.stderr
-    assert "at most training.max_skips = 5 may be. Lower optim.lr" in outcome.stderr
+    assert (
+        "at most training.max_skips = 5 steps may have gradients that are not finite, got 6. Lower optim.lr"
+        in outcome.stderr
+    )
     assert "Traceback" not in outcome.stderr
 
 
