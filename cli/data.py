@@ -33,8 +33,8 @@ def synthesize(
     print(run(out, seed=seed, scale=scale, workers=workers))
 
 
-@data.command()
-def download(
+@data.command("download")
+def download_command(
     source: Annotated[str, typer.Argument(help="Folder, s3:// URI, list of URLs, or modelscope://owner/name.")],
     root: Annotated[str, typer.Argument(help="Folder or s3:// URI to copy to.")],
     dataset: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "youku-mplug",
@@ -117,8 +117,8 @@ def verify(
     print(f"{right} as written")
 
 
-@data.command()
-def shard(
+@data.command("shard")
+def shard_command(
     raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
     root: Annotated[str, typer.Argument(help="Folder or URI under which shards/ is written.")],
     dataset: Dataset = "pretrain",

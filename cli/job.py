@@ -137,8 +137,8 @@ def logs(
         print_log(cluster, kind, name, {}, follow=False)
 
 
-@job.command()
-def cancel(name: Name, namespace: Namespace = "") -> None:
+@job.command("cancel")
+def cancel_job(name: Name, namespace: Namespace = "") -> None:
     """Remove a job. A training saves a checkpoint first, and the same job resumes from it.
 
     Example: `mplug job cancel pretrain-1-3b`

@@ -81,8 +81,8 @@ def convert(
     print(dest)
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_command(
     config: Config,
     overrides: Overrides = None,
     processes: Annotated[
@@ -130,8 +130,8 @@ def plan(
     sys.exit(0 if print_plan(config, overrides or [], cluster, clips=clips, measured=measure) else 1)
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def evaluate_command(
     model: Annotated[str, typer.Argument(help="Folder or URI of a trained model.")],
     shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
@@ -198,8 +198,8 @@ def doctor(
     sys.exit(0 if fits else 1)
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     folder: Annotated[Path, typer.Argument(help="Folder for all results.")] = Path("demo"),
     scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
     overrides: Overrides = None,

@@ -137,8 +137,8 @@ def submit(
         follow_run(host, run_id, retries)
 
 
-@pipeline.command()
-def retry(
+@pipeline.command("retry")
+def retry_run(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="ID of a run, which is the end of its link.")],
     url: Url = LOCAL,
     token: Token = "",
@@ -161,8 +161,8 @@ def retry(
         follow_run(host, run_id, retries)
 
 
-@pipeline.command()
-def cancel(
+@pipeline.command("cancel")
+def cancel_run(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="ID of a run, which is the end of its link.")],
     url: Url = LOCAL,
     token: Token = "",

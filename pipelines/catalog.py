@@ -14,7 +14,7 @@ from model.config.load import YamlLoader
 from model.errors import ConfigError
 
 PIPELINES = {
-    "mplug-video": "pipelines.demo.demo",
+    "mplug-video": "pipelines.demo.demo_pipeline",
     "pretrain": "pipelines.pretrain.pretrain",
     "finetune": "pipelines.finetune.finetune",
     "benchmark": "pipelines.benchmark.benchmark",

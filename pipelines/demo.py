@@ -87,7 +87,7 @@ def benchmarks(
     last_stages="register report",
     run_name="mplug-video",
 )
-def demo(p: DemoParameters, tracking: Any) -> None:
+def demo_pipeline(p: DemoParameters, tracking: Any) -> None:
     raw = compute(call_step(download, p, partition="1/1", tracking=tracking), p)
     stored = {"raw": raw.output, "raw_version": p.source_version, "tracking": tracking}
     shards = compute(call_step(shard, p, datasets=DATASETS, partition="1/1", **stored), p)
