@@ -28,9 +28,9 @@ def synthesize(
 
     Example: `mplug data synthesize corpus --scale 0.1`
     """
-    from model.data.synthetic.corpus import synthesize_corpus as run
+    from model.data.synthetic.corpus import synthesize_corpus
 
-    print(run(out, seed=seed, scale=scale, workers=workers))
+    print(synthesize_corpus(out, seed=seed, scale=scale, workers=workers))
 
 
 @data.command("download")
@@ -55,8 +55,7 @@ def download_command(
 
     Example: `mplug data download modelscope://modelscope/Youku-AliceMind s3://mplug/work --partition 3/64`
     """
-    from model.data.download.dataset import Options
-    from model.data.download.dataset import download_dataset as run
+    from model.data.download.dataset import Options, download_dataset
     from model.data.download.fetch import RetryPolicy
     from model.data.partition import parse_partition
 
@@ -70,7 +69,7 @@ def download_command(
         max_failed=max_failed,
         policy=RetryPolicy(attempts=attempts),
     )
-    print(run(source, root, dataset, options)[0])
+    print(download_dataset(source, root, dataset, options)[0])
 
 
 @data.command()
@@ -81,9 +80,9 @@ def status(
 
     Example: `mplug data status s3://mplug/work/raw/youku-mplug`
     """
-    from model.data.download.ledger import download_status as run
+    from model.data.download.ledger import download_status
 
-    found = run(raw)
+    found = download_status(raw)
     print(f"{found.files} files, {found.bytes / 1e9:.3f} GB done; {found.failed.total()} failed")
     for reason, count in found.failed.most_common():
         print(f"{count:10d} {reason}")
@@ -103,18 +102,18 @@ def verify(
     Example: `mplug data verify work/raw/youku-mplug`
     """
     from model import storage
-    from model.data.download import dataset
+    from model.data.download.dataset import verify_download
     from model.data.partition import parse_partition
-    from model.data.shards import reader
     from model.data.shards.format import DATASET
+    from model.data.shards.reader import verify_shards
     from model.errors import DataError
 
     index, count = parse_partition(partition)
-    is_sharded = storage.exists(storage.join(uri, DATASET))
-    right, wrong = (reader if is_sharded else dataset).verify(uri, index=index, count=count)
-    if wrong:
-        raise DataError("\n".join(wrong))
-    print(f"{right} as written")
+    verify_dataset = verify_shards if storage.exists(storage.join(uri, DATASET)) else verify_download
+    intact, damaged = verify_dataset(uri, index=index, count=count)
+    if damaged:
+        raise DataError("\n".join(damaged))
+    print(f"{intact} intact")
 
 
 @data.command("shard")
@@ -186,7 +185,7 @@ def import_own(
     import tempfile
 
     from model import storage
-    from model.data.download.dataset import download_dataset as copy
+    from model.data.download.dataset import download_dataset
     from model.data.download.import_videos import ImportedVideos, read_rows
     from model.data.shards.build import ShardSettings
     from model.data.shards.commit import build_shards
@@ -197,7 +196,7 @@ def import_own(
     with tempfile.TemporaryDirectory() as folder:
         own = ImportedVideos(videos, rows, dataset, Path(folder))
         own.validate_same(storage.join(root, "raw", name))
-        raw, _ = copy(own, root, name)
+        raw, _ = download_dataset(own, root, name)
     print(build_shards(ShardSettings(raw=raw, root=root, dataset=dataset, form=stored)))
 
 

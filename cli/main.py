@@ -34,9 +34,9 @@ def presets() -> None:
 
     Example: `mplug presets`
     """
-    from model.config.load import list_presets as known
+    from model.config.load import list_presets
 
-    print(*known(), sep="\n")
+    print(*list_presets(), sep="\n")
 
 
 @app.command()

@@ -113,17 +113,17 @@ def submit(
 
     Example: `mplug pipeline submit pretrain source=modelscope://… decoder=s3://… --wait --retries 3`
     """
-    from pipelines import submit as sending
     from pipelines.catalog import with_defaults
     from pipelines.cluster_defaults import arguments_on_cluster
     from pipelines.follow_run import follow_run
     from pipelines.local import validate_arguments
+    from pipelines.submit import submit_run
 
     given = arguments_on_cluster(name, items or [], overlay)
     values = with_defaults(name, given)
     validate_arguments(values)
     host = _host(url, token, headers, profile)
-    run_id = sending.submit_run(
+    run_id = submit_run(
         host,
         name,
         given,
