@@ -92,14 +92,14 @@ def _launch(command: list[str], name: str, nodes: int, processes: int, image: st
 def _manifests(launch: "Launch", overlay: Path | None, namespace: str, api: Api) -> tuple[str, list[dict[str, object]]]:
     """The namespace of a job, and its manifests."""
     from components.jobs.client import Cluster
-    from components.jobs.manifests import SHAPE, load_pod_template, render_job
+    from components.jobs.manifests import POD_TEMPLATE, load_pod_template, render_job
 
     if overlay:
-        shape, known = load_pod_template(overlay)
+        pod_template, known = load_pod_template(overlay)
     else:
         cluster = Cluster(namespace)
-        shape, known = cluster.pod_template(SHAPE), cluster.namespace
-    return namespace or known, render_job(launch, shape, namespace or known, api)
+        pod_template, known = cluster.pod_template(POD_TEMPLATE), cluster.namespace
+    return namespace or known, render_job(launch, pod_template, namespace or known, api)
 
 
 @job.command()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from components.jobs.client import Cluster
-from components.jobs.manifests import SHAPE, find_container, overlay_documents
+from components.jobs.manifests import POD_TEMPLATE, find_container, overlay_documents
 from model.errors import ConfigError, OutageError, StageError
 from pipelines.catalog import parse_arguments, pipeline_parameters
 from pipelines.local import code_version
@@ -40,7 +40,7 @@ def cluster_defaults(name: str, namespace: str, overlay: Path | None) -> dict[st
         return {}
     addresses, defaults = found[CONFIG]["data"], found[DEFAULTS]["data"]
     known = pipeline_parameters(name)
-    image = find_container(found[SHAPE]["template"]).get("image", "")
+    image = find_container(found[POD_TEMPLATE]["template"]).get("image", "")
     values = {key: addresses[source] for key, source in ADDRESSES.items() if source in addresses}
     values |= {"namespace": namespace, "image": image, "cpu_image": image, **defaults}
     return parse_arguments(name, [f"{key}={value}" for key, value in values.items() if key in known and value])
@@ -50,11 +50,11 @@ def _of_cluster(namespace: str) -> tuple[dict[str, Any], str]:
     cluster = Cluster(namespace, patience_s=PATIENCE_S)
     path = f"/api/v1/namespaces/{cluster.namespace}/configmaps"
     found = {name: cluster.read(f"{path}/{name}") for name in (CONFIG, DEFAULTS)}
-    return {**found, SHAPE: cluster.pod_template(SHAPE)}, cluster.namespace
+    return {**found, POD_TEMPLATE: cluster.pod_template(POD_TEMPLATE)}, cluster.namespace
 
 
 def _of_overlay(overlay: Path) -> tuple[dict[str, Any], str]:
-    wanted = {(CONFIG, "ConfigMap"), (DEFAULTS, "ConfigMap"), (SHAPE, "PodTemplate")}
+    wanted = {(CONFIG, "ConfigMap"), (DEFAULTS, "ConfigMap"), (POD_TEMPLATE, "PodTemplate")}
     found = {
         document["metadata"]["name"]: document
         for document in overlay_documents(overlay)
@@ -62,4 +62,4 @@ def _of_overlay(overlay: Path) -> tuple[dict[str, Any], str]:
     }
     if missing := {name for name, _ in wanted} - set(found):
         raise ConfigError(f"{overlay} must hold {', '.join(sorted(missing))}, as the overlays of k8s/ do.")
-    return found, found[SHAPE]["metadata"].get("namespace", "default")
+    return found, found[POD_TEMPLATE]["metadata"].get("namespace", "default")

@@ -49,15 +49,15 @@ class Followed:
         try:
             found = workflow_of_run(self.cluster, self.run_id)
             if not found:
-                self.say(
+                self.print_once(
                     f"namespace {self.cluster.namespace} has no workflow of {self.run_id}: is it the right cluster?"
                 )
             return found
         except (ClusterError, OutageError) as error:
-            self.say(f"reasons and logs are only on Kubeflow's page: {error}")
+            self.print_once(f"reasons and logs are only on Kubeflow's page: {error}")
             return None
 
-    def say(self, line: str) -> None:
+    def print_once(self, line: str) -> None:
         """Says it once."""
         if line not in self.printed:
             self.printed.add(line)
@@ -151,13 +151,13 @@ def _report(followed: Followed, run: Any, workflow: Manifest | None) -> None:
         names = sorted({step.name for step in found if step.phase in ("Running", "Pending")} & followed.known)
         for step in found:
             if step.phase == "Pending" and step.message:
-                followed.say(f"{step.name} waits: {step.message}")
+                followed.print_once(f"{step.name} waits: {step.message}")
     else:
         details = (run.run_details.task_details if run.run_details else None) or []
         shown = {task.display_name for task in details if task.state == "RUNNING"}
         names = sorted(shown & followed.known)
     for line in _waiting_jobs(followed):
-        followed.say(line)
+        followed.print_once(line)
     running = ", ".join(names)
     if running and running != followed.running:
         followed.running = running

@@ -8,7 +8,7 @@ from cli.doctor.finding import Finding, failed, fine, warned
 from components.jobs import rules
 from components.jobs.client import Cluster, parse_amount
 from components.jobs.launcher import Limits, run_job
-from components.jobs.manifests import SHAPE, Launch, gpu_resource, render_job
+from components.jobs.manifests import POD_TEMPLATE, Launch, gpu_resource, render_job
 from model.errors import ClusterError, ConfigError
 
 OLDEST = (1, 27)
@@ -36,21 +36,22 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
     yield operator
     yield from _installed(cluster)
     try:
-        shape = cluster.pod_template(SHAPE)
+        pod_template = cluster.pod_template(POD_TEMPLATE)
     except ClusterError:
-        yield failed("shape", f"namespace {cluster.namespace} has no PodTemplate {SHAPE}", APPLY)
+        yield failed("PodTemplate", f"namespace {cluster.namespace} has no PodTemplate {POD_TEMPLATE}", APPLY)
         return
     try:
-        batch = nodes * (processes or gpu_resource(shape)[1] or 1)
+        batch = nodes * (processes or gpu_resource(pod_template)[1] or 1)
         command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", f"data.batch_size={batch}")
-        (job,) = render_job(Launch(command=command, nodes=nodes, processes=processes), shape, cluster.namespace)
+        (job,) = render_job(Launch(command=command, nodes=nodes, processes=processes), pod_template, cluster.namespace)
     except ConfigError as error:
-        yield failed("shape", " ".join(str(error).split()), "Fix the overlay and apply it again.")
+        yield failed("PodTemplate", " ".join(str(error).split()), "Fix the overlay and apply it again.")
         return
-    yield fine("shape", f"{nodes} pods of {processes or gpu_resource(shape)[1] or 1} processes, by every rule")
+    each = processes or gpu_resource(pod_template)[1] or 1
+    yield fine("PodTemplate", f"{nodes} pods with {each} processes meet every rule")
     pod = next(pod for _, pod in rules.pods(job))
     yield from init_container(cluster, dict(pod), nodes)
-    yield from kueue(cluster, shape)
+    yield from kueue(cluster, pod_template)
     yield from retry_policy(cluster)
     yield from _quota(cluster, pod, nodes)
     yield from _nodes(cluster, gpu_resource({"template": pod}), nodes)
@@ -161,14 +162,14 @@ def ask_in_a_pod(namespace: str) -> None:
     Raises JobFailedError if the pod does not start, or if a check fails.
     """
     cluster = Cluster(namespace)
-    shape = cluster.pod_template(SHAPE)
+    pod_template = cluster.pod_template(POD_TEMPLATE)
     command = (
         "doctor",
         "--root=$(MPLUG_ROOT)",
         "--tracking-uri=$(MLFLOW_TRACKING_URI)",
         "--gpus",
-        str(gpu_resource(shape)[1]),
+        str(gpu_resource(pod_template)[1]),
     )
-    launch = Launch(command=command, name="doctor", processes=gpu_resource(shape)[1] or 1)
+    launch = Launch(command=command, name="doctor", processes=gpu_resource(pod_template)[1] or 1)
     cluster.delete("Job", "doctor")
-    run_job(cluster, render_job(launch, shape, cluster.namespace), Limits(deadline_s=600))
+    run_job(cluster, render_job(launch, pod_template, cluster.namespace), Limits(deadline_s=600))

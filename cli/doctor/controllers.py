@@ -92,9 +92,9 @@ def _metadata(pod: Manifest) -> Manifest:
     return {**kept, "generateName": "mplug-doctor-"}
 
 
-def kueue(cluster: Cluster, shape: Manifest) -> Iterator[Finding]:
+def kueue(cluster: Cluster, pod_template: Manifest) -> Iterator[Finding]:
     """Checks Kueue: jobs would wait forever if it is not configured for them."""
-    queue = (shape["metadata"].get("labels") or {}).get(QUEUE_LABEL)
+    queue = (pod_template["metadata"].get("labels") or {}).get(QUEUE_LABEL)
     if not queue:
         return
     config = "/api/v1/namespaces/kueue-system/configmaps/kueue-manager-config"
@@ -104,7 +104,7 @@ def kueue(cluster: Cluster, shape: Manifest) -> Iterator[Finding]:
     except ClusterError as error:
         if error.status == 404:
             remedy = "Kueue 0.15 or newer, `kubectl apply -k k8s/kueue`, and components/kueue in your overlay."
-            yield failed("Kueue", f"the shape names queue {queue}: {error}", remedy)
+            yield failed("Kueue", f"the PodTemplate names queue {queue}: {error}", remedy)
         else:
             yield warned("Kueue", f"cannot be read: {error}", "")
         return

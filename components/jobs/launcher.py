@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from components.jobs import rules
 from components.jobs.client import KINDS, Cluster, find_condition
 from components.jobs.log import show_log
-from components.jobs.manifests import SHAPE, Launch, Manifest, find_container, render_job
+from components.jobs.manifests import POD_TEMPLATE, Launch, Manifest, find_container, render_job
 from components.jobs.pod_status import JobHistory, parse_time, pod_exit_codes, termination_reasons, waiting_reasons
 from components.jobs.run_end import ABANDONED, RUN_LABEL
 from model.errors import (
@@ -67,7 +67,8 @@ def train_on_cluster(
     launch = Launch(
         command=("train", config, *settings), nodes=nodes, processes=processes, image=image, deadline_s=deadline_s
     )
-    run_job(cluster, render_job(launch, cluster.pod_template(SHAPE), cluster.namespace), Limits(deadline_s=deadline_s))
+    job = render_job(launch, cluster.pod_template(POD_TEMPLATE), cluster.namespace)
+    run_job(cluster, job, Limits(deadline_s=deadline_s))
 
 
 def run_job(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None:

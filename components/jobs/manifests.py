@@ -31,7 +31,7 @@ from model.errors import ConfigError
 
 Manifest = dict[str, Any]
 Api = Literal["pytorchjob", "trainjob"]
-SHAPE = "training"
+POD_TEMPLATE = "training"
 """Name of the PodTemplate."""
 CONTAINER = "pytorch"
 """Name of the main container in the PodTemplate, as the operator requires it."""
@@ -69,20 +69,20 @@ class Launch:
         return self.command[0] == "train"
 
 
-def render_job(launch: Launch, shape: Manifest, namespace: str, api: Api = "pytorchjob") -> list[Manifest]:
+def render_job(launch: Launch, pod_template: Manifest, namespace: str, api: Api = "pytorchjob") -> list[Manifest]:
     """The manifests of a job; the job itself is the last. Raises ConfigError for settings or a PodTemplate that break a
     rule."""
     if launch.is_training:
-        _check_settings(launch, launch.nodes * _processes(launch, shape))
-    pod, name = _pod(launch, shape), _name(launch, shape, api)
+        _check_settings(launch, launch.nodes * _processes(launch, pod_template))
+    pod, name = _pod(launch, pod_template), _name(launch, pod_template, api)
     if not launch.is_training:
         documents = _job(launch, pod)
     elif api == "trainjob":
-        documents = _trainjob(launch, shape, pod, name)
+        documents = _trainjob(launch, pod_template, pod, name)
     else:
-        documents = [_pytorchjob(launch, shape, pod)]
-    own = shape["metadata"].get("labels") or {}
-    labels = {"app.kubernetes.io/name": SHAPE, "app.kubernetes.io/part-of": "mplug-video", **own}
+        documents = [_pytorchjob(launch, pod_template, pod)]
+    own = pod_template["metadata"].get("labels") or {}
+    labels = {"app.kubernetes.io/name": POD_TEMPLATE, "app.kubernetes.io/part-of": "mplug-video", **own}
     for document in documents:
         document["metadata"] = {"name": name, "namespace": namespace, "labels": labels}
     if wrong := [problem for document in documents for problem in rules.problems(document)]:
@@ -93,9 +93,9 @@ def render_job(launch: Launch, shape: Manifest, namespace: str, api: Api = "pyto
 def load_pod_template(overlay: Path) -> tuple[Manifest, str]:
     """The PodTemplate of an overlay, and its namespace. Needs kubectl, but no cluster."""
     for document in overlay_documents(overlay):
-        if document["kind"] == "PodTemplate" and document["metadata"]["name"] == SHAPE:
+        if document["kind"] == "PodTemplate" and document["metadata"]["name"] == POD_TEMPLATE:
             return document, document["metadata"].get("namespace", "default")
-    raise ConfigError(f"{overlay} must hold a PodTemplate named {SHAPE}, as k8s/base does; it holds none.")
+    raise ConfigError(f"{overlay} must hold a PodTemplate named {POD_TEMPLATE}, as k8s/base does; it holds none.")
 
 
 def overlay_documents(overlay: Path) -> list[Manifest]:
@@ -114,10 +114,10 @@ def _check_settings(launch: Launch, processes: int) -> None:
     micro_batch_size(load_config(config, [setting for setting in settings if not setting.startswith("--")]), processes)
 
 
-def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> Manifest:
+def _pytorchjob(launch: Launch, pod_template: Manifest, pod: Manifest) -> Manifest:
     """A job of training-operator 1.9, built from the models of its SDK. The pod stays a dictionary: the pod models of
     the Kubernetes client are older than the cluster and would drop fields."""
-    queue = (shape["metadata"].get("annotations") or {}).get(QUEUE_ANNOTATION)
+    queue = (pod_template["metadata"].get("annotations") or {}).get(QUEUE_ANNOTATION)
     policy = KubeflowOrgV1RunPolicy(
         clean_pod_policy="Running",  # "None" keeps other pods running after a failure; "All" deletes the logs
         ttl_seconds_after_finished=KEPT_S,
@@ -132,7 +132,7 @@ def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> Manifest:
     }
     spec = KubeflowOrgV1PyTorchJobSpec(
         # always set: without a GPU, the operator's "auto" is one process per core
-        nproc_per_node=str(_processes(launch, shape)),
+        nproc_per_node=str(_processes(launch, pod_template)),
         pytorch_replica_specs=replicas,
         run_policy=policy,
     )
@@ -141,14 +141,14 @@ def _pytorchjob(launch: Launch, shape: Manifest, pod: Manifest) -> Manifest:
     return rendered
 
 
-def _trainjob(launch: Launch, shape: Manifest, pod: Manifest, name: str) -> list[Manifest]:
+def _trainjob(launch: Launch, pod_template: Manifest, pod: Manifest, name: str) -> list[Manifest]:
     documents = _read("trainjob.yaml")
     runtime, job = documents
     (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     _put_pod(replicated["template"]["spec"]["template"], pod)
     replicated["template"]["spec"]["template"]["spec"]["containers"][0]["name"] = replicated["name"]
     job["spec"]["runtimeRef"]["name"] = name
-    job["spec"]["trainer"] = {"numNodes": launch.nodes, "numProcPerNode": _processes(launch, shape)}
+    job["spec"]["trainer"] = {"numNodes": launch.nodes, "numProcPerNode": _processes(launch, pod_template)}
     _limit_retries(replicated["template"]["spec"], policies.MAX_POD_RESTARTS)
     if launch.deadline_s:
         job["spec"]["activeDeadlineSeconds"] = launch.deadline_s
@@ -177,8 +177,8 @@ def _put_pod(template: Manifest, pod: Manifest) -> None:
     template["spec"] = {**pod["spec"], **template["spec"]}
 
 
-def _pod(launch: Launch, shape: Manifest) -> Manifest:
-    pod: Manifest = copy.deepcopy(shape["template"])
+def _pod(launch: Launch, pod_template: Manifest) -> Manifest:
+    pod: Manifest = copy.deepcopy(pod_template["template"])
     container = find_container(pod)
     container["command"], container["args"] = ["mplug"], list(_arguments(launch))
     pod["spec"].pop("restartPolicy", None)  # the API server's default; the policy of the job applies
@@ -197,7 +197,7 @@ def find_container(pod: Manifest) -> Manifest:
     """The main container of a pod."""
     found: list[Manifest] = [container for container in pod["spec"]["containers"] if container["name"] == CONTAINER]
     if not found:
-        raise ConfigError(f"the PodTemplate {SHAPE} must have a container named {CONTAINER}.")
+        raise ConfigError(f"the PodTemplate {POD_TEMPLATE} must have a container named {CONTAINER}.")
     return found[0]
 
 
@@ -208,27 +208,29 @@ def _arguments(launch: Launch) -> tuple[str, ...]:
     return *launch.command, *(f"{key}={value}" for key, value in FROM_CLUSTER.items() if key not in given)
 
 
-def gpu_resource(shape: Manifest) -> tuple[str, int]:
+def gpu_resource(pod_template: Manifest) -> tuple[str, int]:
     """Resource name and number of the GPUs of a pod."""
-    limits = find_container(shape["template"]).get("resources", {}).get("limits", {})
+    limits = find_container(pod_template["template"]).get("resources", {}).get("limits", {})
     return next(((name, int(count)) for name, count in limits.items() if name.endswith("/gpu")), ("", 0))
 
 
-def _processes(launch: Launch, shape: Manifest) -> int:
+def _processes(launch: Launch, pod_template: Manifest) -> int:
     if launch.processes:
         return launch.processes
-    return (gpu_resource(shape)[1] or 1) if launch.is_training else 1
+    return (gpu_resource(pod_template)[1] or 1) if launch.is_training else 1
 
 
 def _share_resources(launch: Launch, pod: Manifest) -> None:
     """Scales the resources: a job that uses one of eight GPUs requests an eighth of the PodTemplate's resources."""
-    shape = {"template": pod}
-    name, gpus = gpu_resource(shape)
+    pod_template = {"template": pod}
+    name, gpus = gpu_resource(pod_template)
     if not gpus:
         return
-    taken = 0 if launch.command[0] == "data" else _processes(launch, shape)
+    taken = 0 if launch.command[0] == "data" else _processes(launch, pod_template)
     if taken > gpus:
-        raise ConfigError(f"processes must be at most the shape's GPUs, {gpus} per node, got {taken}. Raise the nodes.")
+        raise ConfigError(
+            f"processes must be at most the GPUs of the PodTemplate, {gpus} per node, got {taken}. Raise the nodes."
+        )
     resources = find_container(pod)["resources"]
     share = max(taken, 1) / gpus
     for amounts in resources.values():
@@ -250,14 +252,14 @@ def _scaled(quantity: str | int, share: float) -> str:
     return str(quantity) if share == 1 else f"{-int(-scaled // 1)}{unit}"
 
 
-def _name(launch: Launch, shape: Manifest, api: Api) -> str:
+def _name(launch: Launch, pod_template: Manifest, api: Api) -> str:
     longest = rules.longest_trainjob_name(launch.nodes) if api == "trainjob" else LONGEST_NAME
     if launch.name:
         if not NAME.fullmatch(launch.name) or len(launch.name) > longest:
             rule = f"lower-case letters, digits and dashes, a letter first, at most {longest} of them"
             raise ConfigError(f"the name of a job must be {rule}, got {launch.name!r}.")
         return launch.name
-    facts = [launch.command, launch.nodes, _processes(launch, shape), launch.image]
+    facts = [launch.command, launch.nodes, _processes(launch, pod_template), launch.image]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     words = [word for word in launch.command if "=" not in word and not word.startswith("-")][:2]
     stem = re.sub(r"[^a-z0-9]+", "-", "-".join(word.rpartition("/")[2] for word in words).lower())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from components.jobs.manifests import SHAPE, Manifest
+from components.jobs.manifests import POD_TEMPLATE, Manifest
 
 log = logging.getLogger("mplug")
 INITIAL_S = 60.0
@@ -99,9 +99,7 @@ def termination_reason(pod: Manifest) -> str:
         ended: Manifest = next((state["terminated"] for state in states if state.get("terminated")), {})
         if ended.get("reason") == "OOMKilled":
             limit = _memory_limit(pod, container["name"])
-            return (
-                f"it was killed for memory at the pod's limit of {limit}: raise it in the shape (PodTemplate {SHAPE})."
-            )
+            return f"it was killed for memory at the pod's limit of {limit}: raise it in PodTemplate {POD_TEMPLATE}."
         if ended.get("exitCode"):
             noted = " ".join(str(ended.get("message") or ended.get("reason") or "").split())
             return noted if noted.startswith("exit code") else f"it ended with exit code {ended['exitCode']} ({noted})."

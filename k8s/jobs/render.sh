@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes the jobs of this folder (or of $1) anew, from the shape of overlays/production: k8s/jobs/render.sh
-# Yours: the same lines with --overlay of your own, or with no --overlay where the cluster can be asked.
+# Renders the jobs of this folder (or of $1) with the pod template of overlays/production: k8s/jobs/render.sh
+# For your cluster, use your --overlay, or omit it to read the PodTemplate from the cluster.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-k8s/jobs}
@@ -9,7 +9,7 @@ mplug=${MPLUG:-mplug}
 job() { # NAME, then options and command of `mplug job render`
   name=$1
   shift
-  { echo "# Written by k8s/jobs/render.sh. Its image and the \$(…) are what overlays/production says: see k8s/README.md"
+  { echo "# Rendered by k8s/jobs/render.sh. Image and \$(…) are those of overlays/production; see k8s/README.md"
     "$mplug" job render --overlay k8s/overlays/production --name "$name" "$@"; } > "$out/$name.yaml"
 }
 

@@ -53,44 +53,44 @@ class Flops:
         return Flops(self.forward * times, self.backward * times)
 
 
-def product(rows: float, inner: float, columns: float, *, to_input: bool = True, to_weight: bool = True) -> Flops:
+def matmul_flops(rows: float, inner: float, columns: float, *, to_input: bool = True, to_weight: bool = True) -> Flops:
     """A matrix product, (rows, inner) times (inner, columns), and the products of its gradients."""
     forward = 2 * rows * inner * columns
     return Flops(forward, forward * (to_input + to_weight))
 
 
-def attention(rows: float, queries: float, keys: float, width: float, *, backward: bool = True) -> Flops:
+def attention_flops(rows: float, queries: float, keys: float, width: float, *, backward: bool = True) -> Flops:
     """Attention scores and weighted sums of all heads. Causal attention counts like full attention."""
-    return product(rows * queries, width, 2 * keys, to_input=backward, to_weight=backward)
+    return matmul_flops(rows * queries, width, 2 * keys, to_input=backward, to_weight=backward)
 
 
-def of_vision(config: TimeSformerConfig, clips: int, *, spatial: bool = True) -> Flops:
+def vision_flops(config: TimeSformerConfig, clips: int, *, spatial: bool = True) -> Flops:
     """TimeSformer. `spatial` is False if only its temporal parts are trained."""
     width, frames = config.hidden_size, config.num_frames
     patches = (config.image_size // config.patch_size) ** 2
     over_time, over_space = clips * patches * frames, clips * frames * (1 + patches)
     tokens = clips * (1 + frames * patches)
-    block = product(over_time, width, 4 * width) + attention(clips * patches, frames, frames, width)
-    block += product(width, width, width)  # merges the temporal output projection and temporal_fc into one layer
-    block += product(over_space, width, 4 * width, to_weight=spatial)
-    block += attention(clips * frames, 1 + patches, 1 + patches, width)
-    block += product(tokens, width, 2 * config.mlp_ratio * width, to_weight=spatial)
-    stem = product(over_time, 3 * config.patch_size**2, width, to_input=False, to_weight=spatial)
+    block = matmul_flops(over_time, width, 4 * width) + attention_flops(clips * patches, frames, frames, width)
+    block += matmul_flops(width, width, width)  # merges the temporal output projection and temporal_fc into one layer
+    block += matmul_flops(over_space, width, 4 * width, to_weight=spatial)
+    block += attention_flops(clips * frames, 1 + patches, 1 + patches, width)
+    block += matmul_flops(tokens, width, 2 * config.mlp_ratio * width, to_weight=spatial)
+    stem = matmul_flops(over_time, 3 * config.patch_size**2, width, to_input=False, to_weight=spatial)
     return stem + block * config.num_hidden_layers
 
 
-def of_abstractor(config: MPlugVideoConfig, clips: int) -> Flops:
+def abstractor_flops(config: MPlugVideoConfig, clips: int) -> Flops:
     """The abstractor and the projection to the prefix."""
     vision = config.vision_config
     width, queries = vision.hidden_size, clips * config.num_queries
     keys = 1 + vision.num_frames * (vision.image_size // vision.patch_size) ** 2
-    found = product(queries, width, 2 * width) + product(clips * keys, width, 2 * width)
-    found += attention(clips, config.num_queries, keys + 1, width)  # + 1: the learned key
-    found += product(queries, width, 2 * vision.mlp_ratio * width)
-    return found + product(queries, width, config.text_config.hidden_size)
+    found = matmul_flops(queries, width, 2 * width) + matmul_flops(clips * keys, width, 2 * width)
+    found += attention_flops(clips, config.num_queries, keys + 1, width)  # + 1: the learned key
+    found += matmul_flops(queries, width, 2 * vision.mlp_ratio * width)
+    return found + matmul_flops(queries, width, config.text_config.hidden_size)
 
 
-def of_decoder(decoder: PreTrainedModel, read: DecoderPass, *, frozen: bool) -> Flops:
+def decoder_flops(decoder: PreTrainedModel, read: DecoderPass, *, frozen: bool) -> Flops:
     """One decoder pass, with logits only for scored tokens."""
     config, tokens = decoder.config, read.rows * read.length
     layers = sum(
@@ -100,21 +100,21 @@ def of_decoder(decoder: PreTrainedModel, read: DecoderPass, *, frozen: bool) -> 
         if len(shape := getattr(weight, "ds_shape", weight.shape)) == 2  # ds_shape: the full shape under ZeRO-3
     )
     gradient = {"to_input": read.after_prefix or not frozen, "to_weight": not frozen}
-    found = product(tokens, layers, 1, **gradient)
-    attended = attention(read.rows, read.length, read.length, config.hidden_size, backward=gradient["to_input"])
+    found = matmul_flops(tokens, layers, 1, **gradient)
+    attended = attention_flops(read.rows, read.length, read.length, config.hidden_size, backward=gradient["to_input"])
     found += attended * config.num_hidden_layers
-    return found + product(read.scored, config.hidden_size, config.vocab_size, **gradient)
+    return found + matmul_flops(read.scored, config.hidden_size, config.vocab_size, **gradient)
 
 
 def step_flops(model: PreTrainedModel, clips: int, passes: list[DecoderPass]) -> Flops:
     """Forward and backward pass of a task's model over a batch. Small heads are ignored."""
     config = model.config
     if not isinstance(config, MPlugVideoConfig):  # the decoder alone
-        return sum((of_decoder(model, read, frozen=False) for read in passes), Flops())
-    found = of_vision(config.vision_config, clips, spatial=not config.freeze_vision)
+        return sum((decoder_flops(model, read, frozen=False) for read in passes), Flops())
+    found = vision_flops(config.vision_config, clips, spatial=not config.freeze_vision)
     if any(read.after_prefix for read in passes):
-        found += of_abstractor(config, clips)
-    return sum((of_decoder(model.decoder, read, frozen=config.freeze_decoder) for read in passes), found)
+        found += abstractor_flops(config, clips)
+    return sum((decoder_flops(model.decoder, read, frozen=config.freeze_decoder) for read in passes), found)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

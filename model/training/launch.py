@@ -49,7 +49,7 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
         is_restartable = policy.is_restartable(code)
         if is_restartable and memory_kills() > kills:
             cause = _killed_for_memory()
-            _say(code, cause)
+            _report(code, cause)
         if not is_restartable or code == INTERRUPTED or asked_to_end or failed == policy.MAX_FAST_FAILURES:
             return code
         wait_s = exponential_s(max(failed, 1), policy.FIRST_WAIT_S, policy.LONGEST_WAIT_S)
@@ -66,7 +66,7 @@ def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
     except UserError as error:
         if not policy.is_restartable(code := exit_code(error)):
             raise
-        _say(code, str(error))
+        _report(code, str(error))
         return code, False
     return None
 
@@ -76,12 +76,12 @@ def _killed_for_memory() -> str:
     if not limit:
         return "a process was killed for lack of memory: this machine has too little."
     return (
-        f"a process was killed for memory at the pod's limit of {limit / 2**20:.0f} MiB: raise it in the shape "
-        "(PodTemplate training)."
+        f"a process was killed for memory at the pod's limit of {limit / 2**20:.0f} MiB: raise it in "
+        "PodTemplate training."
     )
 
 
-def _say(code: int, why: str) -> None:
+def _report(code: int, why: str) -> None:
     print(f"error: {why}", file=sys.stderr, flush=True)
     note_termination(code, why)
 

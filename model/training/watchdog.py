@@ -28,7 +28,7 @@ from model.parent import PARENT_PID
 from model.training.distributed import Processes, as_lost_process
 
 log = logging.getLogger("mplug")
-INTERVAL_S, LAST_WORDS_S, EXIT_WITHIN_S = 1.0, 10.0, 30.0
+INTERVAL_S, ON_EXIT_S, EXIT_WITHIN_S = 1.0, 10.0, 30.0
 VERDICT = "verdict"
 Section = Literal["setup", "first_step", "step", "checkpoint", "evaluation"]
 
@@ -156,7 +156,7 @@ class Watchdog:
                 return Verdict(LOST, f"process {rank} has sent no heartbeat for {silence}")
         return None
 
-    def _tell(self, verdict: Verdict) -> None:
+    def _publish(self, verdict: Verdict) -> None:
         """Writes a verdict and returns the first one that was written. If the store does not answer, the first process
         is lost, which all processes notice."""
         try:
@@ -166,13 +166,13 @@ class Watchdog:
             pass
 
     def _leave(self, verdict: Verdict) -> None:
-        self._tell(verdict)
+        self._publish(verdict)
         print(f"error: {verdict.reason}; process {self.rank} was in {self.section}:", file=sys.stderr, flush=True)
         print(_stacks(), file=sys.stderr, flush=True)
-        speaker = threading.Thread(target=self.on_exit, daemon=True)
-        speaker.start()
+        callback = threading.Thread(target=self.on_exit, daemon=True)
+        callback.start()
         self._linger()
-        speaker.join(LAST_WORDS_S)
+        callback.join(ON_EXIT_S)
         os._exit(verdict.code)
 
     def _conclude(self, error: BaseException) -> None:
@@ -188,7 +188,7 @@ class Watchdog:
                 log.error("process %d ends with the run: %s", self.rank, verdict.reason)
                 sys.exit(verdict.code)
             return
-        self._tell(
+        self._publish(
             Verdict(
                 exit_code(error), f"process {self.rank} ended: {(str(error) or type(error).__name__).splitlines()[0]}"
             )

@@ -17,7 +17,7 @@ from cli.doctor.finding import Finding
 from components.jobs.client import parse_amount
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.paths import ROOT
-from tests.helpers.shapes import GPU
+from tests.helpers.pod_templates import GPU
 
 K8S = ROOT / "k8s"
 
@@ -129,7 +129,7 @@ CLUSTER = Question(cluster=True, namespace="mplug", nodes=2)
 def test_a_complete_cluster_passes(kube: FakeKube) -> None:
     kinds = {finding.check: finding.kind for finding in run_checks(CLUSTER)}
     assert set(kinds.values()) <= {"ok", "warning"}, kinds
-    assert {"API server", "rights", "training-operator", "shape", "init container", "quota"} <= set(kinds)
+    assert {"API server", "rights", "training-operator", "PodTemplate", "init container", "quota"} <= set(kinds)
 
 
 def test_missing_permissions_are_listed(kube: FakeKube) -> None:
@@ -147,14 +147,14 @@ def test_missing_components_are_listed(kube: FakeKube) -> None:
     kube.remove("configmaps", "mplug-config")
     kube.remove("podtemplates", "training")
     assert found(CLUSTER, "mplug-config").kind == "failure"
-    assert found(CLUSTER, "shape").message == "namespace mplug has no PodTemplate training"
+    assert found(CLUSTER, "PodTemplate").message == "namespace mplug has no PodTemplate training"
 
 
 def test_a_pod_template_that_violates_a_rule_is_reported(kube: FakeKube) -> None:
-    shape = copy.deepcopy(GPU)
-    shape["template"]["spec"]["containers"][0]["image"] = "registry.example/training:latest"
-    kube.put("podtemplates", shape)
-    assert "other than latest" in found(CLUSTER, "shape").message
+    pod_template = copy.deepcopy(GPU)
+    pod_template["template"]["spec"]["containers"][0]["image"] = "registry.example/training:latest"
+    kube.put("podtemplates", pod_template)
+    assert "other than latest" in found(CLUSTER, "PodTemplate").message
 
 
 def operator_pod(kube: FakeKube) -> dict[str, Any]:
@@ -208,9 +208,9 @@ def test_an_operator_without_read_permission_is_a_warning(kube: FakeKube) -> Non
 def test_kueue_without_the_pytorchjob_integration_is_a_failure(
     kube: FakeKube, frameworks: list[str], kind: str
 ) -> None:
-    shape = copy.deepcopy(GPU)
-    shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
-    kube.put("podtemplates", shape)
+    pod_template = copy.deepcopy(GPU)
+    pod_template["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
+    kube.put("podtemplates", pod_template)
     assert found(CLUSTER, "Kueue").kind == "failure"  # not installed
     settings = yaml.safe_dump({"integrations": {"frameworks": frameworks}})
     data = {"controller_manager_config.yaml": settings}

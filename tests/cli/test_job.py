@@ -12,7 +12,7 @@ import yaml
 
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.paths import ROOT
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 TRAIN = ["train", "tiny_pretraining", "data.shards=s", "model.decoder=d"]

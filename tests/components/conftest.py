@@ -8,7 +8,7 @@ from components.jobs.client import Cluster
 from components.jobs.manifests import render_job
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.jobs import LAUNCH
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from model.config.schema import count_in_steps
 from model.data.shards.reader import read_dataset_info
 from model.training import attempts
 from tests.helpers.fake_kube import FakeKube
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 
 def test_a_pipeline_step_trains_on_the_cluster(kube: FakeKube, shards: dict[str, str], tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def network() -> Iterator[str]:
 
 def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: Path, network: str) -> None:
     """`podman kube play` runs the pods of a job: read-only, non-root, without capabilities."""
-    shape, _ = load_pod_template(ROOT / "k8s" / "overlays" / "local")
-    container = shape["template"]["spec"]["containers"][0]
+    pod_template, _ = load_pod_template(ROOT / "k8s" / "overlays" / "local")
+    container = pod_template["template"]["spec"]["containers"][0]
     folders = {"work": tmp_path / "work", "out": tmp_path / "out"}
     for name, uri in (("shards", shards["pretrain"]), ("decoder", decoder)):
         shutil.copytree(uri, folders["work"] / name)
@@ -110,7 +110,7 @@ def test_two_pods_train_as_one(shards: dict[str, str], decoder: str, tmp_path: P
         "optim.warmup_steps=1",
         "data.batch_size=8",
     )
-    (job,) = render_job(Launch(command=command, name="tiny", nodes=2), shape, "mplug")
+    (job,) = render_job(Launch(command=command, name="tiny", nodes=2), pod_template, "mplug")
     played: list[dict[str, Any]] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mplug-config"}, "data": {"MPLUG_ROOT": "/out"}}
     ]

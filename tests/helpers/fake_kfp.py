@@ -44,16 +44,16 @@ class Handler(BaseHTTPRequestHandler):
         fake.headers = {name.lower(): value for name, value in self.headers.items()}
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         if fake.faults and (code := fake.faults.pop(0)):
-            return self.say(code, {"code": code, "message": "put in by the test"})
+            return self.respond(code, {"code": code, "message": "put in by the test"})
         match self.command, url.path.removeprefix("/apis/v2beta1/").split("/"):
             case "GET", ["experiments"]:
-                self.say(200, self.page(dict(parse_qsl(url.query))))
+                self.respond(200, self.page(dict(parse_qsl(url.query))))
             case "POST", ["experiments"]:
                 created = kfp.V2beta1Experiment(
                     experiment_id=f"e{len(fake.experiments)}", **self.known(body, "Experiment")
                 )
                 fake.experiments.append(created)
-                self.say(200, created)
+                self.respond(200, created)
             case "POST", ["runs"]:
                 run = kfp.V2beta1Run(run_id=f"r{len(fake.runs)}", state="PENDING", **self.known(body, "Run"))
                 fake.runs.append(run)
@@ -61,9 +61,9 @@ class Handler(BaseHTTPRequestHandler):
                     spec = run.pipeline_spec
                     parameters = run.runtime_config["parameters"]
                     fake.backend.start(run.run_id, spec["pipeline_spec"], spec["platform_spec"], parameters)
-                self.say(200, run)
+                self.respond(200, run)
             case "GET", ["healthz"]:
-                self.say(200, {"multi_user": False} | ({"tag_name": fake.version} if fake.version else {}))
+                self.respond(200, {"multi_user": False} | ({"tag_name": fake.version} if fake.version else {}))
             case "POST", ["runs", call]:
                 run_id, _, verb = call.partition(":")
                 self.act(verb, next(run for run in fake.runs if run.run_id == run_id))
@@ -76,9 +76,9 @@ class Handler(BaseHTTPRequestHandler):
                     run.state = fake.states.pop(0) if len(fake.states) > 1 else fake.states[0]
                 details = [kfp.V2beta1PipelineTaskDetail(display_name=name, state=state) for name, state in shown]
                 run.run_details = kfp.V2beta1RunDetails(task_details=details)
-                self.say(200, run)
+                self.respond(200, run)
             case _:
-                self.say(404, {"message": "not found"})
+                self.respond(404, {"message": "not found"})
 
     do_GET = do_POST = serve  # noqa: N815
 
@@ -89,8 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             backend.terminate(run.run_id)
         elif verb == "retry" and not (backend.retry(run.run_id) if backend else fake.failed_steps):
             message = f"Workflow cannot be retried. Workflow must be Failed/Error to retry. State: {run.state}"
-            return self.say(400, {"code": 9, "message": message})
-        self.say(200, {})
+            return self.respond(400, {"code": 9, "message": message})
+        self.respond(200, {})
 
     def known(self, body: dict[str, Any], model: str) -> dict[str, Any]:
         """The request as a model; an unknown key is an error, as in the server."""
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         following = str(start + 2) if start + 2 < len(found) else ""
         return kfp.V2beta1ListExperimentsResponse(experiments=found[start : start + 2], next_page_token=following)
 
-    def say(self, code: int, answer: Any) -> None:
+    def respond(self, code: int, answer: Any) -> None:
         data = json.dumps(self.read.sanitize_for_serialization(answer)).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

@@ -154,16 +154,16 @@ class Handler(BaseHTTPRequestHandler):
                 if code := fault(self.command, url.path):
                     raise StatusError(code, FAULT_NAMES.get(code, "ServiceUnavailable"), "put in by the test")
             if url.path in kube.pages:
-                return self.say(200, kube.pages[url.path])
+                return self.respond(200, kube.pages[url.path])
             if url.path.endswith("/selfsubjectaccessreviews"):
                 asked = body["spec"]["resourceAttributes"]
-                return self.say(201, {"status": {"allowed": (asked["verb"], asked["resource"]) not in kube.denied}})
+                return self.respond(201, {"status": {"allowed": (asked["verb"], asked["resource"]) not in kube.denied}})
             match = PATH.fullmatch(url.path)
             if not match:
                 raise StatusError(404, "NotFound", "the server could not find the requested resource")
             self.answer(match, dict(parse_qsl(url.query)), body)
         except StatusError as error:
-            self.say(
+            self.respond(
                 error.code,
                 {
                     "kind": "Status",
@@ -185,22 +185,22 @@ class Handler(BaseHTTPRequestHandler):
             return self.stream_changes(namespace, plural, query)
         with kube.changed:
             if self.command == "POST" and query.get("dryRun") == "All":
-                return self.say(201, self.admitted(namespace, plural, body))
+                return self.respond(201, self.admitted(namespace, plural, body))
             if self.command == "POST":
                 if (namespace, plural, body["metadata"]["name"]) in kube.objects:
                     raise StatusError(409, "AlreadyExists", f'{plural} "{body["metadata"]["name"]}" already exists')
-                return self.say(201, kube._store(namespace, plural, body, "ADDED"))
+                return self.respond(201, kube._store(namespace, plural, body, "ADDED"))
             if self.command == "DELETE":
-                return self.say(200, self.delete(namespace, plural, name, body))
+                return self.respond(200, self.delete(namespace, plural, name, body))
             if self.command == "PATCH":
                 changed = merged(copy.deepcopy(kube.find(namespace, plural, name)), body)
-                return self.say(200, kube._store(namespace, plural, changed, "MODIFIED"))
+                return self.respond(200, kube._store(namespace, plural, changed, "MODIFIED"))
             if name:
-                return self.say(200, kube.find(namespace, plural, name))
+                return self.respond(200, kube.find(namespace, plural, name))
             items = [item for (space, kind, _), item in kube.objects.items() if (space, kind) == (namespace, plural)]
             chosen = [item for item in items if selected(item, query)]
             kind = "List"
-            return self.say(200, {"kind": kind, "apiVersion": "v1", "metadata": {}, "items": chosen})
+            return self.respond(200, {"kind": kind, "apiVersion": "v1", "metadata": {}, "items": chosen})
 
     def admitted(self, namespace: str, plural: str, body: Object) -> Object:
         """Pod Security admission of a namespace that enforces the restricted standard."""
@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         threading.Timer(kube.slow_delete_s, kube.remove, (plural, name, namespace)).start()
         return found
 
-    def say(self, code: int, answer: Object) -> None:
+    def respond(self, code: int, answer: Object) -> None:
         data = json.dumps(answer).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

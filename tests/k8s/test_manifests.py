@@ -16,7 +16,7 @@ import yaml
 
 from components.jobs.manifests import Launch, render_job
 from tests.helpers.paths import ROOT
-from tests.helpers.shapes import GPU
+from tests.helpers.pod_templates import GPU
 
 K8S = ROOT / "k8s"
 Document = dict[str, Any]

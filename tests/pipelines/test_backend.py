@@ -24,7 +24,7 @@ from tests.helpers.fake_kfp import FakeKfp, fake_kfp
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.kfp_backend import NAMESPACE, Backend
 from tests.helpers.paths import ROOT
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 LOCAL = list(yaml.safe_load_all((ROOT / "k8s/overlays/local/training.yaml").read_text()))[1]["data"]

@@ -13,7 +13,7 @@ from pipelines.catalog import PIPELINES, parse_arguments, pipeline_parameters, w
 from pipelines.cluster_defaults import arguments_on_cluster
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.paths import ROOT
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 OVERLAYS = ROOT / "k8s" / "overlays"
 BASE = yaml.safe_load((OVERLAYS.parent / "base" / "training" / "pipelines.yaml").read_text())["data"]

@@ -19,7 +19,7 @@ from components.jobs.run_end import ABANDONED
 from model.errors import AttemptsError, ClusterError, ConfigError, JobFailedError, OutageError, exit_code
 from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LAUNCH, LIMITS, MASTER, started, succeed
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 
 def test_equal_jobs_have_equal_names() -> None:

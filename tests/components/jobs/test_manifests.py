@@ -8,7 +8,7 @@ from components.jobs.manifests import LONGEST_NAME, Launch, render_job
 from components.jobs.rules import problems
 from model.errors import ConfigError
 from tests.helpers.paths import ROOT
-from tests.helpers.shapes import CPU, GPU
+from tests.helpers.pod_templates import CPU, GPU
 
 TRAIN = ("train", "tiny_pretraining", "data.shards=s", "model.decoder=d")
 
@@ -30,11 +30,11 @@ def test_a_training_job_has_a_master_and_its_workers() -> None:
 
 def test_a_defaulted_restart_policy_of_the_template_is_ignored() -> None:
     """training-operator emits a warning for each job whose pods set one."""
-    shape = copy.deepcopy(CPU)
-    shape["template"]["spec"]["restartPolicy"] = "Always"
-    assert "restartPolicy" not in pod_of(render_job(Launch(command=TRAIN), shape, "mplug")[0])["spec"]
+    pod_template = copy.deepcopy(CPU)
+    pod_template["template"]["spec"]["restartPolicy"] = "Always"
+    assert "restartPolicy" not in pod_of(render_job(Launch(command=TRAIN), pod_template, "mplug")[0])["spec"]
     assert (
-        pod_of(render_job(Launch(command=("evaluate", "m", "s")), shape, "mplug")[0])["spec"]["restartPolicy"]
+        pod_of(render_job(Launch(command=("evaluate", "m", "s")), pod_template, "mplug")[0])["spec"]["restartPolicy"]
         == "Never"
     )
 
@@ -65,7 +65,7 @@ def test_resources_are_proportional_to_the_gpus_of_a_job(
 
 
 def test_more_gpus_than_a_node_has_are_rejected() -> None:
-    with pytest.raises(ConfigError, match="at most the shape's GPUs, 8 per node, got 16"):
+    with pytest.raises(ConfigError, match="at most the GPUs of the PodTemplate, 8 per node, got 16"):
         render_job(Launch(command=TRAIN, processes=16), GPU, "mplug")
 
 
@@ -108,10 +108,10 @@ def test_invalid_job_names_are_rejected(name: str) -> None:
 
 
 def test_queues_come_from_the_pod_template() -> None:
-    shape = copy.deepcopy(CPU)
-    shape["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
-    shape["metadata"]["annotations"] = {"scheduling.volcano.sh/queue-name": "mplug"}
-    (job,) = render_job(Launch(command=TRAIN), shape, "mplug")
+    pod_template = copy.deepcopy(CPU)
+    pod_template["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "training"}
+    pod_template["metadata"]["annotations"] = {"scheduling.volcano.sh/queue-name": "mplug"}
+    (job,) = render_job(Launch(command=TRAIN), pod_template, "mplug")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
     assert job["spec"]["runPolicy"]["schedulingPolicy"] == {"queue": "mplug"}
 

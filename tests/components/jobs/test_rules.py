@@ -13,7 +13,7 @@ from components.jobs.rules import ADMISSION, SAVING_S, problems
 from model.errors import ConfigError
 from model.training.launch import SHUTDOWN_S
 from tests.helpers.paths import FIXTURES
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 TRAIN = Launch(command=("train", "tiny_pretraining", "data.shards=s", "model.decoder=d"), name="job", nodes=2)
 
@@ -177,10 +177,10 @@ def test_a_single_pod_job_needs_a_failure_policy() -> None:
 
 
 def test_an_invalid_pod_template_is_rejected_by_rendering() -> None:
-    shape = copy.deepcopy(CPU)
-    shape["template"]["spec"]["securityContext"]["runAsUser"] = 0
+    pod_template = copy.deepcopy(CPU)
+    pod_template["template"]["spec"]["securityContext"]["runAsUser"] = 0
     with pytest.raises(ConfigError, match="runAsUser must not be 0"):
-        render_job(TRAIN, shape, "mplug")
+        render_job(TRAIN, pod_template, "mplug")
 
 
 def test_the_grace_period_rule_matches_the_launcher() -> None:

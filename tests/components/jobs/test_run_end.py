@@ -17,7 +17,7 @@ from components.jobs.workflow import Step, step_name, workflow_steps
 from model.pipeline_run import RUN_ID
 from tests.helpers.fake_kube import FakeKube
 from tests.helpers.jobs import LAUNCH
-from tests.helpers.shapes import CPU
+from tests.helpers.pod_templates import CPU
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from tests.helpers.paths import ROOT
 FILE = ROOT / "k8s" / "base" / "training" / "pod-template.yaml"
 
 
-def shape(**resources: dict[str, str]) -> dict[str, Any]:
+def pod_template(**resources: dict[str, str]) -> dict[str, Any]:
     """`requests` replaces requests and limits if it is given."""
     template: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     container = template["template"]["spec"]["containers"][0]
@@ -19,5 +19,5 @@ def shape(**resources: dict[str, str]) -> dict[str, Any]:
     return template
 
 
-CPU = shape()
-GPU = shape(requests={"cpu": "96", "memory": "500Gi"}, limits={"memory": "500Gi", "nvidia.com/gpu": "8"})
+CPU = pod_template()
+GPU = pod_template(requests={"cpu": "96", "memory": "500Gi"}, limits={"memory": "500Gi", "nvidia.com/gpu": "8"})
