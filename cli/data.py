@@ -165,7 +165,7 @@ def shard_command(
 
 
 @data.command("import")
-def import_own(
+def import_command(
     videos: Annotated[str, typer.Argument(help="Folder or s3:// URI of the videos.")],
     table: Annotated[str, typer.Argument(help="CSV with columns video and text, and optionally label and split.")],
     root: Annotated[str, typer.Argument(help="Folder or s3:// URI under which raw/ and shards/ are written.")],
@@ -175,7 +175,7 @@ def import_own(
     num_frames: NumFrames = 16,
     short_side: ShortSide = 256,
 ) -> None:
-    """Make a dataset from your own videos and print the URI of its shards.
+    """Import your own videos as a dataset and print the URI of its shards.
 
     The CSV has the path of each video relative to VIDEOS. Without a column `split`, 10 % of the videos each are
     assigned to val and test, always the same ones. All videos of a pre-training dataset are in train.

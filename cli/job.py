@@ -139,7 +139,7 @@ def logs(
 
 @job.command("cancel")
 def cancel_job(name: Name, namespace: Namespace = "") -> None:
-    """Remove a job. A training saves a checkpoint first, and the same job resumes from it.
+    """Remove a job. A training job saves a checkpoint first, and the same job resumes from it.
 
     Example: `mplug job cancel pretrain-1-3b`
     """
@@ -151,4 +151,4 @@ def cancel_job(name: Name, namespace: Namespace = "") -> None:
     cluster.delete(kind, name)
     if kind == "TrainJob":
         cluster.delete("TrainingRuntime", name)
-    print(f"{name} is removed")
+    print(f"{name} was removed")

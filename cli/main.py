@@ -192,9 +192,9 @@ def doctor(
     )
     fits = print_findings(question)
     if pod:
-        from cli.doctor.cluster import ask_in_a_pod
+        from cli.doctor.cluster import check_in_pod
 
-        ask_in_a_pod(namespace)
+        check_in_pod(namespace)
     sys.exit(0 if fits else 1)
 
 

@@ -176,7 +176,7 @@ def cancel_run(
     from pipelines.follow_run import cancel_run
 
     cancel_run(_host(url, token, headers, profile), run_id)
-    print(f"{run_id} is cancelled")
+    print(f"{run_id} was cancelled")
 
 
 def _host(url: str, token: str, headers: list[str] | None, profile: str) -> "Host":

@@ -31,7 +31,7 @@ class Hardware:
     """Per node; 0: processes on CPUs, one per node."""
     gpu: str
     price: float
-    """Of one GPU for an hour."""
+    """Price of a GPU hour."""
 
     @property
     def processes(self) -> int:
@@ -52,7 +52,7 @@ def print_plan(config: str, overrides: list[str], hardware: Hardware, *, clips: 
     limit = GPUS[hardware.gpu].memory * USABLE if hardware.gpus else None
     if limit is None or memory <= limit:
         return True
-    has = f"{limit / 1e9:.1f} GB that are usable on this GPU ({hardware.gpu})"
+    has = f"{limit / 1e9:.1f} GB usable on this GPU ({hardware.gpu})"
     console.print(f"[bold red]does not fit[/]: {memory / 1e9:.1f} GB of the {has}.")
     console.print(_remedy(run, hardware, limit), markup=False)
     return False
@@ -122,7 +122,7 @@ def _memory_table(memory: Memory, total: float, measured: Measurement | None, *,
     if measured:
         table.add_row("other, measured here", f"{(total - sum(parts.values())) / 1e9:+.2f}")
     table.add_section()
-    table.add_row("[bold]together[/]", f"[bold]{total / 1e9:.2f}[/]")
+    table.add_row("[bold]total[/]", f"[bold]{total / 1e9:.2f}[/]")
     return table
 
 
@@ -131,19 +131,20 @@ def _facts(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measure
     shared = f"{found.processes} processes x {run.training.gradient_accumulation} x {found.micro_batch} clips"
     table.add_row("parameters", f"{found.trained:,} trained, {found.frozen:,} frozen")
     table.add_row("batch", f"{run.data.batch_size} clips = {shared}")
-    table.add_row("a checkpoint", f"{found.checkpoint_bytes:,} bytes; {run.checkpoint.keep} and the best are kept")
-    table.add_row("the model", f"{found.model_bytes:,} bytes")
+    table.add_row("checkpoint", f"{found.checkpoint_bytes:,} bytes; {run.checkpoint.keep} and the best are kept")
+    table.add_row("model", f"{found.model_bytes:,} bytes")
     if hardware.gpus:
         table.add_row(
-            "host memory per GPU", f"{found.memory.host / 1e9:.2f} GB for a checkpoint's copy, and the loaders'"
+            "host memory per GPU",
+            f"{found.memory.host / 1e9:.2f} GB for the copy of a checkpoint; loader processes in addition",
         )
     fast, slow = _step_seconds(run, hardware, found, measured)
     table.add_row("operations per step", f"{found.step_flops / 1e12:,.2f} TFLOP")
-    table.add_row("a step", f"{fast:.3g} to {slow:.3g} s" if slow > fast else f"{fast:.3g} s, as measured here")
+    table.add_row("step", f"{fast:.3g} to {slow:.3g} s" if slow > fast else f"{fast:.3g} s, as measured here")
     steps = run.training.steps
     if steps:
         hours = [steps * seconds / 3600 for seconds in (fast, slow)]
-        table.add_row("the run", f"{steps:,} steps, {hours[0]:,.1f} to {hours[1]:,.1f} hours")
+        table.add_row("run", f"{steps:,} steps, {hours[0]:,.1f} to {hours[1]:,.1f} hours")
         if hardware.gpus:
             gpu_hours = [hour * found.processes for hour in hours]
             cost = (
@@ -154,7 +155,7 @@ def _facts(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measure
             table.add_row("GPU-hours, cost", f"{gpu_hours[0]:,.0f} to {gpu_hours[1]:,.0f}{cost}")
     rate = run.data.batch_size / fast
     low, high = (measured.clip_s,) * 2 if measured and measured.clip_s else CLIP_S[form]
-    table.add_row("clips to feed", f"{rate:,.1f} per second at most ({form} shards)")
+    table.add_row("clips to read", f"at most {rate:,.1f} per second ({form} shards)")
     table.add_row(
         "decode cores", f"{rate * low:,.1f} to {rate * high:,.1f}, data.workers has {run.data.workers} per process"
     )

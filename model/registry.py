@@ -84,7 +84,7 @@ def register_model(uri: str, name: str, model: str, tags: Mapping[str, str]) -> 
 
 
 @_one_line
-def try_out(uri: str) -> str:
+def check_tracking(uri: str) -> str:
     """Writes a run with a metric, reads it and removes it. Returns the version of the client."""
     server = mlflow_client(uri)
     run = server.create_run(experiment_id(server, "mplug-doctor"), tags={"mlflow.runName": "doctor"}).info.run_id

@@ -156,7 +156,7 @@ def counted(pod: Any) -> dict[str, float]:
     return found
 
 
-def ask_in_a_pod(namespace: str) -> None:
+def check_in_pod(namespace: str) -> None:
     """Runs the checks in a pod with the image, network policies, credentials and volumes of a job.
 
     Raises JobFailedError if the pod does not start, or if a check fails.

@@ -148,7 +148,7 @@ def _tracking(uri: str) -> Iterator[Finding]:
     from model.errors import TrackingError
 
     try:
-        version = registry.try_out(uri)
+        version = registry.check_tracking(uri)
     except TrackingError as error:
         message = str(error)
         remedy = "Check that the server runs, and that network policies allow access from this pod."

@@ -50,7 +50,7 @@ class Watchdog:
         self.parent = int(os.environ.get(PARENT_PID, os.getppid()))  # the parent may already have ended
         self.store: TCPStore | None = None
         self.answered = 0.0
-        """When the store last did."""
+        """Time of the store's last response."""
         self.alive: dict[int, tuple[bytes, float]] = {}
         """Last heartbeat of each process, and the time when it changed."""
         self.stopped = threading.Event()

@@ -41,7 +41,7 @@ def test_apply_watch_logs_and_cancel_of_a_job(kube: FakeKube) -> None:
     kube.conclude("pytorchjobs", name, "Succeeded")
     watched = mplug("watch", name)
     assert (watched.returncode, watched.stdout) == (0, "step 1\n"), watched.stderr
-    assert mplug("cancel", name).stdout == f"{name} is removed\n"
+    assert mplug("cancel", name).stdout == f"{name} was removed\n"
     assert ("mplug", "pytorchjobs", name) not in kube.objects
 
 

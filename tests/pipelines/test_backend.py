@@ -161,7 +161,7 @@ def test_cancelling_a_retried_run_leaves_no_job(cluster: Cluster) -> None:
     cluster.job()
     ended = cluster.command("cancel", "r2")
     text, _ = ended.communicate(timeout=60)
-    assert (ended.returncode, text.splitlines()[-1]) == (0, "r2 is cancelled"), text
+    assert (ended.returncode, text.splitlines()[-1]) == (0, "r2 was cancelled"), text
     assert not [name for _, kind, name in cluster.kube.objects if kind == "pytorchjobs"]
 
 

@@ -53,7 +53,7 @@ class Options:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
 
 
-def in_share(path: str, index: int, count: int) -> bool:
+def in_partition(path: str, index: int, count: int) -> bool:
     """Whether a file belongs to partition `index` of `count`, which depends on its path alone."""
     return zlib.crc32(path.encode()) % count == index
 
@@ -88,7 +88,7 @@ def download_dataset(
     )
     facts = {"files": 0.0, "files_copied": 0.0, "bytes_copied": 0.0, "files_failed": 0.0}
     failed: list[Outcome] = []
-    with _alone(job.spool), ThreadPoolExecutor(options.threads) as pool, bar:
+    with _locked(job.spool), ThreadPoolExecutor(options.threads) as pool, bar:
         try:
             for future in in_order(job.begin(pool, facts), LISTED_AHEAD):
                 outcome = future.result()
@@ -136,7 +136,7 @@ class _Job:
         nothing: Future[Outcome | None] = Future()
         nothing.set_result(None)
         for remote in self.source.files():
-            if not in_share(remote.path, self.options.index, self.options.count):
+            if not in_partition(remote.path, self.options.index, self.options.count):
                 continue
             if self.options.only and not any(fnmatch(remote.path, pattern) for pattern in self.options.only):
                 continue
@@ -162,9 +162,9 @@ def verify_download(raw: str, *, index: int = 0, count: int = 1, threads: int = 
     Damaged files are recorded as failed, so that the next download fetches them again.
     """
     ledger, wrong, right = Ledger(raw, f"verify-{index + 1}of{count}"), [], 0
-    total = sum(1 for _ in _mine(raw, index, count))
+    total = sum(1 for _ in _downloaded(raw, index, count))
     with ThreadPoolExecutor(threads) as pool:
-        checks = (pool.submit(_fault, raw, row) for row in _mine(raw, index, count))
+        checks = (pool.submit(_fault, raw, row) for row in _downloaded(raw, index, count))
         done = (future.result() for future in in_order(checks, 4 * threads))
         for row, fault in progress(done, total=total, desc=f"verifying {raw}", unit="file"):
             right += not fault
@@ -175,8 +175,8 @@ def verify_download(raw: str, *, index: int = 0, count: int = 1, threads: int = 
     return right, wrong
 
 
-def _mine(raw: str, index: int, count: int) -> Iterator[Outcome]:
-    return (row for row in outcomes(raw) if row.status == DONE and in_share(row.path, index, count))
+def _downloaded(raw: str, index: int, count: int) -> Iterator[Outcome]:
+    return (row for row in outcomes(raw) if row.status == DONE and in_partition(row.path, index, count))
 
 
 def _fault(raw: str, row: Outcome) -> tuple[Outcome, str]:
@@ -191,7 +191,7 @@ def _fault(raw: str, row: Outcome) -> tuple[Outcome, str]:
 
 
 @contextmanager
-def _alone(spool: Path) -> Iterator[None]:
+def _locked(spool: Path) -> Iterator[None]:
     """Locks the partition: two processes with the same one would write to the same files."""
     spool.mkdir(parents=True, exist_ok=True)
     with (spool / "lock").open("w") as lock:

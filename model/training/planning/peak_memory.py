@@ -28,8 +28,8 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 size = storage.nbytes()
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._let_go, size)
+                weakref.finalize(storage, self._release, size)
         return out
 
-    def _let_go(self, size: int) -> None:
+    def _release(self, size: int) -> None:
         self.now -= size
