@@ -129,59 +129,36 @@ class Cluster:
         found: Manifest = json.loads(self.call(function, *arguments, _preload_content=False, **options).data)
         return found
 
+    def _on_custom(self, verb: str, kind: str, *arguments: Any, **options: Any) -> Any:
+        """Calls create, get, list, patch or delete for objects of a kind in KINDS."""
+        of, function = KINDS[kind], getattr(self.custom, f"{verb}_namespaced_custom_object")
+        return self.call(function, of.group, of.version, self.namespace, of.plural, *arguments, **options)
+
     def create(self, manifest: Manifest) -> Manifest:
-        kind = KINDS[manifest["kind"]]
-        created: Manifest = self.call(
-            self.custom.create_namespaced_custom_object, kind.group, kind.version, self.namespace, kind.plural, manifest
-        )
-        return created
+        return dict(self._on_custom("create", manifest["kind"], manifest))
 
     def get(self, kind: str, name: str) -> Manifest | None:
         """The object; None if it does not exist."""
-        of = KINDS[kind]
         try:
-            found: Manifest = self.call(
-                self.custom.get_namespaced_custom_object, of.group, of.version, self.namespace, of.plural, name
-            )
+            return dict(self._on_custom("get", kind, name))
         except ClusterError as error:
             if error.status == 404:
                 return None
             raise
-        return found
 
     def labelled(self, kind: str, selector: str) -> list[Manifest]:
         """The objects with these labels."""
-        of = KINDS[kind]
-        found = self.call(
-            self.custom.list_namespaced_custom_object,
-            of.group,
-            of.version,
-            self.namespace,
-            of.plural,
-            label_selector=selector,
-        )
-        return list(found["items"])
+        return list(self._on_custom("list", kind, label_selector=selector)["items"])
 
     def patch(self, kind: str, name: str, changes: Manifest) -> None:
-        of = KINDS[kind]
-        self.call(
-            self.custom.patch_namespaced_custom_object, of.group, of.version, self.namespace, of.plural, name, changes
-        )
+        self._on_custom("patch", kind, name, changes)
 
     def delete(self, kind: str, name: str, uid: str = "") -> bool:
         """Deletes the object and its pods. False if it does not exist, or if its UID is not `uid`."""
-        of, options = KINDS[kind], {"propagationPolicy": "Background"}
+        options = {"propagationPolicy": "Background"}
         body = {**options, "preconditions": {"uid": uid}} if uid else options
         try:
-            self.call(
-                self.custom.delete_namespaced_custom_object,
-                of.group,
-                of.version,
-                self.namespace,
-                of.plural,
-                name,
-                body=body,
-            )
+            self._on_custom("delete", kind, name, body=body)
         except ClusterError as error:
             if error.status == 404 or (uid and error.status == 409):
                 return False
@@ -246,14 +223,8 @@ class Cluster:
 
     def log_end(self, pod: str, container: str, lines: int) -> list[str]:
         """The last lines of a container's log."""
-        answer = self.call(
-            self.core.read_namespaced_pod_log,
-            pod,
-            self.namespace,
-            container=container,
-            tail_lines=lines,
-            _preload_content=False,
-        )
+        options = {"container": container, "tail_lines": lines, "_preload_content": False}
+        answer = self.call(self.core.read_namespaced_pod_log, pod, self.namespace, **options)
         return str(answer.data.decode(errors="replace")).splitlines()
 
     def read(self, path: str) -> Manifest:
