@@ -49,7 +49,7 @@ def test_the_best_checkpoint_becomes_the_model(outcome: Outcome, shards: dict[st
 
 def test_a_profile_of_three_steps_is_written(outcome: Outcome) -> None:
     root = Path(outcome.model).parents[2]
-    assert f"profile of 3 steps: {root}/profiles/tiny-classification.json.gz" in outcome.message
+    assert f"profile of 3 steps: {root}/profiles/tiny-classification.json.gz" in outcome.stderr
     trace = json.loads(gzip.decompress((root / "profiles" / "tiny-classification.json.gz").read_bytes()))
     assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
 

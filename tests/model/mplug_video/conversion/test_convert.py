@@ -248,5 +248,5 @@ def test_a_pickle_with_other_objects_is_rejected(tmp_path: Path) -> None:
         convert_weights(FOLDER / "deepspeed_mp_rank_00_model_states.pt", tmp_path / "out")
     with pytest.raises(ConversionError, match="a multiple of the patch size 8, it is 30"):
         convert_weights(clip_file(tmp_path), tmp_path / "out", vision_heads=2, image_size=30)
-    with pytest.raises(ConversionError, match="there is nothing"):
+    with pytest.raises(ConversionError, match="it does not exist"):
         convert_weights(tmp_path / "absent.pt", tmp_path / "out")
