@@ -1,7 +1,7 @@
 """Every error that a user can act on, with its exit code, and how a process reports it. Imports nothing of the project.
 
 Exit codes 1 to 127 are permanent: the same command fails again. From 128 on a restart may help. A user error is printed
-in lines; anything else is a bug and keeps its traceback.
+as one line per problem; anything else is a bug and keeps its traceback.
 """
 
 import json
@@ -29,7 +29,7 @@ TERMINATION_LOG = Path(os.environ.get("MPLUG_TERMINATION_LOG", "/dev/termination
 
 
 class UserError(Exception):
-    """Base of all errors that are reported in lines, without a traceback."""
+    """Base of all errors that are reported as one line per problem, without a traceback."""
 
     exit_code = FAILED
 
@@ -173,7 +173,7 @@ def clear_termination() -> None:
 
 
 class _TracebackError(Exception):
-    """The traceback of an error in another process; the cause of that error in this one."""
+    """The traceback of an error in another process, attached as its cause when it is raised again here."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -203,6 +203,6 @@ class RemoteError:
 def _can_be_pickled(error: Exception) -> bool:
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its constructor makes of the arguments
+    except Exception:  # constructors may raise anything
         return False
     return type(copy) is type(error) and str(copy) == str(error)

@@ -1,4 +1,4 @@
-"""Repeats what failed for a reason that may pass."""
+"""Retries calls that failed for a transient reason."""
 
 import time
 from collections.abc import Callable

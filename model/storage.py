@@ -74,7 +74,7 @@ def _one_line(function: Callable[P, R]) -> Callable[P, R]:
             uri = next((str(arg) for arg in args if str(arg).startswith("s3://")), "storage")
             kind = NotFoundError if _is_missing(error) else StorageError
             raise kind(f"{uri}: {' '.join(str(error).split())[:400]}") from error
-        except FileNotFoundError as error:  # obstore's own too, which names no file
+        except FileNotFoundError as error:  # also raised by obstore, without a file name
             raise NotFoundError(f"{error.filename or args[0]} does not exist.") from error
         except StorageError:
             raise

@@ -19,7 +19,7 @@ from components.train_tokenizer import train_tokenizer
 from pipelines.placement import place, set_resources
 from pipelines.tracked import Parameters, call_step, inner_pipeline, tracked_pipeline
 
-DATASETS = ["pretrain", "classification", "retrieval", "captioning"]
+DEMO_DATASETS = ["pretrain", "classification", "retrieval", "captioning"]
 BENCHMARKS = [
     {"config": f"tiny_{task}", "init": init}
     for init in ("pretrained", "random")
@@ -90,7 +90,7 @@ def benchmarks(
 def demo_pipeline(p: DemoParameters, tracking: Any) -> None:
     raw = compute(call_step(download, p, partition="1/1", tracking=tracking), p)
     stored = {"raw": raw.output, "raw_version": p.source_version, "tracking": tracking}
-    shards = compute(call_step(shard, p, datasets=DATASETS, partition="1/1", **stored), p)
+    shards = compute(call_step(shard, p, datasets=DEMO_DATASETS, partition="1/1", **stored), p)
     tokenizer = compute(call_step(train_tokenizer, p, **stored), p)
     given = {"shards": shards.output, "pretrained": "", "tracking": tracking, **IN_THE_STEP}
     decoder = compute(

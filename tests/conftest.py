@@ -18,9 +18,8 @@ from filelock import FileLock
 from tests.helpers.killing import Outcome, Training
 from tests.helpers.running import train
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # background jobs of a shell ignore it, and so do their children
+# background jobs of a shell ignore it, and so do their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 collect_ignore = [] if "MPLUG_E2E" in os.environ else ["e2e"]
@@ -32,8 +31,8 @@ LONGEST = (
     "backend",
     "production",
     "pipelines",
-    "planning",
-    "torchrun",
+    "plan",
+    "launch",
     "recovery",
     "training",
     "kills",

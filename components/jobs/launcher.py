@@ -129,7 +129,7 @@ def find_kind(cluster: Cluster, name: str) -> str:
         try:
             if KINDS[kind].succeeded and cluster.get(kind, name):
                 return kind
-        except ClusterError as error:  # of a kind that the cluster lets nobody read, or does not know
+        except ClusterError as error:  # this kind is not installed or not readable
             log.debug("%s: %s", kind, error)
     raise ConfigError(
         f"namespace {cluster.namespace} has no job named {name}. `kubectl get pytorchjobs,jobs` lists them."
@@ -171,7 +171,7 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
             log.info("%s %s is created", kind, name)
             return job
         found = cluster.get(kind, name)
-        if found is None:  # it has gone in between
+        if found is None:  # deleted in the meantime
             continue
         if found["metadata"].get("deletionTimestamp"):
             _wait_until_gone(cluster, kind, name)

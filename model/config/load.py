@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from model.config.problems import explain, prune
-from model.config.schema import DATASETS, RunConfig
+from model.config.schema import TASK_DATASETS, RunConfig
 from model.errors import ConfigError
 
 PRESETS = Path(__file__).parents[1] / "configs"
@@ -51,9 +51,9 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
 
 def preset_dataset(name: str) -> str:
     """The dataset that a preset's task reads. The name of a dataset is returned unchanged."""
-    if name in DATASETS.values():
+    if name in TASK_DATASETS.values():
         return name
-    return DATASETS[load_config(name, ["data.shards=set-later", "model.decoder=set-later"]).task]
+    return TASK_DATASETS[load_config(name, ["data.shards=set-later", "model.decoder=set-later"]).task]
 
 
 def list_presets() -> list[str]:

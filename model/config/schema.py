@@ -8,7 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from model.errors import ConfigError
 from model.restart_policy import MAX_ATTEMPTS
 
-DATASETS = {
+TASK_DATASETS = {
     "language_modeling": "pretrain",
     "pretraining": "pretrain",
     "classification": "classification",
@@ -17,7 +17,7 @@ DATASETS = {
     "captioning": "captioning",
 }
 """Every task, model/tasks/<task>.py, and the dataset that it reads."""
-TaskName = Literal[tuple(DATASETS)]  # type: ignore[valid-type]
+TaskName = Literal[tuple(TASK_DATASETS)]  # type: ignore[valid-type]
 
 
 class Section(BaseModel):

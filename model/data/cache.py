@@ -95,7 +95,7 @@ def open_cache(folder: Path, limit: int) -> Cache:
 
 
 def _stats(pieces: list["os.DirEntry[str]"]) -> Iterator[tuple[float, int, str]]:
-    """Time, size and path of an entry; None if it was removed."""
+    """Time, size and path of each entry that still exists."""
     for item in pieces:
         try:
             yield item.stat().st_mtime, item.stat().st_size, item.path

@@ -1,4 +1,4 @@
-"""Decodes frames of a clip with PyAV or decord. The only file that imports a video decoder.
+"""Decodes frames of a clip with PyAV or decord. Only this file imports video decoders.
 
 Frames are selected as in the original code: the clip is divided into equal intervals, and one frame is taken from each,
 the middle one for evaluation, a random one for training. Frames are numbered in presentation order. Both decoders

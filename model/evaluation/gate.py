@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model import storage
-from model.config.schema import DATASETS, TrackingConfig
+from model.config.schema import TASK_DATASETS, TrackingConfig
 from model.errors import ConfigError, StageError
 from model.evaluation.registration import registered_name
 from model.evaluation.results import Evaluation, load_evaluation
@@ -34,9 +34,9 @@ def compare_with_champions(
     evaluations: Sequence[Evaluation], where: Mapping[str, str], minimum: Mapping[str, float], tolerance: float
 ) -> list[Comparison]:
     """Each task must reach its `minimum`, if one is given, and the score of its champion minus `tolerance`."""
-    unknown = set(minimum) - set(DATASETS)
+    unknown = set(minimum) - set(TASK_DATASETS)
     if unknown:
-        raise ConfigError(f"minimum must name tasks, of {', '.join(DATASETS)}, got {', '.join(sorted(unknown))}.")
+        raise ConfigError(f"minimum must name tasks, of {', '.join(TASK_DATASETS)}, got {', '.join(sorted(unknown))}.")
     found = []
     for evaluation in evaluations:
         metric = evaluation.headline

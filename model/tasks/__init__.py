@@ -1,6 +1,6 @@
 """One file per objective, which contains everything specific to it: batches, loss, predictions, scores.
 
-The registry is DATASETS in model/config/schema.py. The task `captioning` is the class Captioning in captioning.py.
+The registry is TASK_DATASETS in model/config/schema.py. The task `captioning` is the class Captioning in captioning.py.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Wraps DeepSpeed in a single method, a step over micro-batches. Only this file and zero.py import deepspeed."""
+"""DeepSpeed behind one interface: a training step over micro-batches. Only this file and zero.py import deepspeed."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -18,7 +18,7 @@ from model.tasks.base import DecoderPass
 
 @dataclass(frozen=True)
 class Gpu:
-    """As vendors state it."""
+    """Data-sheet values of a GPU."""
 
     memory: float
     """Bytes."""

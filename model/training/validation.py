@@ -35,7 +35,7 @@ class Validation:
         self.source = ClipSource(reader=self.reader, processor=task.processor, read_video=task.reads_video)
 
     def run(self, engine: Engine) -> dict[str, float]:
-        """`val/loss`, `val/<metric>`, … for the split val. All processes must call it together."""
+        """`val/loss`, `val/<metric>`, … for the split `evaluation.split`. All processes must call it together."""
         with engine.evaluating():
             scores = self._losses(engine)
             if self.task.metrics:

@@ -157,8 +157,8 @@ class Watchdog:
         return None
 
     def _publish(self, verdict: Verdict) -> None:
-        """Writes a verdict and returns the first one that was written. If the store does not answer, the first process
-        is lost, which all processes notice."""
+        """Writes a verdict unless there is one. If the store does not answer, the first process is lost, which all
+        processes notice."""
         try:
             if self.store and time.monotonic() - self.answered < 3 * INTERVAL_S:
                 self.store.compare_set(VERDICT, "", json.dumps(verdict.__dict__))

@@ -1,4 +1,4 @@
-"""Resumable GET requests that verify the response headers. The only file that imports urllib3."""
+"""Resumable GET requests that verify the response headers. The only file of `model` that imports urllib3."""
 
 import re
 from collections.abc import Iterator, Mapping

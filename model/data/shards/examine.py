@@ -25,7 +25,8 @@ def limit_memory() -> None:
 
 
 def examine_clip(data: bytes, form: Form, decoder: str, deadline_s: float) -> StoredClip | tuple[str, str]:
-    """The clip to store, or (reason, detail) if its first, middle and last frames cannot all be decoded."""
+    """The clip to store, or (reason, detail) if the frames to store, or of an original clip the first, middle and last
+    frames, cannot all be decoded."""
     try:
         reader = open_clip(data, decoder, deadline_s)
         last = reader.num_frames - 1

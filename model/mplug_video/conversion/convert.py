@@ -111,7 +111,7 @@ class Conversion:
 
 
 def convert_to(source: Path, dest: str, **options: Any) -> Conversion:
-    """Like `convert`, to a folder or an s3:// URI."""
+    """Like `convert_weights`, but writes to a folder or an s3:// URI."""
     if not storage.is_s3(dest):
         return convert_weights(source, Path(dest), **options)
     if storage.exists(storage.join(dest, manifest.FILE)):

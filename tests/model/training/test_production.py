@@ -15,7 +15,7 @@ import pytest
 
 from model import manifest, storage
 from model.config.load import list_presets, load_config
-from model.config.schema import DATASETS
+from model.config.schema import TASK_DATASETS
 from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
@@ -69,7 +69,7 @@ def test_a_released_preset_trains_from_s3_and_resumes(
 ) -> None:
     config = load_config(preset, ["data.shards=unused", "model.decoder=unused"])
     task, share = config.task, config.data.batch_size // GPUS
-    root, shards = storage.join(s3, "production", preset, form), stored(DATASETS[task], form)
+    root, shards = storage.join(s3, "production", preset, form), stored(TASK_DATASETS[task], form)
     base = "model.decoder" if task == "pretraining" else "model.init_from"
     settings = [*SIZES, "data.workers=2", f"data.batch_size={share}", f"data.shards={shards}", f"{base}={bases[base]}"]
     run = Training(root, settings, preset, LENGTH)
