@@ -23,7 +23,7 @@ from model.errors import INTERRUPTED, ConfigError, ProcessFailedError, StageErro
 from pipelines.local import validate_arguments
 
 ROOT = f"s3://{BUCKET}/demo"
-EXPERIMENT, RUN_NAME = "mplug-video", "demo"
+RUN_NAME = "demo"
 STAGE = re.compile(r"Task '([a-z-]+?)(-[0-9]+)?' finished with status (SUCCESS|FAILURE)")
 PROGRESS = re.compile(r"[0-9]%\|.*(clip|file|step|batch)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

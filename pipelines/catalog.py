@@ -20,14 +20,6 @@ PIPELINES = {
     "benchmark": "pipelines.benchmark.benchmark",
 }
 COMPILED = Path(__file__).parent / "compiled"
-YAML_TYPES: dict[str, tuple[type, ...]] = {
-    "STRING": (str,),
-    "NUMBER_INTEGER": (int,),
-    "NUMBER_DOUBLE": (int, float),
-    "BOOLEAN": (bool,),
-    "LIST": (list,),
-    "STRUCT": (dict,),
-}
 
 
 def load_pipeline(name: str) -> Any:
@@ -75,11 +67,12 @@ def parse_arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
             problems.append(f"{item} must be parameter=value of pipeline {name}. {hint}")
             continue
         kind = known[key]["parameterType"]
+        parse, expected = KINDS[kind]
         try:
-            value = READERS[kind](text)
+            value = parse(text)
         except (ValueError, yaml.YAMLError):
             value = None
-        if not isinstance(value, YAML_TYPES[kind]):
+        if not isinstance(value, expected):
             problems.append(f"{key} must be of type {kind}, got {text!r}. {known[key].get('description', '')}")
         found[key] = value
     return found if not problems else _refuse(problems)
@@ -98,14 +91,15 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, YamlLoader)
 
 
-READERS: dict[str, Callable[[str], Any]] = {
-    "STRING": str,
-    "NUMBER_INTEGER": int,
-    "NUMBER_DOUBLE": float,
-    "BOOLEAN": _yaml,
-    "LIST": _yaml,
-    "STRUCT": _yaml,
+KINDS: dict[str, tuple[Callable[[str], Any], type]] = {
+    "STRING": (str, str),
+    "NUMBER_INTEGER": (int, int),
+    "NUMBER_DOUBLE": (float, float),
+    "BOOLEAN": (_yaml, bool),
+    "LIST": (_yaml, list),
+    "STRUCT": (_yaml, dict),
 }
+"""Parser and Python type of kfp's parameter types."""
 
 
 def _refuse(problems: list[str]) -> Any:

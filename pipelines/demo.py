@@ -43,12 +43,6 @@ class DemoParameters(Parameters):
     """Name of the dataset under <root>/raw."""
     processes: int = 2
     """Training processes of the pre-training."""
-    overrides: list[str] = []
-    """dotted.key=value settings for every training stage."""
-    num_frames: int = 16
-    """Frames stored per clip."""
-    short_side: int = 72
-    """Shorter side of stored frames, in pixels."""
     vocab_size: int = 448
     """Tokens of the tokenizer."""
     cpu: str = "500m"
@@ -86,6 +80,7 @@ def benchmarks(
     source="source",
     last_stages="register report",
     run_name="mplug-video",
+    short_side=72,
 )
 def demo_pipeline(p: DemoParameters, tracking: Any) -> None:
     raw = compute(call_step(download, p, partition="1/1", tracking=tracking), p)

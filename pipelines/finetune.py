@@ -10,52 +10,26 @@ from components.register import register
 from components.shard import shard
 from components.train import train
 from pipelines.placement import SIZES, place, set_nodes, set_resources
-from pipelines.tracked import Parameters, call_step, inner_pipeline, tracked_pipeline
+from pipelines.tracked import JobParameters, call_step, inner_pipeline, tracked_pipeline
 
 
-class FinetuneParameters(Parameters):
+class FinetuneParameters(JobParameters):
     raw: str
     """Folder or URI of the downloaded dataset, <root>/raw/<name>."""
     pretrained: str
     """Folder or URI of the model to start from."""
-    image: str
-    """Image of the training pods and of the evaluations."""
-    cpu_image: str
-    """Image of the other steps: the same, or the smaller one without CUDA."""
     raw_version: str = ""
     """Version of the dataset; a new one decodes it again."""
     configs: list[str]
     """Presets, one for each task."""
     decoder: str = ""
     """Folder or URI of another language model; empty: that of the pre-trained model."""
-    num_frames: int = 16
-    """Frames stored per clip."""
-    short_side: int = 256
-    """Shorter side of stored frames, in pixels."""
-    overrides: list[str] = []
-    """dotted.key=value settings for training."""
-    nodes: int = 1
-    """Pods of each training job; 0: train in the step itself."""
-    processes: int = 0
-    """Training processes per node; 0: one per GPU of the PodTemplate."""
-    namespace: str = "mplug"
-    """Namespace of the training jobs."""
-    deadline_hours: float = 0.0
-    """Deadline of a training job in hours, after which it is suspended; 0: none."""
     minimum: dict[str, float] = {}
     """Minimum score by task, such as {"classification": 0.75}."""
     tolerance: float = 0.0
     """Allowed distance below the score of the champion."""
     promote: bool = False
     """Promote the models to champions if all of them pass the gate."""
-    shard_cpu: str = SIZES["shard_cpu"]
-    """CPU of the decoding step, as a Kubernetes quantity."""
-    shard_memory: str = SIZES["shard_memory"]
-    """Memory of the decoding step."""
-    train_cpu: str = SIZES["train_cpu"]
-    """CPU of the step that follows a training job, or that trains itself with 0 nodes."""
-    train_memory: str = SIZES["train_memory"]
-    """Memory of that step."""
     evaluate_cpu: str = SIZES["evaluate_cpu"]
     """CPU of each evaluation."""
     evaluate_memory: str = SIZES["evaluate_memory"]

@@ -20,7 +20,7 @@ from pipelines.kfp_host import Host, call_api
 
 log = logging.getLogger("mplug")
 ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
-LOOK_EVERY_S = 5.0
+CHECK_EVERY_S = 5.0
 RESTARTED_WITHIN_S = 120.0
 KUBEFLOW = "kubeflow"
 """Namespace of the steps in a Kubeflow without profiles."""
@@ -91,7 +91,7 @@ def follow_run(host: Host, run_id: str, retries: int = 0) -> None:
             log.warning("%s", failure)
             log.warning("retrying failed steps, %d retries left", retries)
             retry_run(host, run_id)
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(CHECK_EVERY_S)
 
 
 def retry_run(host: Host, run_id: str) -> None:

@@ -8,52 +8,26 @@ from components.download import download
 from components.shard import shard
 from components.train import train
 from pipelines.placement import SIZES, place, set_resources
-from pipelines.tracked import Parameters, call_step, inner_pipeline, tracked_pipeline
+from pipelines.tracked import JobParameters, call_step, inner_pipeline, tracked_pipeline
 
 
-class PretrainParameters(Parameters):
+class PretrainParameters(JobParameters):
     source: str
     """Folder, s3:// URI, list of URLs or modelscope://owner/name of the dataset as published."""
     decoder: str
     """Folder or URI of the language model, made by `mplug convert`."""
-    image: str
-    """Image of the training pods."""
-    cpu_image: str
-    """Image of the steps, which need no GPU: the same, or the smaller one without CUDA."""
     source_version: str = ""
     """Version of the source; a new one copies changed files."""
     dataset: str = "youku-mplug"
     """Name of the dataset under <root>/raw."""
     partitions: list[str] = ["1/1"]
     """Partitions of download and decoding, each in a separate step: 1/8, 2/8 and so on."""
-    num_frames: int = 16
-    """Frames stored per clip."""
-    short_side: int = 256
-    """Shorter side of stored frames, in pixels."""
     config: str = "pretrain_1.3b"
     """Preset of the pre-training."""
-    overrides: list[str] = []
-    """dotted.key=value settings for pre-training."""
-    nodes: int = 8
-    """Pods of the training job; 0: train in the step itself."""
-    processes: int = 0
-    """Training processes per node; 0: one per GPU of the PodTemplate."""
-    namespace: str = "mplug"
-    """Namespace of the training job."""
-    deadline_hours: float = 0.0
-    """Deadline of the training job in hours, after which it is suspended; 0: none."""
     download_cpu: str = SIZES["download_cpu"]
     """CPU of a download step, as a Kubernetes quantity."""
     download_memory: str = SIZES["download_memory"]
     """Memory of a download step."""
-    shard_cpu: str = SIZES["shard_cpu"]
-    """CPU of a decoding step."""
-    shard_memory: str = SIZES["shard_memory"]
-    """Memory of a decoding step."""
-    train_cpu: str = SIZES["train_cpu"]
-    """CPU of the step that follows the training job, or that trains itself with 0 nodes."""
-    train_memory: str = SIZES["train_memory"]
-    """Memory of that step."""
 
 
 @inner_pipeline("dataset")
@@ -78,6 +52,7 @@ def make_dataset(p: PretrainParameters, tracking: dict[str, str]) -> dict[str, s
     source="source",
     last_stages="{config}-scratch",
     run_name="pretrain",
+    nodes=8,
 )
 def pretrain(p: PretrainParameters, tracking: Any) -> None:
     shards = make_dataset(p, tracking=tracking)

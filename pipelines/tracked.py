@@ -13,7 +13,7 @@ from kfp import dsl
 from components.finish_run import finish_run
 from components.start_run import start_run
 from model.config.schema import Section
-from pipelines.placement import place
+from pipelines.placement import SIZES, place
 
 CLUSTER_MLFLOW = "http://mlflow.mplug.svc:5000"
 
@@ -33,6 +33,37 @@ class Parameters(Section):
     """MLflow experiment."""
     run_name: str
     """Name of the pipeline's MLflow run. A repeated run with the same name continues it."""
+    num_frames: int = 16
+    """Frames stored per clip."""
+    short_side: int = 256
+    """Shorter side of stored frames, in pixels."""
+    overrides: list[str] = []
+    """dotted.key=value settings for every training stage."""
+
+
+class JobParameters(Parameters):
+    """Parameters of the pipelines that train in jobs on a cluster."""
+
+    image: str
+    """Image of the training pods and of the evaluations."""
+    cpu_image: str
+    """Image of the steps that need no GPU: the same, or the smaller one without CUDA."""
+    nodes: int = 1
+    """Pods of each training job; 0: train in the step itself."""
+    processes: int = 0
+    """Training processes per node; 0: one per GPU of the PodTemplate."""
+    namespace: str = "mplug"
+    """Namespace of the training jobs."""
+    deadline_hours: float = 0.0
+    """Deadline of each training job in hours, after which it is suspended; 0: none."""
+    shard_cpu: str = SIZES["shard_cpu"]
+    """CPU of a decoding step, as a Kubernetes quantity."""
+    shard_memory: str = SIZES["shard_memory"]
+    """Memory of a decoding step."""
+    train_cpu: str = SIZES["train_cpu"]
+    """CPU of a step that follows a training job, or that trains itself with 0 nodes."""
+    train_memory: str = SIZES["train_memory"]
+    """Memory of that step."""
 
 
 def tracked_pipeline(name: str, description: str, *, source: str, last_stages: str, **defaults: Any) -> Any:

@@ -117,7 +117,7 @@ class Cluster:
                 raise _refused(error) from error
             text = error_text(error)
             if time.monotonic() > deadline:
-                raise OutageError(f"the API server does not answer for {self.patience_s:g} s: {text}") from error
+                raise OutageError(f"the API server has not answered for {self.patience_s:g} s: {text}") from error
             seconds = exponential_s(failures, FIRST_WAIT_S, LONGEST_WAIT_S)
             log.warning("the API server does not answer, retrying in %g s: %s", seconds, text)
             return seconds

@@ -40,7 +40,7 @@ log = logging.getLogger("mplug")
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 DIGEST = "mplug-video/digest"
 """Annotation with the digest of a job's manifests. The same name with another digest is another job."""
-LOOK_EVERY_S = 20
+CHECK_EVERY_S = 20
 GONE_WITHIN_S = 300.0
 RESUMES_WITHIN_S = 180.0
 
@@ -217,11 +217,11 @@ def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: JobHis
             raise JobFailedError(f"{kind} {name} was deleted while it was followed.")
         if _is_done(cluster, kind, job, seen):
             return
-        _look(cluster, kind, job, seen, limits)
+        _enforce_limits(cluster, kind, job, seen, limits)
         for changed in cluster.changes(kind, name, job["metadata"]["resourceVersion"], _patience(job, limits)):
             if changed is None or _is_done(cluster, kind, changed, seen):
                 break
-            _look(cluster, kind, changed, seen, limits)
+            _enforce_limits(cluster, kind, changed, seen, limits)
 
 
 class TerminationRequested(BaseException):
@@ -241,9 +241,7 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bo
         # without a permanent code the restarts of the pod were used up
         code = next((code for code in pod_exit_codes(pods) if not is_restartable(code)), FAILED)
         known = [
-            why
-            for why in seen.end_reasons.values()
-            if "killed for memory" in why and why not in termination_reasons(pods)
+            why for why in seen.end_reasons.values() if "OOM-killed" in why and why not in termination_reasons(pods)
         ]
         raise JobFailedError(
             " ".join([f"{kind} {name} has failed: {reason} {termination_reasons(pods)}", *known[-1:]]), code
@@ -251,8 +249,8 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bo
     return bool(find_condition(job, KINDS[kind].succeeded))
 
 
-def _look(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory, limits: Limits) -> None:
-    """Checks what the conditions of a job do not report: unschedulable pods, restarts, the deadline."""
+def _enforce_limits(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory, limits: Limits) -> None:
+    """Reports what the conditions of a job do not: pods that wait, restarts. Raises JobAbandonedError above a limit."""
     name = job["metadata"]["name"]
     pods = cluster.pods(kind, name)
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
@@ -276,8 +274,8 @@ def _look(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory, limits: 
 
 def _patience(job: Manifest, limits: Limits) -> int:
     """Seconds until the next check."""
-    left = limits.deadline_s - _age_s(job) if limits.deadline_s else LOOK_EVERY_S
-    return max(1, int(min(LOOK_EVERY_S, left)))
+    left = limits.deadline_s - _age_s(job) if limits.deadline_s else CHECK_EVERY_S
+    return max(1, int(min(CHECK_EVERY_S, left)))
 
 
 def _age_s(job: Manifest) -> float:

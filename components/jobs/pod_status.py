@@ -99,7 +99,7 @@ def termination_reason(pod: Manifest) -> str:
         ended: Manifest = next((state["terminated"] for state in states if state.get("terminated")), {})
         if ended.get("reason") == "OOMKilled":
             limit = _memory_limit(pod, container["name"])
-            return f"it was killed for memory at the pod's limit of {limit}: raise it in PodTemplate {POD_TEMPLATE}."
+            return f"it was OOM-killed at the pod's limit of {limit}: raise it in PodTemplate {POD_TEMPLATE}."
         if ended.get("exitCode"):
             noted = " ".join(str(ended.get("message") or ended.get("reason") or "").split())
             return noted if noted.startswith("exit code") else f"it ended with exit code {ended['exitCode']} ({noted})."

@@ -49,7 +49,7 @@ class Step:
     @property
     def reason(self) -> str:
         if FOR_MEMORY in self.message:
-            return "killed for memory at the limit of its pod: give the step more (…_memory), as k8s/README.md says."
+            return "OOM-killed at the limit of its pod: give the step more (…_memory), as k8s/README.md says."
         noted = NOTED.search(self.message)
         return noted[2].strip() if noted else self.message or "no reason is known."
 

@@ -52,7 +52,7 @@ class Checkpoints:
         self.uploaders = dist.new_group(backend="gloo")
         self.best_step = -1
         """Step of the best checkpoint, which is always kept."""
-        self.lost_step = -1
+        self.pending_step = -1
         """Step of the current checkpoint until it is complete; -1 otherwise. Only set on the first process."""
         self.read_history = b""
 
@@ -62,7 +62,7 @@ class Checkpoints:
         If a checkpoint cannot be written, a warning is logged and training continues.
         """
         self.wait()
-        self.best_step, self.lost_step = best_step, step
+        self.best_step, self.pending_step = best_step, step
         self._copy()
         everything = {**facts, "step": step, "updates": self.engine.state.updates, "base_sha256": self.base_sha256}
         everything |= {"world_size": self.group.world_size, "zero_stage": self.engine.stage}
@@ -147,7 +147,7 @@ class Checkpoints:
         if self.group.is_main and None not in parts:
             files = {name: entry for part in parts for name, entry in part.items()}
             manifest.commit_folder(self._uri(step), files, **facts)
-            self.lost_step = -1
+            self.pending_step = -1
             self._remove_old(step)
 
     def _write_files(self, step: int, history: bytes) -> dict[str, dict[str, Any]]:

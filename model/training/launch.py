@@ -20,7 +20,7 @@ from model import restart_policy as policy
 from model.config.load import load_config
 from model.config.schema import RunConfig
 from model.errors import FAILURES, INTERRUPTED, LOST, UserError, clear_termination, exit_code, note_termination
-from model.memory_limit import memory_kills, memory_limit
+from model.memory_limit import kill_before_this, memory_kills, memory_limit
 from model.parent import PARENT_PID, signal_at_its_end
 from model.retry import exponential_s
 from model.training.attempts import count_start
@@ -75,10 +75,7 @@ def _killed_for_memory() -> str:
     limit = memory_limit()
     if not limit:
         return "a process was killed for lack of memory: this machine has too little."
-    return (
-        f"a process was killed for memory at the pod's limit of {limit / 2**20:.0f} MiB: raise it in "
-        "PodTemplate training."
-    )
+    return f"a process was OOM-killed at the pod's limit of {limit / 2**20:.0f} MiB: raise it in PodTemplate training."
 
 
 def _report(code: int, why: str) -> None:
@@ -92,6 +89,7 @@ def _attempt(command: list[str]) -> tuple[int, bool]:
     environment = {**os.environ, PARENT_PID: str(os.getpid())}
     environment.pop(FAILURES, None)  # a failed attempt is not a failure of the step
     child = subprocess.Popen(command, env=environment)
+    kill_before_this(child.pid)  # this process must survive to restart and to report
 
     def pass_on(number: int, _frame: object) -> None:
         asked.append(number)
@@ -177,7 +175,7 @@ def _wait_for(host: str, port: int) -> None:
             return
         except OSError as error:
             if time.monotonic() > end:
-                print(f"error: {host}:{port} does not answer for {FIRST_NODE_WITHIN_S:g} s: {error}", file=sys.stderr)
+                print(f"error: {host}:{port} has not answered for {FIRST_NODE_WITHIN_S:g} s: {error}", file=sys.stderr)
                 sys.exit(LOST)
             if time.monotonic() - reported > 30:
                 print(f"waiting for the first node, {host}:{port}: {error}", file=sys.stderr, flush=True)

@@ -247,10 +247,10 @@ class Training:
         self.watchdog.enter("checkpoint")
         with self.clock.section("checkpoint", computes=False):
             self.checkpoints.wait()
-            lost = self.group.from_main(lambda: self.checkpoints.lost_step)
-        if lost >= 0 and lost == self.progress.best_step:
+            pending = self.group.from_main(lambda: self.checkpoints.pending_step)
+        if pending >= 0 and pending == self.progress.best_step:
             self.progress.forget_best()
-        return lost < 0
+        return pending < 0
 
     def _end_early(self, *, is_saved: bool) -> None:
         """Saves and exits. All processes end at the same step, no matter which one was asked to end."""

@@ -111,10 +111,12 @@ class Watchdog:
             name, now = self.section, time.monotonic()
             limit = getattr(self.config, f"{name}_s")
             if now - self.since > limit:
-                self._leave(Verdict(LOST, f"process {self.rank} is {limit:g} s in {name} (watchdog.{name}_s)"))
+                self._leave(
+                    Verdict(LOST, f"process {self.rank} spent more than {limit:g} s in {name} (watchdog.{name}_s)")
+                )
             if self.store and now - self.answered > self.config.silence_s:
                 silence = f"{self.config.silence_s:g} s (watchdog.silence_s)"
-                self._leave(Verdict(LOST, f"process 0 does not answer for {silence}"))
+                self._leave(Verdict(LOST, f"process 0 has not answered for {silence}"))
 
     def _pulse(self) -> None:
         """Sends heartbeats of this process to the store, and reads the verdict from it."""

@@ -15,7 +15,7 @@ from tests.helpers.pod_templates import CPU
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr("components.jobs.client.FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr("components.jobs.launcher.LOOK_EVERY_S", 1)
+    monkeypatch.setattr("components.jobs.launcher.CHECK_EVERY_S", 1)
     with fake_kube(tmp_path / "kubeconfig") as server:
         yield server
 

@@ -45,7 +45,7 @@ def test_a_run_that_exceeds_memory_fails_permanently(
         preexec_fn=lambda: (cgroup / "cgroup.procs").write_text(str(os.getpid())),
     )
     assert ended.returncode == 4, ended.stderr
-    killed = "killed for memory at the pod's limit of 250 MiB: raise it in PodTemplate training"
+    killed = "OOM-killed at the pod's limit of 250 MiB: raise it in PodTemplate training"
     assert len(re.findall(f"^error: a process was {killed}", ended.stderr, re.MULTILINE)) == 2, ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the run was started 2 times without a checkpoint after step 0")

@@ -60,7 +60,7 @@ def test_a_replaced_pod_is_one_line_with_reason_and_step(
     run_job(cluster, job, LIMITS)
     (line,) = [record.message for record in caplog.records if "worker-0" in record.message]
     assert line == (
-        "pod job-worker-0 was replaced: it was killed for memory at the pod's limit of its node: raise it in "
+        "pod job-worker-0 was replaced: it was OOM-killed at the pod's limit of its node: raise it in "
         "PodTemplate training. Training resumes from step 30."
     )
 

@@ -124,7 +124,7 @@ def test_compressed_nodes_of_large_workflows_are_read() -> None:
     [
         ("Error (exit code 1): exit code 2: a must be 1.", 2, "a must be 1."),
         ("Error (exit code 143)", 143, "Error (exit code 143)"),
-        ("OOMKilled (exit code 137)", 4, "killed for memory at the limit of its pod"),
+        ("OOMKilled (exit code 137)", 4, "OOM-killed at the limit of its pod"),
         ("pod deleted", 144, "pod deleted"),
         ("", 144, "no reason is known."),
     ],

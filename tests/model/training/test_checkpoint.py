@@ -89,7 +89,7 @@ def test_a_failed_checkpoint_is_recorded_as_lost(
     store = checkpoints(engine, group, str(tmp_path / "run"))
     save(engine, store, 4)
     assert "checkpoint of step 4 was not written by process 0" in caplog.text
-    assert store.lost_step == 4
+    assert store.pending_step == 4
     progress = Progress(step=4)
     for value in (float("nan"), 1.0, 2.0):
         progress.note(value, lower_is_better=True)

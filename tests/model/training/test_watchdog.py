@@ -55,7 +55,7 @@ def test_a_process_without_heartbeat_ends_the_run(rank: int, case: str) -> None:
     codes, errors, seconds = run(f"{rank}-{case}")
     assert codes == [LOST, None]
     assert seconds < 30
-    assert ("has sent no heartbeat for 4 s" if rank else "process 0 does not answer for 4 s") in errors[0]
+    assert ("has sent no heartbeat for 4 s" if rank else "process 0 has not answered for 4 s") in errors[0]
 
 
 def test_processes_end_if_the_launcher_died_early() -> None:
