@@ -65,7 +65,8 @@ def published_name(name: str) -> str:
     for ours, (theirs, table) in PARTS.items():
         if name.startswith(ours):
             inverse = {value: key for key, value in table.items()}
-            return theirs + str(translate(name.removeprefix(ours), inverse))
+            rest = name.removeprefix(ours)
+            return theirs + (translate(rest, inverse) or rest)
     raise AssertionError(name)
 
 

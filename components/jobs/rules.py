@@ -82,7 +82,7 @@ def _hardened(pod: Manifest) -> Iterator[str]:
         for variable in container.get("env") or []:
             value = str(variable.get("value") or "")
             if SECRET_NAME.search(variable.get("name", "")) and value and "$(" not in value:
-                yield f"container {name}: {variable.get('name')} must come from a secret, it holds its value."
+                yield f"container {name}: {variable.get('name')} must come from a secret, but it holds its value."
 
 
 POD_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (violations, _hardened)

@@ -267,17 +267,17 @@ def _impossible(config: RunConfig) -> Iterator[str]:
     model, data, optim, training = config.model, config.data, config.optim, config.training
     if config.task == "language_modeling":
         if not model.text:
-            yield "model.text must describe the decoder to train (model_type, sizes), it is empty."
+            yield "model.text must describe the decoder to train (model_type, sizes), but it is empty."
         if not model.decoder:
-            yield "model.decoder must name the folder of the tokenizer, it is empty."
+            yield "model.decoder must name the folder of the tokenizer, but it is empty."
         if model.freeze_decoder:
             yield "model.freeze_decoder must be false for task language_modeling: nothing else could learn."
         if training.activation_checkpointing or training.compile:
             yield "training.activation_checkpointing and training.compile must be left out for task language_modeling."
     elif not model.decoder and not model.init_from:
-        yield f"model.decoder or model.init_from must be set for task {config.task}, both are empty."
+        yield f"model.decoder or model.init_from must be set for task {config.task}, but both are empty."
     if not data.shards:
-        yield "data.shards must name a sharded dataset, it is empty. `mplug data shard` writes one."
+        yield "data.shards must name a sharded dataset, but it is empty. `mplug data shard` writes one."
     if data.batch_size % training.gradient_accumulation:
         yield (
             f"data.batch_size must be a multiple of training.gradient_accumulation, got {data.batch_size} and "
@@ -288,7 +288,7 @@ def _impossible(config: RunConfig) -> Iterator[str]:
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr must not exceed optim.lr, got {optim.min_lr} and {optim.lr}."
     if not training.steps and not training.epochs:
-        yield "training.steps or training.epochs must be set, both are 0."
+        yield "training.steps or training.epochs must be set, but both are 0."
     if training.steps and optim.warmup_steps >= training.steps:
         yield f"optim.warmup_steps must be below training.steps, got {optim.warmup_steps} and {training.steps}."
     if data.crop_aspect[0] > data.crop_aspect[1]:

@@ -80,7 +80,7 @@ def read_csv(uri: str, name: str = "") -> "Iterator[csv.DictReader[str]]":
             yield csv.DictReader(file)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{uri} must be UTF-8, it holds the byte 0x{error.object[error.start]:02x}. "
+                f"{uri} must be UTF-8, but it holds the byte 0x{error.object[error.start]:02x}. "
                 f"Convert it, from GB18030 for instance: iconv -f GB18030 -t UTF-8."
             ) from error
         except csv.Error as error:

@@ -68,13 +68,11 @@ class MPlugVideoConfig(PreTrainedConfig):
     Otherwise that of transformers."""
 
     def __post_init__(self, **kwargs: object) -> None:
-        vision = self.vision_config
-        if not isinstance(vision, PreTrainedConfig):
-            self.vision_config = TimeSformerConfig(**(vision or {}))
-        text = self.text_config
-        if not isinstance(text, PreTrainedConfig):
-            text = dict(text or {"model_type": "gpt2", "activation_function": "gelu_pytorch_tanh"})
-            self.text_config = AutoConfig.for_model(text.pop("model_type"), **text)
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = TimeSformerConfig(**(self.vision_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            text = self.text_config or {"model_type": "gpt2", "activation_function": "gelu_pytorch_tanh"}
+            self.text_config = AutoConfig.for_model(**text)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
 

@@ -37,6 +37,5 @@ class _FrozenHead(torch.autograd.Function):
 def token_cross_entropy(states: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
     """Cross entropies (R,) in fp32 of R tokens with states (R, D), under the output layer `head` (V, D)."""
     if len(states) and states.requires_grad and not head.weight.requires_grad:
-        losses: Tensor = _FrozenHead.apply(states, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
-        return losses
+        return _FrozenHead.apply(states, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
     return F.cross_entropy(head(states).float(), targets, reduction="none")

@@ -28,7 +28,7 @@ from model.mplug_video.losses import token_cross_entropy
 from model.mplug_video.vision import TimeSformer
 
 CANDIDATES_AT_ONCE = 16
-"""Number of texts of similar length that follow one clip in one pass. Each has a copy of the clip's KV cache."""
+"""Number of texts of similar length that are decoded together after one clip. Each has a copy of its KV cache."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals of 0.015 for weights and queries. Vision encoder and decoder initialise themselves."""
+        """Truncated normals (std 0.015) for weights and queries. Vision encoder and decoder initialise themselves."""
         std = self.config.vision_config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
@@ -165,7 +165,7 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         return self.losses_of(self.decode(prefix, input_ids), input_ids, loss_mask)
 
     def losses_of(self, states: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), zero where `loss_mask` (B, L - 1) is.
+        """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), zero where `loss_mask` (B, L - 1) is zero.
 
         Logits are computed only where a loss is taken: with V = 51,200 they would be the largest tensor of the step.
         """
@@ -208,7 +208,9 @@ class MPlugVideoForConditionalGeneration(MPlugVideoPreTrainedModel):
                 inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, **options
             )
         if foreign := options.keys() - {"num_beams", "do_sample"}:
-            raise ValueError(f"released_beam_search takes no {', '.join(sorted(foreign))}. Set it False to use them.")
+            raise ValueError(
+                f"released_beam_search takes no {', '.join(sorted(foreign))}. Set it to False to use them."
+            )
         found = beam_search(
             self.decoder,
             embeddings,
@@ -274,7 +276,7 @@ class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
     def __init__(self, config: MPlugVideoConfig, **trained: PreTrainedModel) -> None:
         super().__init__(config, **trained)
         if not config.class_names:
-            raise ValueError("class_names must list the categories of the classification head, it is empty.")
+            raise ValueError("class_names must list the categories of the classification head, but it is empty.")
         width = config.text_config.hidden_size
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, len(config.class_names)))
         self.post_init()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from model.mplug_video import configuration  # noqa: F401  # AutoTokenizer must know the model's kind
+from model.mplug_video import configuration  # noqa: F401  # AutoTokenizer must know the model type
 from model.mplug_video.tokenization import encode_pair, encode_sentence
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's

@@ -210,7 +210,7 @@ class TimeSformer(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals of 0.015 for weights and embeddings; residual outputs are scaled down with depth.
+        """Truncated normals (std 0.015) for weights and embeddings; residual outputs are scaled down with depth.
 
         temporal_fc is zero in every block, so that a clip is initially read frame by frame.
         """

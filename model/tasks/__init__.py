@@ -12,5 +12,4 @@ if TYPE_CHECKING:
 
 def task_class(name: str) -> "type[Task]":
     """The class of a task. It is imported here, so that a process only imports the task that it runs."""
-    found: type[Task] = getattr(import_module(f"model.tasks.{name}"), name.title().replace("_", ""))
-    return found
+    return getattr(import_module(f"model.tasks.{name}"), name.title().replace("_", ""))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from model import manifest, storage
-from model.config.schema import RunConfig, VisionConfig
+from model.config.schema import RunConfig
 from model.errors import ConfigError, NotFoundError
 from model.mplug_video import modeling
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
@@ -19,6 +19,8 @@ from model.tasks.base import Task
 
 FRESH_HEADS = ("vision_proj.", "text_proj.", "temperature", "classifier.")
 """Parameters that a task may add to the model that it starts from. Any other missing weight is an error."""
+NOT_SIZES = {"initializer_range"}
+"""Settings of the vision encoder that existing weights need not match."""
 Built = tuple[PreTrainedModel, MPlugVideoProcessor]
 
 
@@ -70,13 +72,12 @@ def decoder_shape(config: RunConfig) -> PreTrainedConfig:
         except NotFoundError:
             tree = {}
         if tree := (tree.get(key, {}) if key else tree):
-            return AutoConfig.for_model(tree.pop("model_type"), **tree)
-    text = dict(settings.text)
-    if not text:
+            return AutoConfig.for_model(**tree)
+    if not settings.text:
         raise ConfigError(
             "the shape of the decoder is unknown: set model.decoder to a folder, or describe it in model.text."
         )
-    return AutoConfig.for_model(text.pop("model_type"), **text)
+    return AutoConfig.for_model(**settings.text)
 
 
 def _fresh(config: RunConfig, task: type[Task]) -> Built:
@@ -84,7 +85,7 @@ def _fresh(config: RunConfig, task: type[Task]) -> Built:
     folder = manifest.fetch_folder(settings.decoder)
     text_config = AutoConfig.from_pretrained(folder)
     _validate_length(config, settings.num_queries, text_config)
-    _validate_decoder(settings.text, text_config)
+    _validate_sizes("text", settings.text, text_config, "model.decoder")
     vision_encoder = _vision_encoder(config)
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(folder))
     text_config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
@@ -116,7 +117,7 @@ def _vision_encoder(config: RunConfig) -> TimeSformer:
         return TimeSformer(TimeSformerConfig(**settings.vision.model_dump()))
     encoder = TimeSformer.from_pretrained(manifest.fetch_folder(settings.vision_weights), dtype=torch.float32)
     encoder.resize(settings.vision.image_size, settings.vision.num_frames)
-    _validate_vision(settings.vision, encoder.config, settings.vision_weights)
+    _validate_sizes("vision", settings.vision.model_dump(exclude=NOT_SIZES), encoder.config, settings.vision_weights)
     return encoder
 
 
@@ -135,7 +136,7 @@ def _continued(config: RunConfig, task: type[Task]) -> Built:
         found = ", ".join([*missing, *(str(key[0]) for key in report["mismatched_keys"])][:3])
         raise ConfigError(f"{uri} must hold every weight but the task's head; missing or of another shape: {found}.")
     model.vision_encoder.resize(vision.image_size, vision.num_frames)
-    _validate_vision(vision, model.vision_encoder.config, uri)
+    _validate_sizes("vision", vision.model_dump(exclude=NOT_SIZES), model.vision_encoder.config, uri)
     processor = MPlugVideoProcessor.from_pretrained(folder)
     processor.image_size, processor.num_frames = vision.image_size, vision.num_frames
     return model, processor
@@ -144,9 +145,8 @@ def _continued(config: RunConfig, task: type[Task]) -> Built:
 def _fresh_decoder(config: RunConfig) -> Built:
     """A decoder built from `model.text`, with the tokenizer of `model.decoder`."""
     tokenizer = AutoTokenizer.from_pretrained(manifest.fetch_folder(config.model.decoder))
-    text = dict(config.model.text)
+    text = config.model.text
     text_config = AutoConfig.for_model(
-        text.pop("model_type"),
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -170,16 +170,8 @@ def _validate_length(config: RunConfig, prefix: int, text_config: PreTrainedConf
         )
 
 
-def _validate_decoder(expected: dict[str, Any], found: PreTrainedConfig) -> None:
-    """A preset is made for one decoder, whose sizes must match the given folder."""
+def _validate_sizes(section: str, expected: dict[str, Any], found: PreTrainedConfig, source: str) -> None:
+    """A preset is made for weights of one size, which must be that of the given folder."""
     for key, value in expected.items():
-        if getattr(found, key, None) != value:
-            raise ConfigError(
-                f"model.text.{key} must be that of model.decoder, {getattr(found, key, None)}, got {value}."
-            )
-
-
-def _validate_vision(expected: VisionConfig, found: TimeSformerConfig, uri: str) -> None:
-    for key, value in expected.model_dump(exclude={"initializer_range"}).items():
-        if getattr(found, key) != value:
-            raise ConfigError(f"model.vision.{key} must be that of {uri}, {getattr(found, key)}, got {value}.")
+        if (size := getattr(found, key, None)) != value:
+            raise ConfigError(f"model.{section}.{key} must be that of {source}, {size}, got {value}.")

@@ -49,7 +49,8 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
     """Mean F-measure of the longest common subsequence, from the best precision and the best recall of a candidate."""
     scores = []
     for candidate, accepted in zip(candidates, references, strict=True):
-        own, texts = _nonempty(candidate), [_nonempty(reference) for reference in accepted]
+        # an empty text counts as one empty word
+        own, texts = candidate or [""], [reference or [""] for reference in accepted]
         common = [_common_length(text, own) for text in texts]
         precision = max(common) / len(own)
         recall = max(found / len(text) for found, text in zip(common, texts, strict=True))
@@ -99,11 +100,6 @@ def _clipped_cosine(ours: dict[Words, float], theirs: dict[Words, float]) -> flo
 def _ngrams(words: Words) -> "Counter[Words]":
     starts = ((n, start) for n in range(1, LONGEST + 1) for start in range(len(words) - n + 1))
     return Counter(tuple(words[start : start + n]) for n, start in starts)
-
-
-def _nonempty(words: Words) -> Words:
-    """An empty text counts as one empty word."""
-    return words or [""]
 
 
 def _common_length(first: Words, second: Words) -> int:

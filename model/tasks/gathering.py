@@ -27,8 +27,7 @@ def gather(features: Tensor) -> Tensor:
     """(B, …) of each process -> (W · B, …) in rank order. Gradients flow back to the process of the features."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
-    gathered: Tensor = _Gather.apply(features.contiguous())  # type: ignore[no-untyped-call]
-    return gathered
+    return _Gather.apply(features.contiguous())  # type: ignore[no-untyped-call]
 
 
 def own_rows(batch: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """Trains the tiny decoder on the titles of the corpus before it is frozen. The published decoders are pre-trained.
 
 Each title is preceded by a random selection of its own tokens, as many as the visual prefix has. A decoder that was
-trained on billions of texts uses its context. One that has read 800 titles must learn to, or a visual prefix has no
-effect later (measured: none after 20,000 clips without this, a clear one after 3,000 with it).
+trained on billions of texts uses its context. One that has only read 800 titles must be taught to; otherwise a visual
+prefix has no effect later (measured: none after 20,000 clips without this, a clear one after 3,000 with it).
 """
 
 import random

@@ -35,7 +35,7 @@ def recall_scores(
 
 
 def recall_chance(predictions: Predictions) -> Scores:
-    """Recalls of guessing: equal odds for every clip."""
+    """Recalls of random guessing, with every clip equally likely."""
     count = len({prediction["video"] for prediction in predictions})
     return {f"{way}_r{k}": min(k / count, 1) for way in ("text_to_video", "video_to_text") for k in RECALLED}
 
@@ -48,8 +48,7 @@ def nearest_texts(predictions: Predictions, similarity: NDArray[np.float64]) -> 
 
 def nearest_columns(similarity: NDArray[np.float64], count: int) -> list[list[int]]:
     """For each row, the `count` most similar columns, nearest first."""
-    found: list[list[int]] = (-similarity).argsort(axis=1, kind="stable")[:, :count].tolist()
-    return found
+    return (-similarity).argsort(axis=1, kind="stable")[:, :count].tolist()
 
 
 def caption_scores(predictions: Predictions) -> Scores:
@@ -61,8 +60,7 @@ def caption_scores(predictions: Predictions) -> Scores:
     order = dict.fromkeys(prediction["video"] for prediction in predictions)
     candidates = [chinese_characters(first[video]["prediction"]) for video in order]
     references = [[chinese_characters(text) for text in first[video]["references"]] for video in order]
-    bleus = bleu(candidates, references)
-    scores = [*bleus, rouge_l(candidates, references), cider_d(candidates, references)]
+    scores = [*bleu(candidates, references), rouge_l(candidates, references), cider_d(candidates, references)]
     return dict(zip(CAPTION_METRICS, scores, strict=True))
 
 

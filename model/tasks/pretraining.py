@@ -43,7 +43,7 @@ class Pretraining(Task):
 
 
 def contrastive_loss(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
-    """Contrastive loss over clips and titles of all processes. The similarity is that of the nearest query.
+    """Contrastive loss over clips and titles of all processes. A clip's similarity is that of its most similar query.
 
     `video` (B, K, E) and `text` (B, E) are unit vectors.
     """
@@ -51,7 +51,6 @@ def contrastive_loss(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor
     video_to_text = torch.einsum("bke,ce->bkc", video, all_text).amax(dim=1).float() / temperature  # (B, all)
     text_to_video = torch.einsum("be,cke->bck", text, all_video).amax(dim=2).float() / temperature  # (B, all)
     targets = own_rows(len(text), text.device)
-    losses = [
-        F.cross_entropy(sims, targets, label_smoothing=LABEL_SMOOTHING) for sims in (video_to_text, text_to_video)
-    ]
-    return sum(losses, torch.zeros((), device=text.device)) / 2
+    to_text = F.cross_entropy(video_to_text, targets, label_smoothing=LABEL_SMOOTHING)
+    to_video = F.cross_entropy(text_to_video, targets, label_smoothing=LABEL_SMOOTHING)
+    return (to_text + to_video) / 2

@@ -43,9 +43,8 @@ class Retrieval(Task):
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         video = self.model.embed_video(batch["pixel_values"])
         text = self.model.embed_text(batch["input_ids"], batch["attention_mask"])
-        return matching_loss(video, text, batch["match_ids"], self.model.temperature), {
-            "temperature": self.model.temperature.detach()
-        }
+        temperature = self.model.temperature
+        return matching_loss(video, text, batch["match_ids"], temperature), {"temperature": temperature.detach()}
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
@@ -91,7 +90,7 @@ def embeddings(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[n
 def matching_loss(video: Tensor, text: Tensor, match_ids: Tensor, temperature: Tensor) -> Tensor:
     """Mean cross entropy with soft targets of clip -> text and text -> clip, over the rows of all processes.
 
-    `video` and `text` are unit vectors (B, E); rows with equal ids share the target's mass.
+    `video` and `text` are unit vectors (B, E); rows with equal ids share the target probability equally.
     """
     same = (match_ids[:, None] == gather(match_ids)[None]).float()  # (B, all)
     targets = same / same.sum(dim=1, keepdim=True)

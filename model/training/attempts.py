@@ -1,8 +1,9 @@
 """The checkpoint folder of a run, and its file run.json, which counts the starts and holds the result.
 
-A cluster restarts exit codes from 128 without limit. `mplug train` counts each start before it creates the training
-processes, so that the count survives a kill of them or of the pod. After `checkpoint.max_attempts` starts without a new
-checkpoint it exits with a permanent code. This file imports no torch, to keep the counting process small.
+A cluster restarts a process that exits with 128 or above, without limit. `mplug train` counts each start before it
+creates the training processes, so that the count survives a kill of them or of the pod. After `checkpoint.max_attempts`
+starts without a new checkpoint it exits with a permanent code. This file imports no torch, to keep the counting process
+small.
 """
 
 import hashlib
@@ -29,9 +30,8 @@ MACHINE_KEYS = {
 
 def run_folder(config: RunConfig) -> str:
     """The checkpoint folder of a run. It depends on all settings that change what is learned."""
-    tree = config.model_dump(mode="json", include={"task", "seed", "trial", "model", "data", "optim", "training"})
-    for section, keys in MACHINE_KEYS.items():
-        tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    sections = {"task", "seed", "trial", "model", "data", "optim", "training"}
+    tree = config.model_dump(mode="json", include=sections, exclude=MACHINE_KEYS)
     tree["pipeline"] = config.tracking.pipeline  # every pipeline run trains anew
     if config.code_version:
         tree["code_version"] = config.code_version
@@ -67,7 +67,7 @@ def count_start(config: RunConfig, cause: str = "") -> None:
 def start_attempt(folder: str, config: CheckpointConfig, cause: str = "") -> Attempt:
     """Counts a start and records the `cause` of the previous end. A finished run is not counted."""
     where = storage.join(folder, FILE)
-    last = _read(where) if storage.exists(where) else Attempt(key=uuid.uuid4().hex)
+    last = read_attempt(folder) if storage.exists(where) else Attempt(key=uuid.uuid4().hex)
     if last.model:
         return last
     step = next(iter(saved_steps(folder)), 0)
@@ -87,7 +87,8 @@ def start_attempt(folder: str, config: CheckpointConfig, cause: str = "") -> Att
 
 def read_attempt(folder: str) -> Attempt:
     """The most recent start."""
-    return _read(storage.join(folder, FILE))
+    saved = json.loads(storage.read(storage.join(folder, FILE)))
+    return Attempt(**{OLD_NAMES.get(key, key): value for key, value in saved.items()})
 
 
 def published_model(config: RunConfig) -> str:
@@ -106,11 +107,6 @@ def finish_attempt(folder: str, attempt: Attempt) -> None:
 
 def _in_steps(config: RunConfig) -> RunConfig:
     return count_in_steps(config, read_dataset_info(config.data.shards)["clips"]["train"])
-
-
-def _read(where: str) -> Attempt:
-    saved = json.loads(storage.read(where))
-    return Attempt(**{OLD_NAMES.get(key, key): value for key, value in saved.items()})
 
 
 def _write(where: str, attempt: Attempt) -> None:

@@ -47,7 +47,7 @@ class Checkpoints:
         self.snapshot: Snapshot | None = None
         self.upload: threading.Thread | None = None
         self.failure: Exception | None = None
-        """Error of the upload thread that is not an outage of the storage."""
+        """Error in the upload thread other than a storage outage."""
         # a separate group for the upload threads, whose collectives must not mix with those of the training
         self.uploaders = dist.new_group(backend="gloo")
         self.best_step = -1
@@ -63,7 +63,11 @@ class Checkpoints:
         """
         self.wait()
         self.best_step, self.pending_step = best_step, step
-        self._copy()
+        if self.group.is_main or self.engine.stage > 0:  # in stage 0 every process has the same state
+            tensors = self.engine.state.tensors()
+            if self.snapshot is None:
+                self.snapshot = Snapshot(tensors)
+            self.snapshot.copy(tensors)
         everything = {**facts, "step": step, "updates": self.engine.state.updates, "base_sha256": self.base_sha256}
         everything |= {"world_size": self.group.world_size, "zero_stage": self.engine.stage}
         self.upload = threading.Thread(target=self._upload, args=(step, history, everything), daemon=True)
@@ -117,18 +121,10 @@ class Checkpoints:
     def _file(self, rank: int, world_size: int) -> str:
         return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
-    def _copy(self) -> None:
-        if self.engine.stage == 0 and not self.group.is_main:
-            return  # every process has the same state
-        tensors = self.engine.state.tensors()
-        if self.snapshot is None:
-            self.snapshot = Snapshot(tensors)
-        self.snapshot.copy(tensors)
-
     def _upload(self, step: int, history: bytes, facts: dict[str, Any]) -> None:
         try:
             self._write(step, history, facts)
-        except Exception as error:  # in a thread nobody else would report it
+        except Exception as error:  # nothing else would report an error in a thread
             found = as_lost_process(error)
             if isinstance(found, StorageError | LostProcessError):  # the main thread notices the latter by itself
                 log.warning("checkpoint of step %d was not finished: %s", step, str(found).splitlines()[0][:200])

@@ -35,7 +35,8 @@ class Engine:
     """Trains the network of a task. ZeRO shards the optimizer state; frozen weights have none."""
 
     def __init__(self, network: TaskNetwork, config: RunConfig, processes: Processes) -> None:
-        _quiet()
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
         prepare_start()
         if processes.device.type == "cpu" and config.training.precision == "bf16":
             # in bf16, torch 2.13's fused CPU attention is 3 to 7 times slower than matrix products
@@ -90,8 +91,7 @@ class Engine:
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """Predictions, made by the engine's forward pass, which gathers the weights under ZeRO-3."""
-        predictions: list[Prediction] = self.engine(on_device(batch, self.device), predict=True)
-        return predictions
+        return self.engine(on_device(batch, self.device), predict=True)
 
     def restored(self, updates: int) -> None:
         """Continues from the values written to `state`, after `updates` updates of Adam. All processes must call it."""
@@ -127,8 +127,3 @@ def _own_clipping(config: RunConfig) -> float | None:
     applies updates that are not finite."""
     plain = config.training.zero_stage == 0 and config.training.precision == "fp32"
     return config.optim.clip_grad_norm if plain else None
-
-
-def _quiet() -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()

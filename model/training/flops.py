@@ -121,8 +121,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak operations per second of the device: from its data sheet, or measured with a large matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = [gpu.bf16_peak for part, gpu in GPUS.items() if part in name]
-        if known:
+        if known := [gpu.bf16_peak for part, gpu in GPUS.items() if part in name]:
             return known[0]
     size, repeats = (8192, 10) if device.type == "cuda" else (1024, 5)
     left = torch.randn(size, size, device=device).to(dtype)

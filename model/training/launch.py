@@ -195,12 +195,8 @@ def _torchrun(arguments: list[str]) -> int:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         # a permanent code is the cause; processes that only lost a peer have a transient one
-        ends = [
-            (policy.is_restartable(_shell_code(failure.exitcode)), failure.timestamp, rank)
-            for rank, failure in error.failures.items()
-        ]
-        rank = min(ends)[-1]
-        code = _shell_code(error.failures[rank].exitcode)
+        ends = [(_shell_code(failure.exitcode), failure.timestamp, rank) for rank, failure in error.failures.items()]
+        code, _, rank = min(ends, key=lambda end: (policy.is_restartable(end[0]), end[1:]))
         print(f"training process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
         return code
     except SignalException as error:

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
@@ -126,7 +126,6 @@ class Training:
     exporter: Exporter
     asked_to_end: threading.Event
     progress: Progress
-    clock: Clock = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.group.device)
@@ -150,8 +149,10 @@ class Training:
         self.watchdog.enter("first_step")
         with profiled(self.config, self.group) as step_is_done:
             for step in bar:
-                micro_batches = self._read(upcoming)
-                result = self._step(step, micro_batches)
+                with self.clock.section("data", computes=False):
+                    micro_batches = list(islice(upcoming, self.config.training.gradient_accumulation))
+                seed_step(self.config.seed, step, self.group.rank)
+                result = self.engine.step(micro_batches, lr_at(step, self.total, self.config.optim), self.clock)
                 meter.count(micro_batches, self.config.data.batch_size)
                 self.progress.step = done = step + 1
                 self._count_skip(result)
@@ -175,16 +176,8 @@ class Training:
                 self.watchdog.enter("step")
         self._wait_for_upload()
 
-    def _read(self, upcoming: Iterator[Batch]) -> list[Batch]:
-        with self.clock.section("data", computes=False):
-            return list(islice(upcoming, self.config.training.gradient_accumulation))
-
-    def _step(self, step: int, micro_batches: list[Batch]) -> StepResult:
-        seed_step(self.config.seed, step, self.group.rank)
-        return self.engine.step(micro_batches, lr_at(step, self.total, self.config.optim), self.clock)
-
     def _count_skip(self, result: StepResult) -> None:
-        """Counts steps without finite gradients, which change nothing. After several in a row, restores weights."""
+        """Counts steps whose gradients are not finite. After several in a row, restores the last checkpoint."""
         limits, state = self.config.training, self.progress
         state.consecutive_skips = 0 if result.applied else state.consecutive_skips + 1
         if result.applied:

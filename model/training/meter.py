@@ -71,7 +71,7 @@ class Meter:
 
 
 def _by_node(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """system/node-<n>/… from the first process of each node; for memory of processes, the maximum of the node."""
+    """system/node-<n>/… from the first process of each node; for process memory, the maximum over the node."""
     found: dict[str, float] = {}
     for name in rows.keys() - {*SECTIONS, *COUNTED}:
         for node, reports, value in zip(rows["node"], rows["reports"], rows[name], strict=True):

@@ -62,7 +62,6 @@ class ClippingAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         if self.max_norm is not None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)
-            self._global_grad_norm = float(norm)
+            self._global_grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf))
             self.overflow = not math.isfinite(self._global_grad_norm)
         return None if self.overflow else super().step(closure)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from model import storage
 from model.config.schema import RunConfig
@@ -33,7 +32,6 @@ def profiled(config: RunConfig, group: Processes) -> Iterator[Callable[[], None]
             storage.upload_file(path, uri)
         log.info("profile of %d steps: %s", ACTIVE, uri)
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     plan = schedule(wait=WAIT, warmup=WARM_UP, active=ACTIVE, repeat=1)
-    with profile(activities=activities, schedule=plan, on_trace_ready=publish, record_shapes=True) as profiler:
+    with profile(schedule=plan, on_trace_ready=publish, record_shapes=True) as profiler:
         yield profiler.step

@@ -22,7 +22,9 @@ def publish_model(task: Task, config: RunConfig, run: Run) -> str:
             (task.processor if task.reads_video else task.processor.tokenizer).save_pretrained(folder)
             (folder / HISTORY).write_bytes(run.history())
         except (OSError, SafetensorError) as error:
-            raise StorageError(f"the model cannot be written to {folder.parent}, make room there: {error}") from error
+            raise StorageError(
+                f"the model cannot be written to {folder.parent}: {error}. Free some space there."
+            ) from error
         base = storage.join(config.output, "models", config.name)
         uri = manifest.publish_folder(folder, base, config=config.model_dump(mode="json"), run_id=run.opened_id())
     tag_model(run, uri)

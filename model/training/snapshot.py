@@ -27,10 +27,8 @@ class Snapshot:
         self.buffer[:start] = torch.frombuffer(
             bytearray(len(text).to_bytes(LENGTH_BYTES, "little") + text), dtype=torch.uint8
         )
-        self.views = {
-            name: self.buffer[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]].view(torch.float32)
-            for name, entry in header.items()
-        }
+        values = torch.split(self.buffer[start:].view(torch.float32), [tensor.numel() for tensor in tensors.values()])
+        self.views = dict(zip(tensors, values, strict=True))
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the current values."""

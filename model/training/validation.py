@@ -24,8 +24,8 @@ class Validation:
         self.clips = min(settings.clips or len(self.reader), len(self.reader))
         if self.clips < config.data.batch_size:
             raise ConfigError(
-                f"evaluation must read at least data.batch_size = {config.data.batch_size} clips, {settings.split} has "
-                f"{self.clips} of them. Lower data.batch_size, or raise evaluation.clips."
+                f"evaluation must read at least data.batch_size = {config.data.batch_size} clips, but "
+                f"{settings.split} has only {self.clips}. Lower data.batch_size, or raise evaluation.clips."
             )
         self.metric = settings.metric or "loss"
         self.lower_is_better = self.metric == "loss"

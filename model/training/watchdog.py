@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -51,6 +51,7 @@ class Watchdog:
         self.store: TCPStore | None = None
         self.answered = 0.0
         """Time of the store's last response."""
+        self.silence = f"{config.silence_s:g} s (watchdog.silence_s)"
         self.alive: dict[int, tuple[bytes, float]] = {}
         """Last heartbeat of each process, and the time when it changed."""
         self.stopped = threading.Event()
@@ -60,7 +61,7 @@ class Watchdog:
         self._start(self._watch, "watchdog")
 
     def _start(self, work: Callable[[], None], name: str) -> None:
-        """Runs a watching thread. An error of the thread ends the run, which would not be watched otherwise."""
+        """Starts the thread that watches. If it fails, the run ends, because nothing would watch it any more."""
 
         def run() -> None:
             try:
@@ -87,7 +88,9 @@ class Watchdog:
             found = as_lost_process(error)
             self._conclude(found)
             # at interpreter exit, CUDA and NCCL may wait for a lost peer without limit
-            threading.Thread(target=_exit_later, args=(exit_code(found),), daemon=True).start()
+            last_resort = threading.Timer(EXIT_WITHIN_S, os._exit, [exit_code(found)])
+            last_resort.daemon = True
+            last_resort.start()
             raise found from (error if found is not error else error.__cause__)
 
     def _open_store(self, group: Processes) -> None:
@@ -111,12 +114,10 @@ class Watchdog:
             name, now = self.section, time.monotonic()
             limit = getattr(self.config, f"{name}_s")
             if now - self.since > limit:
-                self._leave(
-                    Verdict(LOST, f"process {self.rank} spent more than {limit:g} s in {name} (watchdog.{name}_s)")
-                )
+                spent = f"{limit:g} s in {name} (watchdog.{name}_s)"
+                self._leave(Verdict(LOST, f"process {self.rank} spent more than {spent}"))
             if self.store and now - self.answered > self.config.silence_s:
-                silence = f"{self.config.silence_s:g} s (watchdog.silence_s)"
-                self._leave(Verdict(LOST, f"process 0 has not answered for {silence}"))
+                self._leave(Verdict(LOST, f"process 0 has not answered for {self.silence}"))
 
     def _pulse(self) -> None:
         """Sends heartbeats of this process to the store, and reads the verdict from it."""
@@ -154,18 +155,15 @@ class Watchdog:
             if self.alive.get(rank, (b"", 0.0))[0] != sign:
                 self.alive[rank] = (sign, now)
             elif now - self.alive[rank][1] > self.config.silence_s:
-                silence = f"{self.config.silence_s:g} s (watchdog.silence_s)"
-                return Verdict(LOST, f"process {rank} has sent no heartbeat for {silence}")
+                return Verdict(LOST, f"process {rank} has sent no heartbeat for {self.silence}")
         return None
 
     def _publish(self, verdict: Verdict) -> None:
         """Writes a verdict unless there is one. If the store does not answer, the first process is lost, which all
         processes notice."""
-        try:
+        with suppress(RuntimeError):
             if self.store and time.monotonic() - self.answered < 3 * INTERVAL_S:
                 self.store.compare_set(VERDICT, "", json.dumps(verdict.__dict__))
-        except RuntimeError:
-            pass
 
     def _leave(self, verdict: Verdict) -> None:
         self._publish(verdict)
@@ -190,22 +188,14 @@ class Watchdog:
                 log.error("process %d ends with the run: %s", self.rank, verdict.reason)
                 sys.exit(verdict.code)
             return
-        self._publish(
-            Verdict(
-                exit_code(error), f"process {self.rank} ended: {(str(error) or type(error).__name__).splitlines()[0]}"
-            )
-        )
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        self._publish(Verdict(exit_code(error), f"process {self.rank} ended: {reason}"))
         self._linger()
 
     def _linger(self) -> None:
         """Waits until the other processes have read the verdict, before collectives fail and the store ends."""
         if self.world_size > 1:
             time.sleep(3 * INTERVAL_S if self.rank == 0 else 2 * INTERVAL_S)
-
-
-def _exit_later(code: int) -> None:
-    time.sleep(EXIT_WITHIN_S)
-    os._exit(code)
 
 
 def _stacks() -> str:

@@ -32,7 +32,7 @@ ATTRIBUTES: dict[int, tuple[str, ...]] = {
 }
 """Attributes of the optimizer that `deepspeed.initialize` returns, by ZeRO stage."""
 HALF_ATTRIBUTES = ("fp16_groups", "fp32_groups", "optimizer")
-"""The same for stage 0 with bf16, which has an optimizer of DeepSpeed."""
+"""The same for stage 0 with bf16, which uses DeepSpeed's own optimizer."""
 PARAMETER_ATTRIBUTES = {1: ("_hp_mapping",), 2: ("_hp_mapping",), 3: ("ds_numel", "ds_tensor")}
 """Attributes of each trained parameter."""
 FRAGMENT_ATTRIBUTES = ("lp_fragment_address", "hp_fragment_address")
@@ -93,8 +93,7 @@ def _sharded(optimizer: Any, _rank: int) -> Found:
     """Stages 1 and 2: one flat tensor per parameter group, split into equal parts."""
     for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
-            held = parameter._hp_mapping
-            if held is not None:
+            if (held := parameter._hp_mapping) is not None:
                 low, high = held.lp_fragment_address, held.hp_fragment_address
                 yield parameter, low.start, flat, high.start, high.numel
 

@@ -100,7 +100,7 @@ def synthesize_corpus(out: Path, *, seed: int = 0, scale: float = 1.0, workers: 
     if scale <= 0:
         raise DataError(f"scale must be above 0, got {scale}. Use 1 for the demo's corpus, 0.1 for a quick try.")
     if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} must be empty or new, it holds files. Name another folder or remove it first.")
+        raise DataError(f"{out} must be empty or new, but it holds files. Name another folder or remove it first.")
     out.mkdir(parents=True, exist_ok=True)
     clips: list[SyntheticClip] = []
     for dataset, splits in SPLIT_SIZES.items():

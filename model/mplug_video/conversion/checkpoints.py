@@ -25,7 +25,7 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) or sorted(path.glob("*.pt"))
         if not files:
-            raise ConversionError(f"{path} must hold .safetensors, .bin or .pt files, it holds none.")
+            raise ConversionError(f"{path} must hold .safetensors, .bin or .pt files, but it holds none.")
         return {name: tensor for file in files for name, tensor in open_checkpoint(file).items()}
     if not path.is_file():
         raise ConversionError(f"{path} must be a checkpoint file or a folder of them, it does not exist.")
@@ -34,7 +34,7 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
         if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
             tree = tree[wrapper]
     if not isinstance(tree, dict) or not tree:
-        raise ConversionError(f"{path} must hold named tensors, it holds a {type(tree).__name__}.")
+        raise ConversionError(f"{path} must hold named tensors, but it holds a {type(tree).__name__}.")
     others = [str(name) for name, value in tree.items() if not isinstance(value, Tensor)]
     if others:
         raise ConversionError(f"{path} must hold tensors only, {others[0]} is a {type(tree[others[0]]).__name__}.")

@@ -58,10 +58,6 @@ PIECES = "mp_rank_*_model_states.pt"
 KEY_BIAS = "a bias of keys has no effect: it adds the same value to all scores of a query"
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Rule for one of our tensors: made from a published tensor, or from its tensor-parallel parts."""
@@ -69,7 +65,7 @@ class Recipe:
     parts: Sequence[Tensor]
     dimension: int = 0
     """Dimension in which the parts are concatenated."""
-    transform: Callable[[Tensor], Tensor] = _same
+    transform: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def make(self, device: str = "cpu") -> Tensor:
         """The tensor; on "meta" only its shape and type."""
@@ -181,7 +177,7 @@ def _whole(states: list[dict[str, Tensor]]) -> tuple[dict[str, Recipe], dict[str
 def _joined(name: str, states: list[dict[str, Tensor]]) -> Recipe:
     """The whole tensor: its concatenated parts, or the first of equal copies."""
     if not all(name in state for state in states):
-        raise ConversionError(f"{name} must be in all {len(states)} parts of the checkpoint, it is not.")
+        raise ConversionError(f"{name} must be in all {len(states)} parts of the checkpoint, but it is not.")
     parts = [state[name] for state in states]
     dimension = piece_dimension(name)
     if dimension is not None:
@@ -230,7 +226,9 @@ def _model(
     class_names: list[str] | None,
 ) -> Conversion:
     if decoder is None:
-        raise ConversionError("a trained model needs the folder of its GPT-3 too, for the tokenizer: --decoder FOLDER.")
+        raise ConversionError(
+            "a trained model needs the folder of its GPT-3 too, for the tokenizer. Give it with --decoder."
+        )
     tokenizer = load_source_tokenizer(decoder)
     recipes, state = _whole(states)
     validate_present(["learnable_queries", f"{VISION_PREFIX}temporal_embed"], state, "a trained model")
@@ -260,7 +258,7 @@ def _model(
         "temp": partial(torch.reshape, shape=(1,)),
     }
     for name, recipe in recipes.items():
-        recipe = replace(recipe, transform=transforms.get(name, _same))
+        recipe = replace(recipe, transform=transforms.get(name, recipe.transform))
         if name.startswith(GPT3_IN_MODEL):
             _map_decoder(conversion, name, recipe, GPT3_IN_MODEL, "decoder.")
         elif name.startswith(VISION_PREFIX):
@@ -284,11 +282,10 @@ def _architecture(config: MPlugVideoConfig) -> type[PreTrainedModel]:
 
 def _map_decoder(conversion: Conversion, name: str, recipe: Recipe, prefix: str, ours: str) -> None:
     target = translate(name.removeprefix(prefix), DECODER)
-    if target is None:
-        conversion.map(name, None, recipe)
-        return
-    heads = conversion.config.get_text_config().num_attention_heads
-    conversion.map(name, ours + target, replace(recipe, transform=partial(megatron_to_gpt2, target, num_heads=heads)))
+    if target:
+        heads = conversion.config.get_text_config().num_attention_heads
+        recipe = replace(recipe, transform=partial(megatron_to_gpt2, target, num_heads=heads))
+    conversion.map(name, target and ours + target, recipe)
 
 
 def _write(conversion: Conversion, source: Path, dest: Path) -> None:
@@ -324,7 +321,7 @@ def _forms(conversion: Conversion) -> dict[str, Tensor]:
         if name not in expected:
             problems.append(f"{source} is not known. Leave it out with --drop {source}.")
         elif form.shape != expected[name]:
-            problems.append(f"{source} must be {tuple(expected[name])} as {name}, it is {tuple(form.shape)}.")
+            problems.append(f"{source} must be {tuple(expected[name])} as {name}, but it is {tuple(form.shape)}.")
     if problems:
         raise ConversionError("\n".join(problems))
     return forms

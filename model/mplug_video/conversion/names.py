@@ -22,27 +22,8 @@ DECODER = {
 }
 """Megatron's GPT-3 -> GPT2LMHeadModel."""
 
-VISION = {
-    "cls_token": "cls_token",
-    "pos_embed": "pos_embed",
-    "temporal_embed": "temporal_embed",
-    "patch_embed.proj": "patch_embed",
-    "norm_pre": "norm_pre",
-    "blocks.{}.temporal_ln": "blocks.{}.temporal_norm",
-    "blocks.{}.temporal_attn": "blocks.{}.temporal_attn",
-    "blocks.{}.temporal_attn.qkv": "blocks.{}.temporal_attn.qkv",
-    "blocks.{}.temporal_attn.proj": "blocks.{}.temporal_attn.proj",
-    "blocks.{}.temporal_fc": "blocks.{}.temporal_fc",
-    "blocks.{}.norm1": "blocks.{}.norm1",
-    "blocks.{}.attn": "blocks.{}.attn",
-    "blocks.{}.attn.qkv": "blocks.{}.attn.qkv",
-    "blocks.{}.attn.proj": "blocks.{}.attn.proj",
-    "blocks.{}.norm2": "blocks.{}.norm2",
-    "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
-    "norm": "norm",
-}
-"""Vision encoder of the original code -> TimeSformer. A timm ViT has the same names, with a bias for q, k and v."""
+VISION = {"patch_embed.proj": "patch_embed", "blocks.{}.temporal_ln": "blocks.{}.temporal_norm"}
+"""Vision encoder of the original code -> TimeSformer. All other names are the same, and those of a timm ViT."""
 
 BRIDGE_AND_HEADS = {
     "learnable_queries": "abstractor.queries",
@@ -96,21 +77,17 @@ TRANSFORMERS_CLIP = {
 """CLIP in transformers -> names of timm, with separate q, k and v."""
 
 PIECES = {"word_embeddings": 0, "query_key_value": 0, "dense_h_to_4h": 0, "self_attention.dense": 1, "dense_4h_to_h": 1}
-"""Dimension in which Megatron's tensor parallelism splits a weight. Biases of weights split in 1 are not split."""
+"""Dimension in which Megatron's tensor parallelism splits a weight. Biases are only split with dimension 0."""
 
 
 def translate(name: str, table: dict[str, str]) -> str | None:
     """Our name of a tensor; None if it is not in the table."""
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
-    if name in table:
-        return table[name]
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
-    if pattern in table:
-        return table[pattern].format(*numbers)
-    module, _, leaf = pattern.rpartition(".")
-    for key, end in ((module, leaf), (name.rpartition(".")[0], leaf)):
+    module, dot, leaf = pattern.rpartition(".")
+    for key, end in ((name, ""), (pattern, ""), (module, dot + leaf), (name.rpartition(".")[0], dot + leaf)):
         if key in table:
-            return f"{table[key].format(*numbers)}.{end}"
+            return table[key].format(*numbers) + end
     return None
 
 

@@ -31,7 +31,7 @@ def gpt2_config(folder: Path, tokenizer: PreTrainedTokenizerFast, state: dict[st
     layers = {name.removeprefix(f"{prefix}encoder.layers.").split(".")[0] for name in state if "encoder.layers" in name}
     heads, width = settings.get("num_attention_heads", settings.get("n_head", 0)), state[words].shape[1]
     if not heads or width % heads:
-        raise ConversionError(f"num_attention_heads in {folder}/config.json must divide {width}, it is {heads}.")
+        raise ConversionError(f"num_attention_heads in {folder}/config.json must divide {width}, but it is {heads}.")
     dropout, attention_dropout = settings.get("hidden_dropout", 0.1), settings.get("attention_dropout", 0.1)
     return GPT2Config(
         vocab_size=state[words].shape[0],
@@ -57,10 +57,10 @@ def infer_vision_config(tensors: dict[str, Tensor], heads: int, num_frames: int)
     patches = tensors["pos_embed"].shape[1] - 1
     side = math.isqrt(patches)
     if side * side != patches:
-        raise ConversionError(f"pos_embed must hold one class token and a square of patches, it holds {patches}.")
+        raise ConversionError(f"pos_embed must hold one class token and a square of patches, but it holds {patches}.")
     if width % heads:
         raise ConversionError(
-            f"the number of vision heads must divide the width {width}, it is {heads}: --vision-heads."
+            f"the number of vision heads must divide the width {width}, but it is {heads}. Set --vision-heads."
         )
     return TimeSformerConfig(
         image_size=side * patch,
@@ -91,7 +91,7 @@ def validate_class_names(state: dict[str, Tensor], names: list[str] | None) -> l
         return MATCHING_CLASSES
     if names is None or len(names) != count:
         given = "none were given" if names is None else f"{len(names)} were given"
-        raise ConversionError(f"the head has {count} classes, {given}: --class-names classname.json.")
+        raise ConversionError(f"the head has {count} classes, but {given}. Give them with --class-names.")
     return names
 
 
@@ -99,10 +99,12 @@ def validate_present(names: list[str], state: Collection[str], what: str) -> Non
     missing = [name for name in names if name not in state]
     if missing:
         found = ", ".join(list(state)[:3])
-        raise ConversionError(f"{what} must hold {missing[0]}, it is missing. Its first tensors are {found}.")
+        raise ConversionError(f"{what} must hold {missing[0]}, but it is missing. The first tensors found are {found}.")
 
 
 def validate_patches(image_size: int, patch_size: int) -> int:
     if image_size % patch_size:
-        raise ConversionError(f"the image size must be a multiple of the patch size {patch_size}, it is {image_size}.")
+        raise ConversionError(
+            f"the image size must be a multiple of the patch size {patch_size}, but it is {image_size}."
+        )
     return image_size

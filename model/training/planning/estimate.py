@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from model.config.schema import RunConfig, micro_batch_size
+from model.mplug_video.losses import ROWS_AT_ONCE
 from model.tasks.build import build_meta_task, decoder_shape
 from model.training.flops import step_flops
 from model.training.planning.peak_memory import PeakMemory
@@ -18,8 +19,6 @@ from model.training.planning.peak_memory import PeakMemory
 CPU_RUNTIME, GPU_RUNTIME = 0.65e9, 1.5e9
 BUCKET = 5e8
 """Maximum number of elements in DeepSpeed's gradient buffer."""
-LOGIT_ROWS = 512
-"""Tokens with logits at the same time, including gradients in fp32 and in the precision of the weights."""
 CLIPS = (2, 4)
 """Numbers of clips in the measurements. Their difference separates the constant part, such as gradients."""
 VOCABULARY = 512
@@ -92,7 +91,7 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
         gradients=trained * width * (part if stage >= 2 else 1.0) + under_way,
         optimizer=4 * copies * trained * (part if stage else 1.0),
         activations=activation_bytes(config, micro_batch, on_cpu=on_cpu),
-        logits=LOGIT_ROWS * vocabulary * (4 + 2 * width) if passes[0].scored else 0.0,
+        logits=ROWS_AT_ONCE * vocabulary * (4 + 2 * width) if passes[0].scored else 0.0,
         host=12 * trained * (part if stage else 1.0),
     )
     return RunPlan(
@@ -109,7 +108,7 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
 
 def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
     """Peak memory of a forward and backward pass, without weights and gradients."""
-    # equal values for settings without influence, so that one cached measurement serves all
+    # settings that make no difference get one value, so that a cached measurement is reused
     common = {"zero_stage": 0, "gradient_accumulation": 1}
     alike = config.model_copy(update={"training": config.training.model_copy(update=common)})
     constant, per_clip = _growth(alike.model_dump_json(), on_cpu)

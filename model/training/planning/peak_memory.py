@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tracks allocations of operations and their release. `known` tensors do not count."""
+    """Tracks the memory that operations allocate and release. `known` tensors are not counted."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

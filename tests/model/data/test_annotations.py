@@ -48,7 +48,7 @@ def test_every_invalid_row_is_reported(tmp_path: Path) -> None:
         ("id,title\na.mp4,b\n", "utf-8", "must have the columns video_id:FILE, title; it has id, title"),
         ("", "utf-8", "it has no header"),
         ("video_id:FILE,title\n", "utf-8", "must have at least one row"),
-        ("video_id:FILE,title\na.mp4,标题\n", "gb18030", "must be UTF-8, it holds the byte .* iconv -f GB18030"),
+        ("video_id:FILE,title\na.mp4,标题\n", "gb18030", "must be UTF-8, but it holds the byte .* iconv -f GB18030"),
     ],
 )
 def test_an_invalid_file_is_a_one_line_error(tmp_path: Path, text: str, encoding: str, complaint: str) -> None:

@@ -211,7 +211,7 @@ def test_a_model_is_written_to_object_storage_completely(s3: str, tmp_path: Path
 
 
 def test_class_names_must_match_the_head(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=r"the head has 5 classes, none were given: --class-names"):
+    with pytest.raises(ConversionError, match=r"the head has 5 classes, but none were given"):
         Recording("cls").convert(tmp_path / "none")
     folder = Recording("cls").convert(tmp_path / "five", class_names=list("abcde"))
     assert MPlugVideoForClassification.from_pretrained(folder).config.class_names == list("abcde")
@@ -226,7 +226,7 @@ def test_all_problems_are_reported_and_nothing_is_written(tmp_path: Path) -> Non
         convert_weights(clip_file(tmp_path, state), tmp_path / "out", vision_heads=2)
     assert str(caught.value).splitlines() == [
         "norm.weight is missing in the source.",
-        "norm_pre.bias must be (16,) as norm_pre.bias, it is (3,).",
+        "norm_pre.bias must be (16,) as norm_pre.bias, but it is (3,).",
         "blocks.1.ls1.gamma is not known. Leave it out with --drop blocks.1.ls1.gamma.",
     ]
     assert not (tmp_path / "out").exists()
@@ -246,7 +246,7 @@ def test_a_pickle_with_other_objects_is_rejected(tmp_path: Path) -> None:
         convert_weights(tmp_path / "cut.pt", tmp_path / "out")
     with pytest.raises(ConversionError, match=r"needs the folder of its GPT-3 too.*--decoder"):
         convert_weights(FOLDER / "deepspeed_mp_rank_00_model_states.pt", tmp_path / "out")
-    with pytest.raises(ConversionError, match="a multiple of the patch size 8, it is 30"):
+    with pytest.raises(ConversionError, match="a multiple of the patch size 8, but it is 30"):
         convert_weights(clip_file(tmp_path), tmp_path / "out", vision_heads=2, image_size=30)
     with pytest.raises(ConversionError, match="it does not exist"):
         convert_weights(tmp_path / "absent.pt", tmp_path / "out")
