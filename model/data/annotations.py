@@ -105,7 +105,7 @@ def _rows(reader: "csv.DictReader[str]", uri: str, dataset: str, split: str) -> 
     if problems:
         raise DataError("\n".join(problems))
     if is_empty:
-        raise DataError(f"{uri} must have at least one row below its header, it has none.")
+        raise DataError(f"{uri} must have at least one row below its header; it has none.")
 
 
 def read_class_names(raw: str) -> list[str]:

@@ -35,9 +35,9 @@ class Cache:
         """The cached entry, or the result of `fetch`, which is then cached. A full disk only costs speed."""
         path = self._path(key)
         try:
-            data, checksum = _split(path.read_bytes())
-            if zlib.crc32(data) == checksum:
-                return data
+            stored = path.read_bytes()
+            if zlib.crc32(stored[:-4]).to_bytes(4) == stored[-4:]:
+                return stored[:-4]
         except OSError:  # missing or unreadable
             pass
         data = fetch()
@@ -74,8 +74,7 @@ class Cache:
             except BlockingIOError:  # another process is sweeping
                 return
             with os.scandir(folder) as items:
-                pieces = [item for item in items if item.name != "lock"]
-            found = list(_stats(pieces))
+                found = list(_stats(item for item in items if item.name != "lock"))
             now, left = time.time(), self.limit / self.folders
             total = sum(size for _, size, _ in found)
             for written, size, path in sorted(found):
@@ -94,14 +93,10 @@ def open_cache(folder: Path, limit: int) -> Cache:
     return cache
 
 
-def _stats(pieces: list["os.DirEntry[str]"]) -> Iterator[tuple[float, int, str]]:
+def _stats(pieces: Iterator["os.DirEntry[str]"]) -> Iterator[tuple[float, int, str]]:
     """Time, size and path of each entry that still exists."""
     for item in pieces:
         try:
             yield item.stat().st_mtime, item.stat().st_size, item.path
         except FileNotFoundError:
             continue
-
-
-def _split(stored: bytes) -> tuple[bytes, int]:
-    return stored[:-4], int.from_bytes(stored[-4:])

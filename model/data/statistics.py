@@ -76,6 +76,9 @@ def statistics(uri: str) -> Statistics:
             for name in COLUMNS[2:]:
                 columns[name].append(batch[name].to_numpy().astype(np.float32))
             columns["characters"].append(pc.utf8_length(batch["text"]).to_numpy().astype(np.float32))
+    groups: Counter[str] = Counter()
+    for name, count in categories.items():
+        groups[super_categories().get(name, OTHER)] += count
     whole = {name: np.concatenate(parts) if parts else np.empty(0, np.float32) for name, parts in columns.items()}
     return Statistics(
         name=uri.rstrip("/").rpartition("/")[2],
@@ -84,7 +87,7 @@ def statistics(uri: str) -> Statistics:
         quarantined={split: facts["quarantined"][split] for split in splits},
         reasons=reasons,
         categories=categories,
-        super_categories=_grouped(categories),
+        super_categories=groups,
         resolutions=resolutions,
         distributions=list(_distributions(whole)) if len(whole["bytes"]) else [],
         hours=float(whole["duration_s"].sum(dtype=np.float64)) / 3600,
@@ -120,10 +123,3 @@ def super_categories() -> dict[str, str]:
     """Category -> super-category. The paper mentions 20 of them without a list; this grouping is the project's."""
     text = Path(__file__).with_name("super_categories.json").read_text(encoding="utf-8")
     return {name: group for group, names in json.loads(text).items() for name in names}
-
-
-def _grouped(categories: Counter[str]) -> Counter[str]:
-    groups: Counter[str] = Counter()
-    for name, count in categories.items():
-        groups[super_categories().get(name, OTHER)] += count
-    return groups

@@ -11,6 +11,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -78,11 +79,7 @@ def decode(data: bytes, num_frames: int, decoder: str = "pyav") -> DecodedClip:
     reader = open_clip(data, decoder)
     frames = [Image.fromarray(frame) for frame in reader.frames(frame_indices(reader.num_frames, num_frames))]
     return DecodedClip(
-        frames=frames,
-        num_frames=reader.num_frames,
-        fps=reader.fps,
-        width=frames[0].width,
-        height=frames[0].height,
+        frames=frames, num_frames=reader.num_frames, fps=reader.fps, width=frames[0].width, height=frames[0].height
     )
 
 
@@ -229,24 +226,20 @@ class DecordReader(ClipReader):
 DECODERS: dict[str, Callable[[bytes, float], ClipReader]] = {"pyav": PyAVReader, "decord": DecordReader}
 
 
-class _failures:  # noqa: N801 - reads as a statement
+@contextmanager
+def _failures(data: bytes) -> Iterator[None]:
     """Converts exceptions of the decoders into a VideoError."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, (VideoError, MemoryError)):
-            return
-        detail = f"{type(error).__name__}: {error}"  # of any type: broken headers can reach any code of a decoder
+    try:
+        yield
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:  # of any type: broken headers can reach any code of a decoder
+        detail = f"{type(error).__name__}: {error}"
         if "st_nb" in detail:  # decord's message for a file without a video stream
             raise VideoError("no_video_stream", detail) from error
-        if not _looks_like_media(self.data):
-            raise VideoError("not_a_video", f"it begins with {self.data[:12]!r}") from error
-        raise VideoError("truncated" if _is_cut(self.data) else "damaged", detail) from error
+        if data[4:8] not in BOXES and not data.startswith(MAGIC):
+            raise VideoError("not_a_video", f"it begins with {data[:12]!r}") from error
+        raise VideoError("truncated" if _is_cut(data) else "damaged", detail) from error
 
 
 def _shown_at(packets: list[tuple[int | None, bool]]) -> list[int] | None:
@@ -267,22 +260,8 @@ def _validate_size(width: int, height: int) -> None:
         raise VideoError("too_large", f"its frames have {width} x {height} pixels, at most {MAX_PIXELS} are read")
 
 
-MAGIC = (
-    b"FLV",
-    b"\x1aE\xdf\xa3",
-    b"RIFF",
-    b"OggS",
-    b"\x00\x00\x01\xba",
-    b"\x00\x00\x01\xb3",
-    b"G@",
-    b"0&\xb2u",
-    b"ID3",
-)
+MAGIC = (b"FLV", b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"\0\0\1\xba", b"\0\0\1\xb3", b"G@", b"0&\xb2u", b"ID3")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"pnot")
-
-
-def _looks_like_media(data: bytes) -> bool:
-    return data[4:8] in BOXES or data.startswith(MAGIC)
 
 
 def _is_cut(data: bytes) -> bool:

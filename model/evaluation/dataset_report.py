@@ -1,7 +1,7 @@
 """Shows the statistics of a dataset in the terminal, as an HTML page, and in MLflow."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -107,17 +107,13 @@ def _sparkline(item: Distribution) -> str:
 
 def _distribution_figure(distributions: list[Distribution]) -> Figure:
     figure = Figure(figsize=(11, 5), layout="constrained")
-    for axes, item in zip(_grid(figure), distributions, strict=False):
+    for axes, item in zip(figure.subplots(2, 3).flat, distributions, strict=False):
         axes.stairs(item.counts, item.edges, fill=True, color=ACCENT, alpha=0.8)
         axes.axvline(item.median, color="#1f2933", linewidth=1)
         axes.set_title(f"{item.name}: median {item.median:,.4g} {item.unit}", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     return figure
-
-
-def _grid(figure: Figure) -> Iterator[Axes]:
-    yield from figure.subplots(2, 3).flat
 
 
 def _bar_figure(counts: Counter[str], row_height: float) -> Figure:

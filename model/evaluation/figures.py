@@ -80,8 +80,7 @@ def curve_figure(curves: Mapping[str, Sequence[tuple[int, float]]], ylabel: str)
     axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if curves:
-        axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -22,19 +22,6 @@ SHOWN = 8
 """Clips per task."""
 NEAREST = 3
 """Clips shown per retrieval query."""
-
-
-@dataclass(frozen=True)
-class Strip:
-    """The frames of a clip, with prediction and truth."""
-
-    image: str
-    predicted: str
-    true: str
-
-    @property
-    def correct(self) -> bool:
-        return self.predicted == self.true
 
 
 def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, where: Mapping[str, str]) -> str:
@@ -84,16 +71,13 @@ def _score_rows(evaluation: Evaluation, without: Evaluation) -> list[dict[str, f
     ]
 
 
-def _curves(*evaluations: Evaluation) -> dict[str, list[tuple[int, float]]]:
-    names = {True: "with pre-training", False: "without"}
-    return {names[evaluation.pretrained]: _history(evaluation.model) for evaluation in evaluations}
+def _curves(evaluation: Evaluation, without: Evaluation) -> dict[str, list[tuple[int, float]]]:
+    return {"with pre-training": _history(evaluation.model), "without": _history(without.model)}
 
 
 def _pretraining_curve(evaluations: Sequence[Evaluation]) -> list[tuple[int, float]]:
-    configs = [
-        manifest.read_manifest(evaluation.model)["config"] for evaluation in evaluations if evaluation.pretrained
-    ]
-    return _history(configs[0]["model"]["init_from"])
+    model = next(evaluation.model for evaluation in evaluations if evaluation.pretrained)
+    return _history(manifest.read_manifest(model)["config"]["model"]["init_from"])
 
 
 def _history(model: str) -> list[tuple[int, float]]:
@@ -103,9 +87,9 @@ def _history(model: str) -> list[tuple[int, float]]:
     return [(point["step"], point["train/loss"]) for point in points if "train/loss" in point]
 
 
-def _strips(evaluation: Evaluation, reader: ShardReader) -> list[Strip]:
+def _strips(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, str]]:
     return [
-        Strip(image_uri(frame_strip(reader, position, 4)), predicted, true)
+        {"image": image_uri(frame_strip(reader, position, 4)), "predicted": predicted, "true": true}
         for position, (predicted, true) in enumerate(evaluation.captions[:SHOWN])
     ]
 

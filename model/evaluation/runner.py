@@ -76,14 +76,13 @@ def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batc
     order = EverySample(size=len(reader), batch_size=batch_size)
     loader = evaluation_batches(source, order, task.collate_evaluation)
     task.read_split(list(reader.annotations()))
-    name = task.config.task
     predictions = [
         prediction
         for batch in progress(loader, total=order.steps, desc=f"evaluating {task.config.name}", unit="batch")
         for prediction in task.network(on_device(batch, device), predict=True)
     ]
     return Evaluation(
-        task=name,
+        task=task.config.task,
         model=model,
         pretrained=pretrained,
         scores=task.score(predictions, task.categories),

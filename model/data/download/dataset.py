@@ -93,16 +93,14 @@ def download_dataset(
             for future in in_order(job.begin(pool, facts), LISTED_AHEAD):
                 outcome = future.result()
                 bar.total = int(facts["files"])
-                if outcome is None:
-                    bar.update()
-                    continue
-                is_done = outcome.status == DONE
-                facts["files_copied" if is_done else "files_failed"] += 1
-                facts["bytes_copied"] += outcome.size
-                failed += [outcome] * (not is_done and len(failed) < SHOWN)
-                if bar.n % 100 == 0:
-                    done = f"{facts['bytes_copied'] / 1e9:.2f}"
-                    bar.set_postfix(GB=done, failed=int(facts["files_failed"]), refresh=False)
+                if outcome is not None:
+                    is_done = outcome.status == DONE
+                    facts["files_copied" if is_done else "files_failed"] += 1
+                    facts["bytes_copied"] += outcome.size
+                    failed += [outcome] * (not is_done and len(failed) < SHOWN)
+                    if bar.n % 100 == 0:
+                        done = f"{facts['bytes_copied'] / 1e9:.2f}"
+                        bar.set_postfix(GB=done, failed=int(facts["files_failed"]), refresh=False)
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -98,16 +98,15 @@ class PartialDownload:
         self.discard()
 
     def discard(self) -> None:
-        if self.file:
-            self.file.close()
+        self.close()
         self.file, self.buffer = None, bytearray()
         if self.is_kept:
             self.path.unlink(missing_ok=True)
             self.note.unlink(missing_ok=True)
             self.is_kept = False
 
-    def keep(self) -> None:
-        """For a later process."""
+    def close(self) -> None:
+        """Leaves what has arrived for a later process."""
         if self.file:
             self.file.close()
 
@@ -130,7 +129,7 @@ def fetch_file(
         if isinstance(error, FetchError) and error.transient and attempts < policy.attempts:
             return max(policy.wait_s(attempts), error.wait_s)
         if isinstance(error, FetchError):
-            arrived.keep()
+            arrived.close()
         raise error
 
     def wait_for_storage_s(error: Exception, failures: int) -> float:
@@ -171,10 +170,10 @@ def _transfer(source: Source, remote: Remote, arrived: PartialDownload, throttle
 def _check(remote: Remote, arrived: PartialDownload) -> None:
     found = arrived.hash.hexdigest()
     if remote.size is not None and arrived.size != remote.size:
-        detail = f"{remote.size} bytes are listed, {arrived.size} received"
+        fault = "size", f"{remote.size} bytes are listed, {arrived.size} received"
     elif remote.sha256 and found != remote.sha256:
-        detail = f"sha256 {remote.sha256} is listed, got {found}"
+        fault = "sha256", f"sha256 {remote.sha256} is listed, got {found}"
     else:
         return
     arrived.restart("")
-    raise FetchError("size" if "bytes" in detail else "sha256", detail, transient=True)
+    raise FetchError(*fault, transient=True)

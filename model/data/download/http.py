@@ -7,6 +7,7 @@ from pathlib import Path
 
 import urllib3
 
+from model.errors import DataError
 from model.retry import exponential_s, retry
 
 CHUNK = 2**20
@@ -20,8 +21,6 @@ pool = urllib3.PoolManager(
     retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False),
     headers={"User-Agent": "mplug-video", "Accept-Encoding": "identity"},
 )
-
-
 NO_ANSWER = {"timeout", "connection", "storage", *(f"http_{status}" for status in TRANSIENT)}
 """Failure reasons of an outage."""
 
@@ -32,11 +31,8 @@ class FetchError(OSError):
     def __init__(self, reason: str, detail: str, *, transient: bool, wait_s: float = 0.0) -> None:
         super().__init__(f"{reason}: {detail}"[:300])
         self.reason, self.transient, self.wait_s = reason, transient, wait_s
-
-    @property
-    def is_outage(self) -> bool:
-        """Whether the file may be available after the outage of the source."""
-        return self.transient and self.reason in NO_ANSWER
+        self.is_outage = transient and reason in NO_ANSWER
+        """Whether the file may become available once the source is back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +54,7 @@ def redact_url(url: str) -> str:
 
 
 def save(url: str, path: Path, headers: Mapping[str, str] | None = None) -> None:
-    """Downloads a small file to `path`. Raises FetchError."""
+    """Downloads a small file to `path`. Raises DataError."""
 
     def transfer() -> None:
         with path.open("wb") as file:
@@ -66,8 +62,10 @@ def save(url: str, path: Path, headers: Mapping[str, str] | None = None) -> None
                 file.write(chunk)
 
     def wait_s(error: Exception, failures: int) -> float:
-        if not isinstance(error, FetchError) or not error.transient or failures == ATTEMPTS:
+        if not isinstance(error, FetchError):
             raise error
+        if not error.transient or failures == ATTEMPTS:
+            raise DataError(f"{redact_url(url)} cannot be read: {error}") from error
         return max(error.wait_s, exponential_s(failures, 0.5, 60.0))
 
     retry(transfer, wait_s)

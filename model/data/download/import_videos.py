@@ -36,8 +36,7 @@ class ImportedVideos:
 
     def __init__(self, videos: str, rows: list[Row], dataset: str, generated: Path) -> None:
         """`generated` is an empty local folder for the generated annotation files."""
-        self.videos, self.generated = videos, generated
-        self.rows = rows
+        self.videos, self.rows, self.generated = videos, rows, generated
         self._annotate(dataset)
 
     def validate_same(self, raw: str) -> None:
@@ -46,7 +45,7 @@ class ImportedVideos:
             name = f"{dataset}/{split}.csv"
             theirs, ours = storage.join(raw, name), self.generated / name
             if storage.exists(theirs) and (not ours.exists() or ours.read_bytes() != storage.read(theirs)):
-                raise DataError(f"{raw} holds another dataset, {name} differs. Choose another --name.")
+                raise DataError(f"{raw} holds another dataset: {name} differs. Choose another --name.")
 
     def files(self) -> Iterator[Remote]:
         for path in sorted(self.generated.rglob("*.*")):
@@ -115,7 +114,7 @@ def read_rows(table: str, videos: str, dataset: str) -> list[Row]:
     if problems:
         raise DataError("\n".join(problems))
     if not rows:
-        raise DataError(f"{table} must have at least one row below its header, it has none.")
+        raise DataError(f"{table} must have at least one row below its header; it has none.")
     return rows
 
 

@@ -88,9 +88,8 @@ class Done:
         for _, table in _segments(raw, ["path", "identity", "status"]):
             rows = table.to_pydict()
             paths.append(np.array([hashed(path) for path in rows["path"]], np.uint64))
-            files.append(
-                np.array([hashed(*pair) for pair in zip(rows["path"], rows["identity"], strict=True)], np.uint64)
-            )
+            pairs = zip(rows["path"], rows["identity"], strict=True)
+            files.append(np.array([hashed(*pair) for pair in pairs], np.uint64))
             done.append(np.array([status == DONE for status in rows["status"]]))
         last = _last(paths)
         self.files = np.sort(np.concatenate(files)[last & np.concatenate(done)]) if files else np.empty(0, np.uint64)
@@ -109,13 +108,12 @@ def outcomes(raw: str) -> Iterator[Outcome]:
         lengths[name] = len(table)
     if not paths:
         raise DataError(f"{raw} has no download ledger ({LEDGER}/); run `mplug data download` first.")
-    last, row = _last(paths), 0
+    is_last = iter(_last(paths))
     for name, length in lengths.items():
         table = _read(raw, name)[:length]  # a writer may have appended rows since
         for item in table.drop_columns(["time_ms"]).to_pylist():
-            if last[row]:
+            if next(is_last):
                 yield Outcome(**item)
-            row += 1
 
 
 @dataclass(kw_only=True)

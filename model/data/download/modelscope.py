@@ -22,7 +22,7 @@ from typing import Any
 from model.data.annotations import MAX_PROBLEMS, duplicates, hashed, read_csv, validate_path
 from model.data.download import http
 from model.data.download.http import Body, FetchError
-from model.data.download.sources import Remote, fetch_small
+from model.data.download.sources import Remote
 from model.errors import DataError
 
 SCHEME = "modelscope://"
@@ -57,7 +57,7 @@ class ModelScopeSource:
             tables = []
             for number, remote in enumerate(remote for remote in repository if remote.path.endswith(".csv")):
                 tables.append((remote.path, Path(folder) / f"{number}.csv"))
-                fetch_small(remote.location, tables[-1][1], self.headers)
+                http.save(remote.location, tables[-1][1], self.headers)
             repeated = duplicates(array("Q", (hashed(path) for path in _named(tables))))
             for row, path in enumerate(_named(tables)):
                 if row not in repeated and path not in known:
@@ -110,7 +110,7 @@ class ModelScopeSource:
 
     def _call(self, path: str) -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            fetch_small(f"{self.base}/{path}", Path(folder) / "answer", self.headers)
+            http.save(f"{self.base}/{path}", Path(folder) / "answer", self.headers)
             try:
                 answer = json.loads((Path(folder) / "answer").read_bytes())
             except ValueError as error:

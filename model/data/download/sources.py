@@ -43,9 +43,9 @@ class Remote:
 
     @property
     def identity(self) -> str:
-        if self.version or self.sha256 or self.size is not None:
-            return self.version or self.sha256 or str(self.size)
-        return http.redact_url(self.location)  # a signature is secret, and different every time
+        size = "" if self.size is None else str(self.size)
+        # a signature is secret, and different every time
+        return self.version or self.sha256 or size or http.redact_url(self.location)
 
 
 class Source(Protocol):
@@ -109,7 +109,7 @@ class ManifestSource:
             local = Path(self.location)
             if is_http(self.location):
                 local = Path(folder) / "manifest"
-                fetch_small(self.location, local)
+                http.save(self.location, local)
             repeated = self._check(local)
             yield from (remote for row, remote in enumerate(self._rows(local)) if row not in repeated)
 
@@ -126,7 +126,7 @@ class ManifestSource:
         clashes = [f"rows {twice[row] + 1} and {row + 1}" for row in twice if row not in same]
         if clashes:
             raise DataError(
-                f"{self.name}: a path must stand for one file; {', '.join(clashes[:MAX_PROBLEMS])} share one."
+                f"{self.name}: each path must name one file; {', '.join(clashes[:MAX_PROBLEMS])} have the same path."
             )
         return set(same)
 
@@ -143,9 +143,9 @@ class ManifestSource:
                         if len(problems) == MAX_PROBLEMS:
                             break
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.name} must be UTF-8, {error.reason} behind row {number}.") from error
+            raise DataError(f"{self.name} must be UTF-8, {error.reason} after row {number}.") from error
         except (csv.Error, json.JSONDecodeError) as error:
-            raise DataError(f"{self.name} cannot be read behind row {number}: {error}.") from error
+            raise DataError(f"{self.name} cannot be read after row {number}: {error}.") from error
         if problems:
             raise DataError("\n".join(problems))
 
@@ -187,11 +187,3 @@ def _relative(url: str, base: str) -> str:
 
 def is_http(location: str) -> bool:
     return location.startswith(("http://", "https://"))
-
-
-def fetch_small(url: str, path: Path, headers: dict[str, str] | None = None) -> None:
-    """Downloads a small file to `path`. Raises DataError."""
-    try:
-        http.save(url, path, headers)
-    except FetchError as error:
-        raise DataError(f"{http.redact_url(url)} cannot be read: {error}") from error

@@ -70,7 +70,7 @@ class ClipSource:
         try:
             return self.reader.record(position) if self.read_video else self.reader.annotation(position)
         except (ValueError, KeyError) as error:
-            return VideoError("damaged", f"clip {position} is no record: {error}")
+            return VideoError("damaged", f"clip {position} is not a valid record: {error}")
 
     def example(self, draw: Draw, fetched: Fetched) -> Example:
         """Raises VideoError if the clip cannot be read or decoded."""
@@ -91,6 +91,7 @@ class ClipSource:
 
 
 Order = BatchSampler | EverySample
+Collate = Callable[[list[Example]], Batch]
 Loaded = tuple[Batch, int, list[str]] | RemoteError
 """A batch, its number of clips, and messages about unreadable clips; or an error that ends the run. It is a value,
 because DataLoader loses type and message of an exception raised in a loader process."""
@@ -100,11 +101,10 @@ SHARED_MEMORY = Path("/dev/shm")
 class BatchStream(IterableDataset[Loaded]):
     """Collated batches in the given order. With n workers, each makes every n-th batch."""
 
-    def __init__(
-        self, source: ClipSource, order: Order, collate: Callable[[list[Example]], Batch], read_ahead: int
-    ) -> None:
+    def __init__(self, source: ClipSource, order: Order, collate: Collate, read_ahead: int) -> None:
         self.source, self.order, self.collate, self.read_ahead = source, order, collate, read_ahead
-        self.last: Example | None = None
+        self.last: list[Example] = []
+        """The last readable clip, or none yet: it replaces all clips of a batch without one."""
 
     def __iter__(self) -> Iterator[Loaded]:
         if get_worker_info() is None:
@@ -150,24 +150,17 @@ class BatchStream(IterableDataset[Loaded]):
                 examples.append(None)
                 key = item.meta["video"] if isinstance(item, Record) else str(draw)
                 failures.append(f"{self.source.reader.uri} {key}: {error}")
-        read = [example for example in examples if example is not None]
-        last = read[-1] if read else self.last
-        if last is None:
+        read = [example for example in examples if example is not None] or self.last
+        if not read:
             raise DataError("no clip of the first batch can be read:\n" + "\n".join(failures))
-        self.last = last
-        return self.collate(_filled(examples, last)), len(examples), failures
-
-
-def _filled(examples: list[Example | None], last: Example) -> list[Example]:
-    """Replaces unreadable clips by others of the batch, or by the `last` one before it: processes exchange features of
-    equal shape, so every batch must be full."""
-    read = [example for example in examples if example is not None] or [last]
-    following = cycle(read[1:] + read[:1])
-    return [example or next(following) for example in examples]
+        self.last = read[-1:]
+        # processes exchange features of equal shape, so every batch must be full
+        following = cycle(read[1:] + read[:1])
+        return self.collate([example or next(following) for example in examples]), len(examples), failures
 
 
 def _shared(batch: Batch) -> Batch:
-    """Moves a batch to shared memory. DataLoader would do it in a thread that does not report errors."""
+    """Moves a batch to shared memory. DataLoader would do this in a thread that does not report errors."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     pickle.dumps([value for value in batch.values() if not isinstance(value, Tensor)])
     try:
@@ -189,15 +182,14 @@ class Batches:
     def __init__(self, stream: BatchStream, *, workers: int, max_failures: float) -> None:
         self.max_failures = max_failures
         self.read, self.failed, self.reported = 0, 0, 0
-        # forkserver: forking a process with threads (DeepSpeed, S3) can deadlock, and spawning imports torch each time
-        context = get_context("forkserver") if workers else None
         if workers:
             start_fork_server(stream.collate.__module__)
         self.loader: DataLoader[Loaded] = DataLoader(
             stream,
             batch_size=None,
             num_workers=workers,
-            multiprocessing_context=context,
+            # forking a process with threads (DeepSpeed, S3) can deadlock, and spawning imports torch each time
+            multiprocessing_context="forkserver" if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -263,16 +255,12 @@ def open_split(uri: str, config: DataConfig) -> ShardReader:
     return ShardReader(uri, cache=cache, decoder=config.decoder, deadline_s=config.decode_deadline_s)
 
 
-def training_batches(
-    source: ClipSource, order: BatchSampler, collate: Callable[[list[Example]], Batch], config: DataConfig
-) -> Batches:
+def training_batches(source: ClipSource, order: BatchSampler, collate: Collate, config: DataConfig) -> Batches:
     """Batches in the sampler's order."""
     stream = BatchStream(source, order, collate, config.read_ahead)
     return Batches(stream, workers=config.workers, max_failures=config.max_read_failures)
 
 
-def evaluation_batches(
-    source: ClipSource, order: EverySample, collate: Callable[[list[Example]], Batch], read_ahead: int = 32
-) -> Batches:
+def evaluation_batches(source: ClipSource, order: EverySample, collate: Collate, read_ahead: int = 32) -> Batches:
     """Every example once, in the order of the split. An unreadable clip ends the evaluation."""
     return Batches(BatchStream(source, order, collate, read_ahead), workers=0, max_failures=0)

@@ -37,7 +37,6 @@ def training_transform(frames: Tensor, size: int, config: DataConfig, rng: rando
         (name, rng.choice((-1, 1)) * config.augment_level / 10)
         for name in rng.sample(list(OPERATIONS), config.augment_ops)
     ]
-    changes = [(name, strength) for name, strength in changes if name != "identity"]
     return torch.from_numpy(np.stack([_changed(frame, changes) for frame in clip.numpy()])) if changes else clip
 
 

@@ -154,8 +154,7 @@ def build_parts(plan: ShardPlan, *, index: int = 0, count: int = 1, workers: int
     total = sum(
         min(size, split.rows - start)
         for split in plan.splits
-        for start in range(0, split.rows, size)
-        if start // size % count == index
+        for start in range(index * size, split.rows, count * size)
     )
     name = f"{index + 1}/{count}" if count > 1 else ""
     # spawn: forking a process with threads (boto3, torch) can deadlock
@@ -171,27 +170,22 @@ def build_parts(plan: ShardPlan, *, index: int = 0, count: int = 1, workers: int
         pool.join()
 
 
+@dataclass(frozen=True)
 class PartBuilder:
     """Turns consecutive rows into tar shards, a quarantine list and an index."""
 
-    def __init__(
-        self,
-        plan: ShardPlan,
-        pool: ProcessPool,
-        readers: ThreadPoolExecutor,
-        *,
-        ahead: int,
-        done: Callable[[int], object],
-    ) -> None:
-        self.plan, self.settings = plan, plan.settings
-        self.pool, self.readers, self.ahead, self.done = pool, readers, ahead, done
+    plan: ShardPlan
+    pool: ProcessPool
+    readers: ThreadPoolExecutor
+    ahead: int
+    done: Callable[[int], object]
 
     def build(self, split: Split, index: int, count: int) -> None:
         """Builds the parts of one split that belong to this partition."""
-        size, seen = PART_CLIPS[self.settings.form.kind], 0
+        size, seen = PART_CLIPS[self.plan.settings.form.kind], 0
         finished = finished_parts(self.plan, split)
-        broken = FailureBudget(self.settings, split.name)
-        rows = enumerate(iter_annotations(self.settings.raw, self.settings.dataset, split.name))
+        broken = FailureBudget(self.plan.settings, split.name)
+        rows = enumerate(iter_annotations(self.plan.settings.raw, self.plan.settings.dataset, split.name))
         for number, first in enumerate(rows):
             part = [first, *islice(rows, size - 1)]
             if number % count == index:
@@ -203,7 +197,6 @@ class PartBuilder:
 
     def _part(self, split: Split, uri: str, rows: list[Row], *, is_finished: bool) -> list[dict[str, Any]]:
         """Builds one part; returns its quarantine."""
-        quarantine: list[dict[str, Any]]
         if is_finished:
             quarantine = list(read_quarantine(uri))
             # stored clips stay valid; broken ones may have been downloaded again since
@@ -233,7 +226,7 @@ class PartBuilder:
     def _versions(self, quarantine: list[dict[str, Any]]) -> str:
         """A hash that changes when one of the quarantined clips changes or appears."""
         videos = [item["video"] for item in quarantine if item["reason"] != "duplicate"]
-        entries = self.readers.map(lambda video: storage.head(storage.join(self.settings.raw, video)), videos)
+        entries = self.readers.map(lambda video: storage.head(storage.join(self.plan.settings.raw, video)), videos)
         return hashlib.sha256(json.dumps([entry.version if entry else "" for entry in entries]).encode()).hexdigest()
 
     def _examined(self, split: Split, rows: list[Row]) -> Iterator[StoredClip | tuple[str, str]]:
@@ -243,7 +236,7 @@ class PartBuilder:
             try:
                 yield future.result()
             except TimeoutError:
-                yield "timeout", f"it was not decoded within {self.settings.deadline_s:.0f} s"
+                yield "timeout", f"it was not decoded within {self.plan.settings.deadline_s:.0f} s"
             except ProcessExpired as error:
                 yield "crashed", f"the decoder ended with code {error.exitcode}"
 
@@ -251,12 +244,12 @@ class PartBuilder:
         if (earlier := split.duplicates.get(line)) is not None:
             return "duplicate", f"row {earlier} has the same clip and text"
         try:
-            return storage.read(storage.join(self.settings.raw, annotation.video))
+            return storage.read(storage.join(self.plan.settings.raw, annotation.video))
         except NotFoundError:
-            return "missing", "there is no such file"
+            return "missing", "the file does not exist"
 
     def _decode(self, fetched: bytes | tuple[str, str]) -> "Future[StoredClip | tuple[str, str]]":
-        settings = self.settings
+        settings = self.plan.settings
         if isinstance(fetched, bytes):
             job = [fetched, settings.form, settings.decoder, settings.deadline_s]
             future: Future[StoredClip | tuple[str, str]] = self.pool.schedule(

@@ -48,7 +48,6 @@ class Joined:
     """The joined parts of a split."""
 
     name: str
-    folder: Path
     clips: int
     quarantined: int
     digest: str
@@ -82,7 +81,7 @@ def commit_shards(planned: ShardPlan) -> str:
         storage.write(storage.join(uri, DATASET), described)
         for file in (QUARANTINE, INDEX):
             for split in splits:
-                storage.upload_file(split.folder / file, storage.join(uri, split.name, file))
+                storage.upload_file(Path(folder) / split.name / file, storage.join(uri, split.name, file))
     storage.remove(planned.staging)
     return uri
 
@@ -117,9 +116,7 @@ def join_parts(planned: ShardPlan, split: Split, folder: Path) -> Joined:
         if sum(map(len, group)):
             index.write_table(pa.concat_tables(group))
     broken.check(split.rows)
-    return Joined(
-        name=split.name, folder=folder, clips=clips, quarantined=quarantined, digest=state.hexdigest(), moves=moves
-    )
+    return Joined(name=split.name, clips=clips, quarantined=quarantined, digest=state.hexdigest(), moves=moves)
 
 
 def _parts(planned: ShardPlan, split: Split) -> Iterator[tuple[str, pa.Table]]:

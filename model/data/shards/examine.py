@@ -25,20 +25,16 @@ def limit_memory() -> None:
 
 
 def examine_clip(data: bytes, form: Form, decoder: str, deadline_s: float) -> StoredClip | tuple[str, str]:
-    """The clip to store, or (reason, detail) if the frames to store, or of an original clip the first, middle and last
-    frames, cannot all be decoded."""
+    """The clip to store, or (reason, detail) if the frames to store (of an original clip the first, middle and last)
+    cannot all be decoded."""
+    original = form.kind == "original"
     try:
         reader = open_clip(data, decoder, deadline_s)
         last = reader.num_frames - 1
-        if form.kind == "frames":
-            indices = frame_indices(reader.num_frames, form.num_frames)
-        else:
-            indices = sorted({0, last // 2, last})
-        width = height = 0
+        indices = sorted({0, last // 2, last}) if original else frame_indices(reader.num_frames, form.num_frames)
         files: list[bytes] = []
         for pixels in reader.frames([*indices, last]):
-            height, width = pixels.shape[:2]
-            if form.kind == "frames" and len(files) < len(indices):
+            if not original and len(files) < len(indices):
                 files.append(_jpeg(pixels, form.short_side))
     except VideoError as error:
         return error.reason, error.detail
@@ -46,15 +42,14 @@ def examine_clip(data: bytes, form: Form, decoder: str, deadline_s: float) -> St
         return "too_large", f"decoding took more than {MEMORY >> 30} GiB of memory"
     except Exception as error:  # a malformed file can cause any error, which is recorded for the clip
         return "unreadable", f"{type(error).__name__}: {error}"
-    original = form.kind == "original"
     return StoredClip(
         files=[data] if original else files,
         frames=[] if original else indices,
         num_frames=reader.num_frames,
         fps=round(reader.fps, 3),
         duration_s=round(reader.duration_s, 3),
-        width=width,
-        height=height,
+        width=pixels.shape[1],
+        height=pixels.shape[0],
         bytes=len(data),
     )
 

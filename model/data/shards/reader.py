@@ -26,7 +26,7 @@ from model.progress import progress
 HEAD = 4096
 """Bytes that almost always include the JSON file of a record."""
 PIECE = 2**18
-"""Bytes per request. SeaweedFS uses 0.8 ms of CPU time up to this size, and 3 ms above it."""
+"""Bytes per request. SeaweedFS uses 0.8 ms of CPU time per request up to this size, and 3 ms above it."""
 
 
 class ShardReader:
@@ -37,7 +37,7 @@ class ShardReader:
     ) -> None:
         self.uri, self.cache, self.decoder, self.deadline_s = uri, cache, decoder, deadline_s
         if storage.head(storage.join(uri, INDEX)) is None:
-            raise DataError(f"{uri} has no {INDEX}: it is not a split, or it was not finished.")
+            raise DataError(f"{uri} has no {INDEX}: it is not a split, or its build did not finish.")
         with self._index() as index:
             self.blocks, self.first, self.ends = _places(index)
 
@@ -81,8 +81,7 @@ class ShardReader:
         """Frames with these ascending numbers in the source, or the nearest stored ones. Raises VideoError."""
         stored = record.meta["frames"]
         if not stored:
-            reader = open_clip(bytes(record.file(0)), self.decoder, self.deadline_s)
-            return list(reader.frames(indices))
+            return list(open_clip(bytes(record.file(0)), self.decoder, self.deadline_s).frames(indices))
         nearest = [min(range(len(stored)), key=lambda n: abs(stored[n] - index)) for index in indices]
         decoded = {number: _pixels(record.file(number)) for number in set(nearest)}
         return [decoded[number] for number in nearest]
@@ -166,5 +165,4 @@ def verify_shards(uri: str, *, index: int = 0, count: int = 1) -> tuple[int, lis
 
 def read_dataset_info(uri: str) -> dict[str, Any]:
     """dataset.json of a sharded dataset, which is next to its splits."""
-    facts: dict[str, Any] = json.loads(storage.read(storage.join(uri, DATASET)))
-    return facts
+    return json.loads(storage.read(storage.join(uri, DATASET)))

@@ -109,10 +109,10 @@ def synthesize_corpus(out: Path, *, seed: int = 0, scale: float = 1.0, workers: 
             _write_csv(out / dataset / f"{split}.csv", dataset, [clip.row for clip in planned])
             clips += planned
     _write_manifests(out, clips)
-    jobs = [(clip, f"{seed}/{clip.video}", str(out)) for clip in clips]
+    jobs = [(clip.scene, clip.encoding, f"{seed}/{clip.video}", out / clip.video) for clip in clips]
     # spawn: forking a process that holds threads (torch, tokenizers) can deadlock
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        done = pool.map(_render_job, jobs, chunksize=8)
+        done = pool.map(render_clip, *zip(*jobs, strict=True), chunksize=8)
         try:
             for _ in progress(done, total=len(jobs), desc="rendering clips", unit="clip"):
                 pass
@@ -205,8 +205,3 @@ def _write_manifests(out: Path, clips: list[SyntheticClip]) -> None:
         for clip in clips
     )
     (out / "scenes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _render_job(job: tuple[SyntheticClip, str, str]) -> None:
-    clip, seed, out = job
-    render_clip(clip.scene, clip.encoding, seed, Path(out) / clip.video)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import av
@@ -80,17 +80,13 @@ def frames(scene: Scene, encoding: Encoding, rng: random.Random) -> Iterator[Ima
     size = int(short_side * rng.uniform(0.52, 0.66))
     sprite = _sprite(scene.subject, COLOURS[scene.colour], size * SUPERSAMPLING)
     background = BACKGROUNDS[scene.background](encoding.width, encoding.height, rng)
-    at_side = cache(partial(_resized, sprite))
+    at_side = cache(lambda side: sprite.resize((side, side), Image.Resampling.BILINEAR))
     paths = [MOTIONS[motion](rng) for motion in scene.motions]
     count = max(int(encoding.duration_s * encoding.fps), len(paths))
     for index in range(count):
         progress = index / count * len(paths)
         pose = paths[int(progress)](progress % 1.0)
         yield _place(background, at_side(max(int(size * pose.scale), 4)), pose)
-
-
-def _resized(sprite: Image.Image, side: int) -> Image.Image:
-    return sprite.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def _place(background: Image.Image, drawn: Image.Image, pose: Pose) -> Image.Image:
@@ -105,18 +101,14 @@ def _place(background: Image.Image, drawn: Image.Image, pose: Pose) -> Image.Ima
 
 # --- motions: progress in [0, 1) -> pose -------------------------------------------------------------------------
 
-Path_ = Callable[[float], Pose]
+Track = Callable[[float], Pose]
 
 
-def _slide(start: tuple[float, float], end: tuple[float, float]) -> Callable[[random.Random], Path_]:
-    def motion(rng: random.Random) -> Path_:
+def _slide(start: tuple[float, float], end: tuple[float, float]) -> Callable[[random.Random], Track]:
+    def motion(rng: random.Random) -> Track:
         drift = rng.uniform(-0.1, 0.1)  # offset from the middle line, across the direction of travel
         dx, dy = (0.0, drift) if start[1] == end[1] else (drift, 0.0)
-
-        def at(p: float) -> Pose:
-            return Pose(start[0] + (end[0] - start[0]) * p + dx, start[1] + (end[1] - start[1]) * p + dy)
-
-        return at
+        return lambda p: Pose(start[0] + (end[0] - start[0]) * p + dx, start[1] + (end[1] - start[1]) * p + dy)
 
     return motion
 
@@ -125,25 +117,25 @@ def _still_at(rng: random.Random) -> tuple[float, float]:
     return rng.uniform(0.35, 0.65), rng.uniform(0.4, 0.6)
 
 
-def _spin(rng: random.Random) -> Path_:
+def _spin(rng: random.Random) -> Track:
     (x, y), turns, phase = _still_at(rng), rng.uniform(1.2, 2.3), rng.uniform(0, 360)
     return lambda p: Pose(x, y, angle=phase + 360 * turns * p)
 
 
-def _sway(rng: random.Random) -> Path_:
+def _sway(rng: random.Random) -> Track:
     (_, y), swings, phase = _still_at(rng), rng.uniform(1.6, 2.4), rng.uniform(0, 1)
     return lambda p: Pose(0.5 + 0.28 * math.sin(2 * math.pi * (swings * p + phase)), y)
 
 
-def _zoom(start: float, end: float) -> Callable[[random.Random], Path_]:
-    def motion(rng: random.Random) -> Path_:
+def _zoom(start: float, end: float) -> Callable[[random.Random], Track]:
+    def motion(rng: random.Random) -> Track:
         x, y = _still_at(rng)
         return lambda p: Pose(x, y, scale=start + (end - start) * p)
 
     return motion
 
 
-MOTIONS: dict[str, Callable[[random.Random], Path_]] = {
+MOTIONS: dict[str, Callable[[random.Random], Track]] = {
     "向右": _slide((0.12, 0.5), (0.88, 0.5)),
     "向左": _slide((0.88, 0.5), (0.12, 0.5)),
     "向上": _slide((0.5, 0.88), (0.5, 0.12)),
@@ -191,8 +183,7 @@ def _stage(width: int, height: int, rng: random.Random) -> Image.Image:
     draw = ImageDraw.Draw(image)
     middle = width * rng.uniform(0.4, 0.6)
     draw.polygon(
-        [(middle, -height * 0.2), (middle - width * 0.32, height), (middle + width * 0.32, height)],
-        fill=(150, 84, 70),
+        [(middle, -height * 0.2), (middle - width * 0.32, height), (middle + width * 0.32, height)], fill=(150, 84, 70)
     )
     return image
 

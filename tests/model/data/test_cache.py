@@ -43,11 +43,12 @@ def test_a_piece_is_fetched_once(tmp_path: Path) -> None:
     assert Cache(tmp_path, 10**6).get("a", refuse) == b"one"  # of another process
 
 
-def test_a_damaged_piece_is_fetched_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [500, 3, 0])
+def test_a_damaged_piece_is_fetched_again(tmp_path: Path, length: int) -> None:
     cache = Cache(tmp_path, 10**6)
     cache.get("a", lambda: b"x" * 1000)
     (piece,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock")  # a sweep is random
-    piece.write_bytes(piece.read_bytes()[:500])
+    piece.write_bytes(piece.read_bytes()[:length])
     assert cache.get("a", lambda: b"new") == b"new"
     assert cache.get("a", refuse) == b"new"
 
