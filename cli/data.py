@@ -73,9 +73,7 @@ def download_command(
 
 
 @data.command()
-def status(
-    raw: Annotated[str, typer.Argument(help="Folder or URI of a raw dataset, complete or not.")],
-) -> None:
+def status(raw: Annotated[str, typer.Argument(help="Folder or URI of a raw dataset, complete or not.")]) -> None:
     """Show how much of a dataset is downloaded, and why other files failed.
 
     Example: `mplug data status s3://mplug/work/raw/youku-mplug`
@@ -177,8 +175,8 @@ def import_command(
 ) -> None:
     """Import your own videos as a dataset and print the URI of its shards.
 
-    The CSV has the path of each video relative to VIDEOS. Without a column `split`, 10 % of the videos each are
-    assigned to val and test, always the same ones. All videos of a pre-training dataset are in train.
+    The CSV has the path of each video relative to VIDEOS. Without a column `split`, val and test get 10 % of the
+    videos each, always the same ones. All videos of a pre-training dataset are in train.
 
     Example: `mplug data import videos captions.csv work --dataset captioning`
     """

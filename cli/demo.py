@@ -31,7 +31,7 @@ console = Console(highlight=False)
 
 
 def run_demo(folder: Path, *, scale: float, overrides: list[str]) -> int:
-    """Runs the demo in `folder`. Returns 0, or 1 if a required result was missed."""
+    """Runs the demo in `folder`. Returns 0, or 1 if a result is below its requirement."""
     validate_arguments({"root": ROOT, "overrides": overrides})
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))

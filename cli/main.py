@@ -12,11 +12,10 @@ from cli.job import job
 from cli.pipeline import pipeline
 from model.errors import exit_codes
 
-HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    context_settings=HELP,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="mPLUG-Video: video-language pre-training on Youku-mPLUG, from clips to registered models.",
 )
@@ -214,9 +213,7 @@ def demo_command(
 
 
 @app.command()
-def ui(
-    folder: Annotated[Path, typer.Argument(help="The folder of a demo.")] = Path("demo"),
-) -> None:
+def ui(folder: Annotated[Path, typer.Argument(help="The folder of a demo.")] = Path("demo")) -> None:
     """Serve MLflow's page with the results of a demo until Ctrl-C.
 
     Example: `mplug ui`

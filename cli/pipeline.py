@@ -137,8 +137,8 @@ def submit(
         follow_run(host, run_id, retries)
 
 
-@pipeline.command("retry")
-def retry_run(
+@pipeline.command()
+def retry(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="ID of a run, which is the end of its link.")],
     url: Url = LOCAL,
     token: Token = "",
@@ -151,11 +151,10 @@ def retry_run(
 
     Example: `mplug pipeline retry 0c2f5c8e-… --wait`
     """
-    from pipelines.follow_run import follow_run
-    from pipelines.follow_run import retry_run as start_again
+    from pipelines.follow_run import follow_run, retry_run
 
     host = _host(url, token, headers, profile)
-    start_again(host, run_id)
+    retry_run(host, run_id)
     print(host.link(run_id), flush=True)
     if wait or retries:
         follow_run(host, run_id, retries)

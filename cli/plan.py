@@ -52,8 +52,8 @@ def print_plan(config: str, overrides: list[str], hardware: Hardware, *, clips: 
     limit = GPUS[hardware.gpu].memory * USABLE if hardware.gpus else None
     if limit is None or memory <= limit:
         return True
-    has = f"{limit / 1e9:.1f} GB usable on this GPU ({hardware.gpu})"
-    console.print(f"[bold red]does not fit[/]: {memory / 1e9:.1f} GB of the {has}.")
+    usable = f"{limit / 1e9:.1f} GB are usable on this GPU ({hardware.gpu})"
+    console.print(f"[bold red]does not fit[/]: it needs {memory / 1e9:.1f} GB, {usable}.")
     console.print(_remedy(run, hardware, limit), markup=False)
     return False
 
@@ -141,18 +141,13 @@ def _facts(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measure
     fast, slow = _step_seconds(run, hardware, found, measured)
     table.add_row("operations per step", f"{found.step_flops / 1e12:,.2f} TFLOP")
     table.add_row("step", f"{fast:.3g} to {slow:.3g} s" if slow > fast else f"{fast:.3g} s, as measured here")
-    steps = run.training.steps
-    if steps:
+    if steps := run.training.steps:
         hours = [steps * seconds / 3600 for seconds in (fast, slow)]
         table.add_row("run", f"{steps:,} steps, {hours[0]:,.1f} to {hours[1]:,.1f} hours")
         if hardware.gpus:
-            gpu_hours = [hour * found.processes for hour in hours]
-            cost = (
-                f", {gpu_hours[0] * hardware.price:,.0f} to {gpu_hours[1] * hardware.price:,.0f}"
-                if hardware.price
-                else ""
-            )
-            table.add_row("GPU-hours, cost", f"{gpu_hours[0]:,.0f} to {gpu_hours[1]:,.0f}{cost}")
+            low, high = (hour * found.processes for hour in hours)
+            cost = f", {low * hardware.price:,.0f} to {high * hardware.price:,.0f}" if hardware.price else ""
+            table.add_row("GPU-hours, cost", f"{low:,.0f} to {high:,.0f}{cost}")
     rate = run.data.batch_size / fast
     low, high = (measured.clip_s,) * 2 if measured and measured.clip_s else CLIP_S[form]
     table.add_row("clips to read", f"at most {rate:,.1f} per second ({form} shards)")
@@ -160,9 +155,8 @@ def _facts(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measure
         "decode cores", f"{rate * low:,.1f} to {rate * high:,.1f}, data.workers has {run.data.workers} per process"
     )
     if run.data.workers:
-        table.add_row(
-            "/dev/shm per node", f"{_shared_bytes(run, hardware, found) / 1e9:,.1f} GB for batches read ahead"
-        )
+        shared_gb = _shared_bytes(run, hardware, found) / 1e9
+        table.add_row("/dev/shm per node", f"{shared_gb:,.1f} GB for batches read ahead")
     small, large = CLIP_BYTES[form]
     table.add_row("from storage", f"{rate * small / 1e6:,.1f} to {rate * large / 1e6:,.1f} MB per second")
     return table

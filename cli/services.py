@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,21 +133,13 @@ def stop_process(child: subprocess.Popen[bytes]) -> None:
         tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         tree = []
-    for member in tree:
-        _signal(member, signal.SIGTERM)
-    _, alive = psutil.wait_procs(tree, timeout=STOP_S)
-    for member in alive:
-        _signal(member, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=STOP_S)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for member in tree:
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+        _, tree = psutil.wait_procs(tree, timeout=STOP_S)
     child.wait()
     signal.signal(signal.SIGINT, previous)
-
-
-def _signal(member: psutil.Process, number: signal.Signals) -> None:
-    try:
-        member.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _wait(server: subprocess.Popen[bytes], ready: Callable[[], None], log: Path) -> None:

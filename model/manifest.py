@@ -73,8 +73,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     where = storage.join(uri, FILE)
     if not storage.exists(where):
         raise NotFoundError(f"{uri} holds no {FILE}: it was never published, or its upload did not finish.")
-    manifest: dict[str, Any] = json.loads(storage.read(where))
-    return manifest
+    return json.loads(storage.read(where))
 
 
 def manifest_sha256(uri: str) -> str:

@@ -7,6 +7,6 @@ PARENT_PID = "MPLUG_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 
 
-def signal_at_its_end(number: int) -> None:
+def signal_when_parent_ends(number: int) -> None:
     """Asks the kernel to send this process the signal `number` when its parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -20,7 +20,6 @@ RUN_ID = "MPLUG_KFP_RUN"
 KFP_RUN = "pipeline.kfp_run"
 """Tag with that ID: two concurrent Kubeflow Pipelines runs of the same name have separate MLflow runs."""
 Outcome = Literal["succeeded", "failed", "cancelled"]
-ENDED_BADLY = ("FAILED", "KILLED")
 STATUS: dict[Outcome, str] = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 PIPELINE = "mplug.pipeline"
 """Tag with the pipeline's parameter `run_name`."""
@@ -38,7 +37,7 @@ def open_pipeline_run(server: "MlflowClient", experiment: str, name: str, params
     from mlflow.entities import Param
 
     own, run_id = find_pipeline_run(server, experiment, name), os.environ.get(RUN_ID, "")
-    if own and (run_id or own.info.status not in ENDED_BADLY):
+    if own and (run_id or own.info.status not in ("FAILED", "KILLED")):
         reopen(server, own)
         if not run_id:
             _forget_end(server, own)
@@ -109,12 +108,11 @@ def close_after_retry(server: "MlflowClient", run_id: str) -> None:
     if LAST_STAGES not in run.data.tags:
         return
     failed, missing = _unfinished(server, run, run.data.tags[LAST_STAGES].split())
-    running = [stage for stage in _newest(server, run).values() if stage.info.status == "RUNNING"]
+    stages = _newest(server, run)
     if failed:
-        stages = _newest(server, run)
         is_killed = all(stages[name].info.status == "KILLED" for name in failed)
         server.set_terminated(run_id, "KILLED" if is_killed else "FAILED")
-    elif not missing and not running:
+    elif not missing and all(stage.info.status != "RUNNING" for stage in stages.values()):
         server.set_terminated(run_id, "FINISHED")
 
 
@@ -134,9 +132,7 @@ def _unfinished(server: "MlflowClient", run: "Run", last_stages: Sequence[str]) 
 
 
 def _pipeline_runs(server: "MlflowClient", experiment: str, name: str) -> list["Run"]:
-    return list(
-        server.search_runs([experiment], f"tags.`{PIPELINE}` = '{name}'", order_by=["attributes.start_time DESC"])
-    )
+    return server.search_runs([experiment], f"tags.`{PIPELINE}` = '{name}'", order_by=["attributes.start_time DESC"])
 
 
 def _newest(server: "MlflowClient", run: "Run", *, finished: bool = False) -> dict[str, "Run"]:

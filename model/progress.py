@@ -28,7 +28,7 @@ def progress(
     """Yields `items` and shows count, rate and remaining time. Without `items`, call `update` on the returned bar."""
     is_terminal = sys.stderr.isatty()
     interval_s = 0.5 if is_terminal else LINE_EVERY_S
-    bar: tqdm[T] = tqdm(
+    return tqdm(
         items,
         total=total,
         desc=desc,
@@ -39,5 +39,4 @@ def progress(
         mininterval=interval_s,
         maxinterval=interval_s,
         miniters=0,
-    )  # type: ignore[assignment]
-    return bar
+    )  # type: ignore[return-value]

@@ -13,13 +13,7 @@ from mlflow.exceptions import MlflowException
 from model import manifest
 from model.config.schema import TrackingConfig
 from model.errors import TrackingError
-from model.pipeline_run import (
-    Outcome,
-    close_pipeline_run,
-    create_pipeline_run,
-    find_pipeline_run,
-    open_pipeline_run,
-)
+from model.pipeline_run import Outcome, close_pipeline_run, create_pipeline_run, find_pipeline_run, open_pipeline_run
 from model.tracking import experiment_id, mlflow_client
 
 P = ParamSpec("P")
@@ -105,12 +99,10 @@ def promote_model(uri: str, name: str, version: str) -> None:
 @_one_line
 def champion_scores(uri: str, name: str) -> dict[str, float]:
     """Test metrics of the champion; empty if there is no champion."""
-    found = [
-        model for model in mlflow_client(uri).search_registered_models(f"name = '{name}'") if CHAMPION in model.aliases
-    ]
-    if not found:
+    server = mlflow_client(uri)
+    if not any(CHAMPION in model.aliases for model in server.search_registered_models(f"name = '{name}'")):
         return {}
-    tags = mlflow_client(uri).get_model_version_by_alias(name, CHAMPION).tags
+    tags = server.get_model_version_by_alias(name, CHAMPION).tags
     return {key.removeprefix("test."): float(value) for key, value in tags.items() if key.startswith("test.")}
 
 

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 def retry(call: Callable[[], T], wait_s: Callable[[Exception, int], float]) -> T:
     """Calls until it succeeds. `wait_s` is asked after each failure, with the error and the number of failures so far:
-    it returns the seconds until the next call, or raises what is to be raised instead."""
+    it returns the seconds until the next call, or raises the error to propagate."""
     failures = 0
     while True:
         try:

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import wraps
@@ -134,9 +134,6 @@ class RandomAccess(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self.position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         self.position = base + offset
@@ -188,16 +185,13 @@ def upload_file(path: Path, uri: str) -> None:
 @_one_line
 def move_in(path: Path, uri: str) -> None:
     """Moves a local file to `uri`: by rename if possible, otherwise by upload and removal."""
-    if is_s3(uri):
-        upload_file(path, uri)
-        path.unlink()
-        return
-    Path(uri).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        path.replace(uri)
-    except OSError:  # another file system
-        upload_file(path, uri)
-        path.unlink()
+    if not is_s3(uri):
+        Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # another file system
+            path.replace(uri)
+            return
+    upload_file(path, uri)
+    path.unlink()
 
 
 @_one_line
@@ -256,8 +250,7 @@ def walk(uri: str) -> Iterator[Entry]:
     """All objects below `uri` in a fixed order; none if nothing exists there."""
     if is_s3(uri):
         yield from _walk_s3(uri)
-        return
-    if Path(uri).is_dir():
+    elif Path(uri).is_dir():
         yield from _walk_folder(uri, "")
 
 

@@ -295,22 +295,17 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
-    if experiment:
-        return str(experiment.experiment_id)
-    try:
-        return str(client.create_experiment(name))
-    except MlflowException:  # another process was first
-        experiment = client.get_experiment_by_name(name)
-        assert experiment is not None
-        return str(experiment.experiment_id)
+    if not experiment:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another process was first
+            experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     items: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            items |= flatten(value, f"{prefix}{key}.")
-        else:
-            items[prefix + key] = value
+        items |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return items

@@ -43,15 +43,14 @@ def compile_to(name: str, folder: Path) -> Path:
 def compiled_documents(name: str) -> list[dict[str, Any]]:
     """The compiled pipeline: its specification and its Kubernetes settings. Raises ConfigError for an unknown name."""
     if name not in PIPELINES:
-        raise ConfigError(f"no pipeline named {name}: there are {', '.join(PIPELINES)}.")
+        raise ConfigError(f"no pipeline named {name}. Known: {', '.join(PIPELINES)}.")
     return list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 @cache
 def pipeline_parameters(name: str) -> dict[str, Any]:
     """Type, default and description of each parameter of a pipeline."""
-    found: dict[str, Any] = compiled_documents(name)[0]["root"]["inputDefinitions"]["parameters"]
-    return found
+    return compiled_documents(name)[0]["root"]["inputDefinitions"]["parameters"]
 
 
 def parse_arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +74,9 @@ def parse_arguments(name: str, items: Sequence[str]) -> dict[str, Any]:
         if not isinstance(value, expected):
             problems.append(f"{key} must be of type {kind}, got {text!r}. {known[key].get('description', '')}")
         found[key] = value
-    return found if not problems else _refuse(problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
 
 
 def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
     known = pipeline_parameters(name)
     missing = [key for key, parameter in known.items() if not parameter.get("isOptional") and key not in given]
     if missing:
-        _refuse([f"{key} must be given: {known[key].get('description', '')}" for key in missing])
+        raise ConfigError("\n".join(f"{key} must be given: {known[key].get('description', '')}" for key in missing))
     return {**{key: parameter.get("defaultValue") for key, parameter in known.items()}, **given}
 
 
@@ -100,7 +101,3 @@ KINDS: dict[str, tuple[Callable[[str], Any], type]] = {
     "STRUCT": (_yaml, dict),
 }
 """Parser and Python type of kfp's parameter types."""
-
-
-def _refuse(problems: list[str]) -> Any:
-    raise ConfigError("\n".join(problems))

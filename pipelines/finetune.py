@@ -9,7 +9,7 @@ from components.gate import gate
 from components.register import register
 from components.shard import shard
 from components.train import train
-from pipelines.placement import SIZES, place, set_nodes, set_resources
+from pipelines.placement import place, set_nodes, set_resources
 from pipelines.tracked import JobParameters, call_step, inner_pipeline, tracked_pipeline
 
 
@@ -30,9 +30,9 @@ class FinetuneParameters(JobParameters):
     """Allowed distance below the score of the champion."""
     promote: bool = False
     """Promote the models to champions if all of them pass the gate."""
-    evaluate_cpu: str = SIZES["evaluate_cpu"]
+    evaluate_cpu: str = "8"
     """CPU of each evaluation."""
-    evaluate_memory: str = SIZES["evaluate_memory"]
+    evaluate_memory: str = "48Gi"
     """Memory of each evaluation."""
     gpus: int = 1
     """GPUs of each evaluation."""

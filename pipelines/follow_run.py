@@ -54,11 +54,10 @@ class Followed:
                 )
             return found
         except (ClusterError, OutageError) as error:
-            self.print_once(f"reasons and logs are only on Kubeflow's page: {error}")
+            self.print_once(f"reasons and logs are only available on Kubeflow's page: {error}")
             return None
 
     def print_once(self, line: str) -> None:
-        """Says it once."""
         if line not in self.printed:
             self.printed.add(line)
             log.info("%s", line)
@@ -125,7 +124,7 @@ def _job_namespace(run: Any) -> str:
 
 
 def step_names() -> frozenset[str]:
-    """Of all pipelines."""
+    """Names of the steps of all pipelines."""
     found: set[str] = set()
     for name in PIPELINES:
         spec = compiled_documents(name)[0]
@@ -140,7 +139,7 @@ def _cluster(namespace: str) -> Cluster | None:
     try:
         return Cluster(namespace, patience_s=5)
     except ClusterError as error:
-        log.info("reasons and logs are only on Kubeflow's page: %s", error)
+        log.info("reasons and logs are only available on Kubeflow's page: %s", error)
         return None
 
 

@@ -42,8 +42,7 @@ class Host:
             settings.api_key["authorization"] = self.token
             settings.api_key_prefix["authorization"] = "Bearer"
         api = kfp_server_api.ApiClient(settings)
-        for name, value in self.headers.items():
-            api.set_default_header(name, value)
+        api.default_headers.update(self.headers)
         return api
 
     def link(self, run_id: str) -> str:
@@ -53,9 +52,8 @@ class Host:
 def check_version(host: Host) -> None:
     """Raises StageError for a server that is too old for the compiled pipelines."""
     service = kfp_server_api.HealthzServiceApi(host.api())
-    answer: Any = call_api(
-        service.healthz_service_get_healthz, _preload_content=False
-    )  # its model leaves the version out
+    # the raw response: the model of the client leaves the version out
+    answer: Any = call_api(service.healthz_service_get_healthz, _preload_content=False)
     try:
         tag = str(json.loads(answer.data).get("tag_name", ""))
     except (ValueError, AttributeError):
@@ -79,7 +77,7 @@ def call_api(function: Callable[..., T], *arguments: Any, patience_s: float | No
         status = getattr(error, "status", 0) or 0
         message = f"{status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}"
         if status in (401, 403):
-            raise StageError(f"Kubeflow Pipelines denies access: {message}. Give --token or --header.") from error
+            raise StageError(f"Kubeflow Pipelines denies access: {message}. Pass --token or --header.") from error
         if 400 <= status < 500 and status != 429:
             body = " ".join(str(getattr(error, "body", "")).split())[:300]
             raise StageError(f"Kubeflow Pipelines: {message}: {body}") from error

@@ -74,7 +74,7 @@ def validate_arguments(values: Mapping[str, Any]) -> None:
     fixed = [key for key in (str(item).partition("=")[0] for item in overrides) if key in FIXED]
     if fixed:
         raise ConfigError(
-            "\n".join(f"{key} is set by the pipeline for each stage, it cannot be overridden." for key in fixed)
+            "\n".join(f"{key} is set by the pipeline for each stage; it cannot be overridden." for key in fixed)
         )
     own = [values["config"]] if "config" in values else DEMO_PRESETS
     for preset in values.get("configs") or own:

@@ -15,17 +15,6 @@ CONFIG, SECRET = "mplug-config", "mplug-s3"
 CONFIG_KEYS = ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 USER = 10001
-SIZES = {
-    "download_cpu": "4",
-    "download_memory": "8Gi",
-    "shard_cpu": "30",
-    "shard_memory": "60Gi",
-    "train_cpu": "500m",
-    "train_memory": "2Gi",
-    "evaluate_cpu": "8",
-    "evaluate_memory": "48Gi",
-}
-"""Defaults if neither the run nor the cluster sets them."""
 
 
 def place(task: PipelineTask, image: str) -> PipelineTask:
@@ -52,13 +41,11 @@ def set_resources(task: PipelineTask, *, cpu: str, memory: str, gpus: int | None
     kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory")
     # kfp 2.17 does not pass a parameter into a loop if only resources use it; the driver then fails with "parent DAG
     # does not have input parameter"
-    channels = [value for value in (cpu, memory, gpus) if isinstance(value, PipelineChannel)]
-    task.register_pipeline_channels(channels)
+    task.register_pipeline_channels([value for value in (cpu, memory, gpus) if isinstance(value, PipelineChannel)])
     return task
 
 
-def set_nodes(task: PipelineTask, node_selector: dict[str, str], tolerations: list[dict[str, str]]) -> PipelineTask:
+def set_nodes(task: PipelineTask, node_selector: dict[str, str], tolerations: list[dict[str, str]]) -> None:
     """Sets node selector and tolerations of a step."""
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)
-    return task

@@ -7,7 +7,7 @@ from kfp import dsl
 from components.download import download
 from components.shard import shard
 from components.train import train
-from pipelines.placement import SIZES, place, set_resources
+from pipelines.placement import place, set_resources
 from pipelines.tracked import JobParameters, call_step, inner_pipeline, tracked_pipeline
 
 
@@ -24,9 +24,9 @@ class PretrainParameters(JobParameters):
     """Partitions of download and decoding, each in a separate step: 1/8, 2/8 and so on."""
     config: str = "pretrain_1.3b"
     """Preset of the pre-training."""
-    download_cpu: str = SIZES["download_cpu"]
+    download_cpu: str = "4"
     """CPU of a download step, as a Kubernetes quantity."""
-    download_memory: str = SIZES["download_memory"]
+    download_memory: str = "8Gi"
     """Memory of a download step."""
 
 

@@ -33,25 +33,21 @@ def submit_run(
         service_account=service_account or None,
     )
     # this call is not repeated: if its response was lost, a second call would start a second run
-    created = call_api(kfp_server_api.RunServiceApi(api).run_service_create_run, run=run, patience_s=0)
-    run_id: str = created.run_id
-    return run_id
+    return call_api(kfp_server_api.RunServiceApi(api).run_service_create_run, run=run, patience_s=0).run_id
 
 
 def _experiment(api: kfp_server_api.ApiClient, name: str, namespace: str) -> str:
     """ID of the experiment of this name, which is created if it does not exist."""
     service = kfp_server_api.ExperimentServiceApi(api)
-    token = ""
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = call_api(
             service.experiment_service_list_experiments, page_size=100, page_token=token, namespace=namespace or None
         )
         for found in page.experiments or []:
             if found.display_name == name:
                 return str(found.experiment_id)
-        token = page.next_page_token or ""
-        if not token:
-            break
+        token = page.next_page_token or None
     wanted = kfp_server_api.V2beta1Experiment(display_name=name, namespace=namespace or None)
     return str(call_api(service.experiment_service_create_experiment, experiment=wanted).experiment_id)
 

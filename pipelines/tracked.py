@@ -13,7 +13,7 @@ from kfp import dsl
 from components.finish_run import finish_run
 from components.start_run import start_run
 from model.config.schema import Section
-from pipelines.placement import SIZES, place
+from pipelines.placement import place
 
 CLUSTER_MLFLOW = "http://mlflow.mplug.svc:5000"
 
@@ -56,13 +56,13 @@ class JobParameters(Parameters):
     """Namespace of the training jobs."""
     deadline_hours: float = 0.0
     """Deadline of each training job in hours, after which it is suspended; 0: none."""
-    shard_cpu: str = SIZES["shard_cpu"]
+    shard_cpu: str = "30"
     """CPU of a decoding step, as a Kubernetes quantity."""
-    shard_memory: str = SIZES["shard_memory"]
+    shard_memory: str = "60Gi"
     """Memory of a decoding step."""
-    train_cpu: str = SIZES["train_cpu"]
+    train_cpu: str = "500m"
     """CPU of a step that follows a training job, or that trains itself with 0 nodes."""
-    train_memory: str = SIZES["train_memory"]
+    train_memory: str = "2Gi"
     """Memory of that step."""
 
 
@@ -146,6 +146,5 @@ def _parameters(kind: type[Parameters], defaults: dict[str, Any]) -> list[Parame
 
 def _filled(kind: Any, parameters: list[Parameter], channels: tuple[Any, ...]) -> Any:
     """The parameters with kfp's channels as values."""
-    return kind.model_construct(
-        **{parameter.name: value for parameter, value in zip(parameters, channels, strict=False)}
-    )
+    names = [parameter.name for parameter in parameters]
+    return kind.model_construct(**dict(zip(names, channels, strict=False)))

@@ -30,10 +30,9 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
     cluster = Cluster(namespace, patience_s=5)
     yield _version(cluster)
     yield from _rights(cluster)
-    if (operator := _operator(cluster)).kind == "failure":
-        yield operator
+    yield (operator := _operator(cluster))
+    if operator.kind == "failure":
         return
-    yield operator
     yield from _installed(cluster)
     try:
         pod_template = cluster.pod_template(POD_TEMPLATE)
@@ -41,13 +40,12 @@ def cluster_checks(namespace: str, nodes: int, processes: int) -> Iterator[Findi
         yield failed("PodTemplate", f"namespace {cluster.namespace} has no PodTemplate {POD_TEMPLATE}", APPLY)
         return
     try:
-        batch = nodes * (processes or gpu_resource(pod_template)[1] or 1)
-        command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", f"data.batch_size={batch}")
+        each = processes or gpu_resource(pod_template)[1] or 1
+        command = ("train", "tiny_pretraining", "data.shards=x", "model.decoder=x", f"data.batch_size={nodes * each}")
         (job,) = render_job(Launch(command=command, nodes=nodes, processes=processes), pod_template, cluster.namespace)
     except ConfigError as error:
         yield failed("PodTemplate", " ".join(str(error).split()), "Fix the overlay and apply it again.")
         return
-    each = processes or gpu_resource(pod_template)[1] or 1
     yield fine("PodTemplate", f"{nodes} pods with {each} processes meet every rule")
     pod = next(pod for _, pod in rules.pods(job))
     yield from init_container(cluster, dict(pod), nodes)
@@ -61,11 +59,9 @@ def _version(cluster: Cluster) -> Finding:
     found = cluster.read("/version")
     version = tuple(int("".join(filter(str.isdigit, found[key]))) for key in ("major", "minor"))
     message = f"Kubernetes {found['gitVersion']}"
-    return (
-        fine("API server", message)
-        if version >= OLDEST
-        else warned("API server", message, "1.27 is the oldest supported version.")
-    )
+    if version < OLDEST:
+        return warned("API server", message, "1.27 is the oldest supported version.")
+    return fine("API server", message)
 
 
 def _rights(cluster: Cluster) -> Iterator[Finding]:
@@ -73,7 +69,7 @@ def _rights(cluster: Cluster) -> Iterator[Finding]:
         f"{verb} {resource}" for verb, group, resource in RIGHTS if not cluster.is_allowed(verb, group, resource)
     ]
     if missing:
-        remedy = f"Ask for them in namespace {cluster.namespace}; Role launcher in k8s/base/rbac lists them."
+        remedy = f"Request them in namespace {cluster.namespace}; Role launcher in k8s/base/rbac lists them."
         yield failed("rights", f"not allowed: {', '.join(missing)}", remedy)
     else:
         yield fine("rights", f"all that a job needs, in namespace {cluster.namespace}")
@@ -95,13 +91,13 @@ def _installed(cluster: Cluster) -> Iterator[Finding]:
             cluster.read(f"/api/v1/namespaces/{cluster.namespace}/{kind}/{name}")
         except ClusterError as error:
             if error.status == 403:
-                yield warned(name, "may not be looked at", "")
+                yield warned(name, "cannot be read: permission denied", "")
             elif kind == "secrets":
                 yield warned(name, "does not exist", "Not needed with a cloud role; otherwise run k8s/secrets.sh.")
             else:
                 yield failed(name, "does not exist", APPLY)
         else:
-            yield fine(name, "is there")
+            yield fine(name, "exists")
 
 
 def _quota(cluster: Cluster, pod: Any, nodes: int) -> Iterator[Finding]:
@@ -132,7 +128,7 @@ def _nodes(cluster: Cluster, gpus: tuple[str, int], nodes: int) -> Iterator[Find
     try:
         found = cluster.read("/api/v1/nodes")["items"]
     except ClusterError:
-        yield warned("GPUs", "nodes may not be looked at", "")
+        yield warned("GPUs", "nodes cannot be read: permission denied", "")
         return
     able = sum(int(parse_amount(node["status"]["allocatable"].get(name, "0")) // count) for node in found)
     message = f"there is room for {able} pods with {count} of {name} each, the job has {nodes}"
@@ -163,13 +159,8 @@ def check_in_pod(namespace: str) -> None:
     """
     cluster = Cluster(namespace)
     pod_template = cluster.pod_template(POD_TEMPLATE)
-    command = (
-        "doctor",
-        "--root=$(MPLUG_ROOT)",
-        "--tracking-uri=$(MLFLOW_TRACKING_URI)",
-        "--gpus",
-        str(gpu_resource(pod_template)[1]),
-    )
-    launch = Launch(command=command, name="doctor", processes=gpu_resource(pod_template)[1] or 1)
+    _, gpus = gpu_resource(pod_template)
+    command = ("doctor", "--root=$(MPLUG_ROOT)", "--tracking-uri=$(MLFLOW_TRACKING_URI)", "--gpus", str(gpus))
+    launch = Launch(command=command, name="doctor", processes=gpus or 1)
     cluster.delete("Job", "doctor")
     run_job(cluster, render_job(launch, pod_template, cluster.namespace), Limits(deadline_s=600))

@@ -1,6 +1,5 @@
 """Checks of the controllers of a cluster: training-operator, Kueue, and Argo of Kubeflow Pipelines."""
 
-import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -41,12 +40,13 @@ def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Find
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         yield failed("init container", f"the operator's template cannot be read: {' '.join(str(error).split())}", APPLY)
         return
-    worker = copy.deepcopy(pod)
-    worker["spec"]["initContainers"] = [*(worker["spec"].get("initContainers") or []), *added]
+    metadata = {key: pod["metadata"].get(key, {}) for key in ("labels", "annotations")}
+    metadata["generateName"] = "mplug-doctor-"
+    spec = {**pod["spec"], "initContainers": [*(pod["spec"].get("initContainers") or []), *added]}
     if not cluster.is_allowed("create", "", "pods"):
         yield warned("init container", f"{message} Not checked with admission: creating pods is not allowed.", "")
         return
-    refused = cluster.admission_error({"apiVersion": "v1", "kind": "Pod", **worker, "metadata": _metadata(worker)})
+    refused = cluster.admission_error({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
     if "PodSecurity" in refused:
         yield failed("init container", f"{message} A worker would be refused: {refused}", APPLY)
     elif refused:
@@ -85,11 +85,6 @@ def _filled(template: str, image: str) -> list[Any]:
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise ValueError("it must be a list of containers.")
     return found
-
-
-def _metadata(pod: Manifest) -> Manifest:
-    kept = {key: pod["metadata"].get(key, {}) for key in ("labels", "annotations")}
-    return {**kept, "generateName": "mplug-doctor-"}
 
 
 def kueue(cluster: Cluster, pod_template: Manifest) -> Iterator[Finding]:

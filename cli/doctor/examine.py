@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import psutil
 from rich.console import Console
@@ -66,11 +65,7 @@ def run_checks(question: Question) -> Iterator[Finding]:
 def print_findings(question: Question) -> bool:
     """Prints the findings within 80 columns, each followed by its remedy. Returns whether there were no failures."""
     console, fits = Console(highlight=False), True
-    marks: dict[Literal["ok", "warning", "failure"], str] = {
-        "ok": "[green]✓[/]",
-        "warning": "[yellow]![/]",
-        "failure": "[red]✗[/]",
-    }
+    marks = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"}
     for finding in run_checks(question):
         fits = fits and finding.kind != "failure"
         table = Table.grid(padding=(0, 2))
@@ -98,7 +93,7 @@ def _machine(question: Question) -> Iterator[Finding]:
         remedy = (
             "In a pod, mount an emptyDir of medium Memory there (k8s/base/training); in a container, --shm-size=2g."
         )
-        yield failed(SHM, f"{total:.2f} GB, loaders need {LEAST_SHM_GB:g} at least", remedy)
+        yield failed(SHM, f"{total:.2f} GB, loaders need at least {LEAST_SHM_GB:g}", remedy)
     else:
         yield fine(SHM, f"{total:.1f} GB")
     from model.manifest import cache_folder
@@ -123,7 +118,7 @@ def _network() -> Iterator[Finding]:
         if any(name.startswith(prefix) for name in present for prefix in prefixes):
             yield fine(variable, wanted)
         else:
-            yield failed(variable, f"{wanted}: no interface of that name", f"There are {', '.join(present)}.")
+            yield failed(variable, f"{wanted}: no interface of that name", f"Available: {', '.join(present)}.")
 
 
 def _storage(root: str) -> Iterator[Finding]:
@@ -133,7 +128,7 @@ def _storage(root: str) -> Iterator[Finding]:
     storage.write(uri, data)
     try:
         if hashlib.sha256(storage.read(uri)).digest() != hashlib.sha256(data).digest():
-            yield failed("storage", f"{root} returns other bytes than were written", "Do not use this storage.")
+            yield failed("storage", f"{root} returns different bytes than were written", "Do not use this storage.")
             return
         skew_s = storage.clock_skew_s(uri)
     finally:

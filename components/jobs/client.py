@@ -126,8 +126,7 @@ class Cluster:
 
     def _json(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Manifest:
         """The parsed response. The client's model classes reject responses of newer servers that omit fields."""
-        found: Manifest = json.loads(self.call(function, *arguments, _preload_content=False, **options).data)
-        return found
+        return json.loads(self.call(function, *arguments, _preload_content=False, **options).data)
 
     def _on_custom(self, verb: str, kind: str, *arguments: Any, **options: Any) -> Any:
         """Calls create, get, list, patch or delete for objects of a kind in KINDS."""
@@ -214,12 +213,7 @@ class Cluster:
             _preload_content=False,
             _request_timeout=(TIMEOUT_S[0], LOG_SILENCE_S),
         )
-        rest = b""
-        for chunk in stream.stream():
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from filter(None, map(_timed, lines))
-        if timed := _timed(rest):
-            yield timed
+        yield from filter(None, map(_timed, stream))
 
     def log_end(self, pod: str, container: str, lines: int) -> list[str]:
         """The last lines of a container's log."""
@@ -244,10 +238,8 @@ class Cluster:
         name, _, part = resource.partition("/")
         attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part}
         review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
-        found = self._json(
-            client.AuthorizationV1Api(self.api).create_self_subject_access_review,
-            {**review, "spec": {"resourceAttributes": attributes}},
-        )
+        create = client.AuthorizationV1Api(self.api).create_self_subject_access_review
+        found = self._json(create, {**review, "spec": {"resourceAttributes": attributes}})
         return bool(found["status"]["allowed"])
 
     def pod_template(self, name: str) -> Manifest:
@@ -283,9 +275,7 @@ def find_condition(job: Manifest, name: str) -> Manifest | None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later. 410: the resource version has expired; the next read has a new one."""
-    if isinstance(error, ApiException):
-        return error.status in (0, 408, 410, 429, None) or error.status >= 500
-    return True
+    return not isinstance(error, ApiException) or error.status in (0, 408, 410, 429, None) or error.status >= 500
 
 
 def error_text(error: BaseException) -> str:
@@ -296,9 +286,8 @@ def error_text(error: BaseException) -> str:
         body: Mapping[str, Any] = json.loads(error.body or "{}")
     except ValueError:
         body = {}
-    return (
-        f"{error.status} {body.get('reason') or error.reason}: {' '.join(str(body.get('message', '')).split())[:500]}"
-    )
+    message = " ".join(str(body.get("message", "")).split())[:500]
+    return f"{error.status} {body.get('reason') or error.reason}: {message}"
 
 
 def _refused(error: BaseException) -> ClusterError:
@@ -306,5 +295,5 @@ def _refused(error: BaseException) -> ClusterError:
 
 
 def _timed(line: bytes) -> tuple[str, str] | None:
-    when, _, text = line.decode(errors="replace").partition(" ")
+    when, _, text = line.removesuffix(b"\n").decode(errors="replace").partition(" ")
     return (when, text) if MOMENT.match(when) else None

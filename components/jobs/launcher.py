@@ -89,7 +89,7 @@ def run_job(cluster: Cluster, manifests: list[Manifest], limits: Limits) -> None
             job = job or cluster.get(kind, name)  # the response to its creation may have been lost
             if job and _digest_of(job) == manifest_digest(manifests):
                 cluster.delete(kind, name, job["metadata"]["uid"])
-                log.warning("%s is removed", name)
+                log.warning("%s was removed", name)
             if isinstance(error, TerminationRequested):
                 raise SystemExit(TERMINATED) from None
             raise
@@ -168,7 +168,7 @@ def _ensure_one(cluster: Cluster, manifest: Manifest) -> Manifest:
             if error.status != 409:
                 raise
         else:
-            log.info("%s %s is created", kind, name)
+            log.info("%s %s was created", kind, name)
             return job
         found = cluster.get(kind, name)
         if found is None:  # deleted in the meantime
@@ -199,7 +199,7 @@ def _wait_until_gone(cluster: Cluster, kind: str, name: str) -> None:
     deadline = time.monotonic() + GONE_WITHIN_S
     while cluster.get(kind, name):
         if time.monotonic() > deadline:
-            raise OutageError(f"{kind} {name} is not removed after {GONE_WITHIN_S:g} s; see `kubectl get pods`.")
+            raise OutageError(f"{kind} {name} was not removed within {GONE_WITHIN_S:g} s; see `kubectl get pods`.")
         time.sleep(0.5)
 
 
@@ -207,21 +207,17 @@ def follow_job(cluster: Cluster, kind: str, name: str, limits: Limits) -> None:
     """Returns when the job has succeeded. Shows its log and its events until then."""
     seen = JobHistory()
     with show_log(cluster, kind, name, seen.resumed):
-        _follow(cluster, kind, name, limits, seen)
-
-
-def _follow(cluster: Cluster, kind: str, name: str, limits: Limits, seen: JobHistory) -> None:
-    while True:
-        job = cluster.get(kind, name)
-        if job is None:
-            raise JobFailedError(f"{kind} {name} was deleted while it was followed.")
-        if _is_done(cluster, kind, job, seen):
-            return
-        _enforce_limits(cluster, kind, job, seen, limits)
-        for changed in cluster.changes(kind, name, job["metadata"]["resourceVersion"], _patience(job, limits)):
-            if changed is None or _is_done(cluster, kind, changed, seen):
-                break
-            _enforce_limits(cluster, kind, changed, seen, limits)
+        while True:
+            job = cluster.get(kind, name)
+            if job is None:
+                raise JobFailedError(f"{kind} {name} was deleted while it was followed.")
+            if _is_done(cluster, kind, job, seen):
+                return
+            _enforce_limits(cluster, kind, job, seen, limits)
+            for changed in cluster.changes(kind, name, job["metadata"]["resourceVersion"], _patience(job, limits)):
+                if changed is None or _is_done(cluster, kind, changed, seen):
+                    break
+                _enforce_limits(cluster, kind, changed, seen, limits)
 
 
 class TerminationRequested(BaseException):
@@ -240,12 +236,9 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bo
         reason = failed.get("message") or failed.get("reason")
         # without a permanent code the restarts of the pod were used up
         code = next((code for code in pod_exit_codes(pods) if not is_restartable(code)), FAILED)
-        known = [
-            why for why in seen.end_reasons.values() if "OOM-killed" in why and why not in termination_reasons(pods)
-        ]
-        raise JobFailedError(
-            " ".join([f"{kind} {name} has failed: {reason} {termination_reasons(pods)}", *known[-1:]]), code
-        )
+        ended = termination_reasons(pods)
+        known = [why for why in seen.end_reasons.values() if "OOM-killed" in why and why not in ended]
+        raise JobFailedError(" ".join([f"{kind} {name} has failed: {reason} {ended}", *known[-1:]]), code)
     return bool(find_condition(job, KINDS[kind].succeeded))
 
 
@@ -257,10 +250,8 @@ def _enforce_limits(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory
         seen.note(pod)
     if seen.replaced and time.monotonic() - min(seen.replaced.values()) > RESUMES_WITHIN_S:
         seen.report("Training has not resumed yet.")
-    for complaint in {
-        *cluster.warnings(name),
-        *(line for pod in pods for line in waiting_reasons(pod)),
-    } - seen.warnings:
+    complaints = {*cluster.warnings(name), *(line for pod in pods for line in waiting_reasons(pod))}
+    for complaint in complaints - seen.warnings:
         seen.warnings.add(complaint)
         log.warning("%s: %s", name, complaint)
     if seen.restarts > limits.restarts:

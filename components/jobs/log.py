@@ -25,7 +25,6 @@ def show_log(cluster: Cluster, kind: str, name: str, seen: Callable[[str], None]
 
 
 def _show_log(cluster: Cluster, kind: str, name: str, ended: threading.Event, seen: Callable[[str], None]) -> None:
-    """Prints the log of the first pod and of its replacements, through broken connections."""
     shown: dict[str, str] = {}
     while True:
         is_last = ended.is_set()

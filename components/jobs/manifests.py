@@ -137,8 +137,7 @@ def _pytorchjob(launch: Launch, pod_template: Manifest, pod: Manifest) -> Manife
         run_policy=policy,
     )
     job = KubeflowOrgV1PyTorchJob(api_version="kubeflow.org/v1", kind="PyTorchJob", spec=spec)
-    rendered: Manifest = ApiClient().sanitize_for_serialization(job)
-    return rendered
+    return ApiClient().sanitize_for_serialization(job)
 
 
 def _trainjob(launch: Launch, pod_template: Manifest, pod: Manifest, name: str) -> list[Manifest]:

@@ -46,11 +46,8 @@ def _pod(pod: Manifest) -> Iterator[str]:
     if unsafe := {str(item.get("name")) for item in context.get("sysctls") or []} - SYSCTLS:
         yield f"sysctls must not hold {', '.join(sorted(unsafe))}"
     for key, value in ((pod.get("metadata") or {}).get("annotations") or {}).items():
-        if (
-            key.startswith(APPARMOR)
-            and value not in ("", "runtime/default")
-            and not str(value).startswith("localhost/")
-        ):
+        confined = value in ("", "runtime/default") or str(value).startswith("localhost/")
+        if key.startswith(APPARMOR) and not confined:
             yield f"annotation {key} must be runtime/default or localhost/…, got {value!r}"
     if context.get("runAsNonRoot") is False:
         yield "securityContext.runAsNonRoot of the pod must not be false"
@@ -60,8 +57,7 @@ def _pod(pod: Manifest) -> Iterator[str]:
 def _container(pod: Manifest, container: Manifest) -> Iterator[str]:
     spec = pod.get("spec") or {}
     outer, own = spec.get("securityContext") or {}, container.get("securityContext") or {}
-    ports = [port["hostPort"] for port in container.get("ports") or [] if port.get("hostPort")]
-    if ports:
+    if ports := [port["hostPort"] for port in container.get("ports") or [] if port.get("hostPort")]:
         yield f"hostPort must be unset, got {ports[0]}"
     if own.get("privileged"):
         yield "privileged must be unset"
@@ -93,7 +89,7 @@ def _context(context: Manifest) -> Iterator[str]:
             yield f"{key}.type must be RuntimeDefault or Localhost, got {profile.get('type')!r}"
     options = context.get("seLinuxOptions") or {}
     if options.get("type", "") not in SELINUX_TYPES:
-        yield f"seLinuxOptions.type must be one of a container's, got {options['type']!r}"
+        yield f"seLinuxOptions.type must be one of the container types, got {options['type']!r}"
     for key in ("user", "role"):
         if options.get(key):
             yield f"seLinuxOptions.{key} must be unset, got {options[key]!r}"

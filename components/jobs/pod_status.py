@@ -12,7 +12,8 @@ from components.jobs.manifests import POD_TEMPLATE, Manifest
 log = logging.getLogger("mplug")
 INITIAL_S = 60.0
 """Seconds after which a pod that is still in an init container is reported."""
-JUST_S = 30.0
+RECENT_S = 30.0
+"""A step that was logged within this time means that training has already resumed."""
 RESUMED = re.compile(r"training resumes from step (\d+)")
 
 
@@ -47,7 +48,7 @@ class JobHistory:
             if uids:
                 why = self.end_reasons.get(uids[-1], "it was deleted.")
                 self.replaced[f"pod {name} was replaced: {why}"] = time.monotonic()
-                if time.monotonic() - self.last_step_at < JUST_S:
+                if time.monotonic() - self.last_step_at < RECENT_S:
                     self.report(f"Training resumes from step {self.last_step}.")
             uids.append(uid)
         if why := termination_reason(pod):
@@ -83,7 +84,7 @@ def waiting_reasons(pod: Manifest) -> Iterator[str]:
         if started and time.time() - parse_time(started) > INITIAL_S:
             yield (
                 f"pod {name} stays in init container {container['name']}; `kubectl logs {name} --container "
-                f"{container['name']}` says why. The operator's own may wait without end: k8s/operator has one that "
+                f"{container['name']}` says why. The operator's default may wait forever; k8s/operator has one that "
                 "does not."
             )
 

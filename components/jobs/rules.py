@@ -5,12 +5,10 @@ of this platform. A problem names the source of the rule in brackets; rules of t
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from components.jobs.pod_security import containers, violations
+from components.jobs.pod_security import Manifest, containers, violations
 
-Manifest = Mapping[str, Any]
 POD_PATHS: dict[str, tuple[str, ...]] = {
     "Pod": (),
     "PodTemplate": ("template",),
@@ -32,9 +30,9 @@ def problems(manifest: Manifest) -> list[str]:
     """All problems of a manifest, one line each, with their location."""
     found: list[str] = []
     for place, pod in pods(manifest):
-        found += [f"{place}: {problem}" for rule in POD_RULES for problem in rule(pod)]
+        found += [f"{place}: {problem}" for problem in (*violations(pod), *_hardened(pod))]
     if manifest["kind"] == "PyTorchJob":
-        found += [problem for rule in JOB_RULES for problem in rule(manifest)]
+        found += [*_admitted(manifest), *_meets(manifest), *_ends(manifest)]
     if manifest["kind"] == "TrainJob":
         found += _fits_jobset(manifest)
     if manifest["kind"] == "Job":
@@ -72,20 +70,17 @@ def _hardened(pod: Manifest) -> Iterator[str]:
         if (container.get("securityContext") or {}).get("readOnlyRootFilesystem") is not True:
             yield f"container {name}: readOnlyRootFilesystem must be true."
         if not {"cpu", "memory"} <= set(resources.get("requests") or {}):
-            yield f"container {name}: requests must name cpu and memory, which the scheduler needs."
+            yield f"container {name}: requests must set cpu and memory, which the scheduler needs."
         if "memory" not in (resources.get("limits") or {}):
-            yield f"container {name}: limits must name memory, or one pod can exhaust a node."
+            yield f"container {name}: limits must set memory, or one pod can exhaust a node."
         image = container.get("image") or ""
         tag = image.rpartition("/")[2].partition(":")[2]
         if "@sha256:" not in image and tag in ("", "latest"):
-            yield f"container {name}: image must carry a tag other than latest, or a digest, got {image!r}."
+            yield f"container {name}: image must have a tag other than latest, or a digest, got {image!r}."
         for variable in container.get("env") or []:
             value = str(variable.get("value") or "")
             if SECRET_NAME.search(variable.get("name", "")) and value and "$(" not in value:
-                yield f"container {name}: {variable.get('name')} must come from a secret, but it holds its value."
-
-
-POD_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (violations, _hardened)
+                yield f"container {name}: {variable.get('name')} must come from a secret, not from the manifest."
 
 
 def _admitted(job: Manifest) -> Iterator[str]:
@@ -103,7 +98,7 @@ def _refused(job: Manifest) -> Iterator[str]:
     if not isinstance(spec.get("nprocPerNode", ""), str):
         yield f"nprocPerNode must be a string, got {spec['nprocPerNode']!r}"
     if elastic is not None and "Worker" not in replicas:
-        yield "elasticPolicy must go with a Worker"
+        yield "elasticPolicy requires a Worker"
     if elastic and elastic.get("nProcPerNode") is not None and spec.get("nprocPerNode") is not None:
         yield "elasticPolicy.nProcPerNode and nprocPerNode must not both be given"
     manager = _at(spec, "runPolicy").get("managedBy")
@@ -120,9 +115,9 @@ def _refused_replica(kind: str, replica: Manifest) -> Iterator[str]:
     if count is not None and not isinstance(count, int):
         yield f"replicas must be a number, got {count!r}"
     elif kind == "Master" and count != 1:
-        yield f"replicas must be given, and 1, got {count}"
+        yield f"replicas must be 1, got {count}"
     elif kind != "Master" and count is not None and count < 1:
-        yield f"replicas must be 1 at least, got {count}"
+        yield f"replicas must be at least 1, got {count}"
     own = _at(replica, "template", "spec").get("containers") or []
     if not any(container.get("name") == "pytorch" for container in own):
         yield "one container must be named pytorch"
@@ -155,7 +150,7 @@ def _meets(job: Manifest) -> Iterator[str]:
                 if container.get(probe):
                     yield (
                         f"{kind}: container {container.get('name')} must have no {probe}: the operator's services do "
-                        "not name pods that are not ready, and a pod is not ready before it was found."
+                        "not name pods that are not ready, and a pod is not ready before it has been found."
                     )
             if (container.get("command") or [""])[0] not in ("mplug", "torchrun"):
                 yield f"{kind}: container {container.get('name')} must start mplug or torchrun: RANK counts pods here."
@@ -225,6 +220,3 @@ def _fails_for_good(job: Manifest) -> Iterator[str]:
     }
     if not {1, 2, 3, 4} <= permanent:
         yield "podFailurePolicy must fail the job on exit codes 1 to 4, which are permanent."
-
-
-JOB_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (_admitted, _meets, _ends)

@@ -44,22 +44,18 @@ def stop_jobs(cluster: Cluster, run_id: str) -> None:
     Only warns if the cluster refuses or does not answer: a cluster without training-operator has no such jobs.
     """
     try:
-        _stop_jobs(cluster, run_id)
+        stopped = [job for job in cluster.labelled("PyTorchJob", f"{RUN_LABEL}={run_id}") if _is_running(job)]
+        for job in stopped:
+            log.warning("stopping %s, which saves a checkpoint", job["metadata"]["name"])
+            cluster.delete("PyTorchJob", job["metadata"]["name"], job["metadata"]["uid"])
+        deadline = time.monotonic() + SAVED_WITHIN_S
+        while any(cluster.pods("PyTorchJob", job["metadata"]["name"]) for job in stopped):
+            if time.monotonic() > deadline:
+                log.warning("pods of the run still exist after %g s", SAVED_WITHIN_S)
+                break
+            time.sleep(1)
     except (ClusterError, OutageError) as error:
         log.warning("training jobs of the run cannot be listed: %s", error)
-
-
-def _stop_jobs(cluster: Cluster, run_id: str) -> None:
-    stopped = [job for job in cluster.labelled("PyTorchJob", f"{RUN_LABEL}={run_id}") if _is_running(job)]
-    for job in stopped:
-        log.warning("stopping %s, which saves a checkpoint", job["metadata"]["name"])
-        cluster.delete("PyTorchJob", job["metadata"]["name"], job["metadata"]["uid"])
-    deadline = time.monotonic() + SAVED_WITHIN_S
-    while any(cluster.pods("PyTorchJob", job["metadata"]["name"]) for job in stopped):
-        if time.monotonic() > deadline:
-            log.warning("pods of the run still exist after %g s", SAVED_WITHIN_S)
-            break
-        time.sleep(1)
 
 
 def _is_running(job: Manifest) -> bool:

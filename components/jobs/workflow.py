@@ -15,7 +15,6 @@ from components.jobs.manifests import Manifest
 from model.errors import ATTEMPTS, LOST, ClusterError
 from model.pipeline_run import Outcome
 
-ENDED_BADLY = ("Failed", "Error")
 NOTED = re.compile(r"exit code (\d+): (.+)")
 """Format of a step's termination log (model.errors.TERMINATION_LOG)."""
 ENDED = re.compile(r"\(exit code (\d+)\)")
@@ -83,7 +82,7 @@ def workflow_steps(workflow: Manifest) -> Iterator[Step]:
 
 
 def failed_steps(workflow: Manifest) -> list[Step]:
-    return [step for step in workflow_steps(workflow) if step.phase in ENDED_BADLY]
+    return [step for step in workflow_steps(workflow) if step.phase in ("Failed", "Error")]
 
 
 def step_name(node: str) -> str:

@@ -9,6 +9,7 @@ combinations.
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,10 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> RunCo
             # YAML reads nothing as null; on a command line `key=` means the empty string
             parsed = yaml.load(value, YamlLoader) if value else ""
         except yaml.YAMLError:
-            problems.append(f"{key} must be given a YAML value, got {value!r}.")
+            problems.append(f"{key} must be a valid YAML value, got {value!r}.")
             continue
         _assign(tree, key.strip().split("."), parsed, problems)
-    return _validated(tree, problems)
-
-
-def parse_config(tree: dict[str, Any]) -> RunConfig:
-    """Validates a configuration that was saved with a model."""
-    return _validated(tree, [])
+    return parse_config(tree, problems)
 
 
 def preset_dataset(name: str) -> str:
@@ -99,9 +95,12 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, problems: list[st
     tree[keys[-1]] = value
 
 
-def _validated(tree: dict[str, Any], problems: list[str]) -> RunConfig:
-    """Validates repeatedly, without the wrong values found so far, so that all problems are reported at once."""
-    tree = _text_keys(tree)
+def parse_config(tree: dict[str, Any], problems: Sequence[str] = ()) -> RunConfig:
+    """Validates a configuration, such as one saved with a model. `problems` were found before.
+
+    It is validated repeatedly, without the wrong values found so far, so that all problems are reported at once.
+    """
+    tree, problems = _text_keys(tree), [*problems]
     while True:
         try:
             # as JSON in strict mode: lists become tuples, but "1" does not become 1

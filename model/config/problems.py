@@ -12,7 +12,8 @@ def explain(item: Any, root: type[BaseModel]) -> list[str]:
     key = ".".join(str(part) for part in item["loc"] if not _is_union_arm(part))
     match item["type"]:
         case "extra_forbidden":
-            leaves = [f"{key}.{leaf}" for leaf in item["input"]] if isinstance(item["input"], dict) else [key]
+            section = item["input"] if isinstance(item["input"], dict) else {}
+            leaves = [f"{key}.{leaf}" for leaf in section] or [key]
             return [f"{leaf} is not a known key. The nearest is {_nearest(leaf, root)}." for leaf in leaves]
         case "value_error":
             return str(item["ctx"]["error"]).splitlines()

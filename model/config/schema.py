@@ -17,7 +17,6 @@ TASK_DATASETS = {
     "captioning": "captioning",
 }
 """Every task, model/tasks/<task>.py, and the dataset that it reads."""
-TaskName = Literal[tuple(TASK_DATASETS)]  # type: ignore[valid-type]
 
 
 class Section(BaseModel):
@@ -236,7 +235,7 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     """Name of the run in MLflow and in output paths."""
-    task: TaskName = "pretraining"  # type: ignore[valid-type]
+    task: Literal[tuple(TASK_DATASETS)] = "pretraining"  # type: ignore[valid-type]
     """Objective; see model/tasks."""
     seed: int = 42
     """Seed of all randomness."""

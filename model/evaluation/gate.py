@@ -35,7 +35,9 @@ def compare_with_champions(
     """Each task must reach its `minimum`, if one is given, and the score of its champion minus `tolerance`."""
     unknown = set(minimum) - set(TASK_DATASETS)
     if unknown:
-        raise ConfigError(f"minimum must name tasks of {', '.join(TASK_DATASETS)}; got {', '.join(sorted(unknown))}.")
+        raise ConfigError(
+            f"minimum must name tasks among {', '.join(TASK_DATASETS)}; got {', '.join(sorted(unknown))}."
+        )
     found = []
     for evaluation in evaluations:
         metric = evaluation.headline

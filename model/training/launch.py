@@ -21,7 +21,7 @@ from model.config.load import load_config
 from model.config.schema import RunConfig
 from model.errors import FAILURES, INTERRUPTED, LOST, UserError, clear_termination, exit_code, note_termination
 from model.memory_limit import kill_before_this, memory_kills, memory_limit
-from model.parent import PARENT_PID, signal_at_its_end
+from model.parent import PARENT_PID, signal_when_parent_ends
 from model.retry import exponential_s
 from model.training.attempts import count_start
 
@@ -112,7 +112,7 @@ def _shell_code(exit_code: int) -> int:
 
 def main() -> None:
     """One attempt on this node."""
-    signal_at_its_end(signal.SIGTERM)
+    signal_when_parent_ends(signal.SIGTERM)
     if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):
         sys.exit(LOST)  # the parent ended before this process could ask for the signal
     os.environ[PARENT_PID] = str(os.getpid())

@@ -118,7 +118,7 @@ def test_the_steps_of_all_pipelines_are_known() -> None:
 @pytest.mark.parametrize("code", [401, 403])
 def test_a_rejected_request_has_a_remedy(kfp: FakeKfp, code: int) -> None:
     kfp.faults = [code]
-    with pytest.raises(StageError, match="Give --token or --header"):
+    with pytest.raises(StageError, match="Pass --token or --header"):
         start(Host(url=kfp.url))
 
 

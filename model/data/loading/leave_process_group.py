@@ -7,9 +7,9 @@ training process has saved.
 import os
 import signal
 
-from model.parent import signal_at_its_end
+from model.parent import signal_when_parent_ends
 
 os.setpgid(0, 0)
 # loader processes keep open the pipe whose end stops the server, and only check whether the server is alive
-signal_at_its_end(signal.SIGKILL)
+signal_when_parent_ends(signal.SIGKILL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

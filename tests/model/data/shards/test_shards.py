@@ -261,5 +261,5 @@ def test_verification_names_a_changed_clip(raw: Path, tmp_path: Path) -> None:
 
 def test_a_split_without_an_index_is_ignored(tmp_path: Path) -> None:
     storage.write(str(tmp_path / "train" / "shard-00000.tar"), b"")
-    with pytest.raises(DataError, match="not a split, or it was not finished"):
+    with pytest.raises(DataError, match="not a split, or its build did not finish"):
         ShardReader(str(tmp_path / "train"))
