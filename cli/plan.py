@@ -145,9 +145,9 @@ def _facts(run: RunConfig, hardware: Hardware, found: RunPlan, measured: Measure
         hours = [steps * seconds / 3600 for seconds in (fast, slow)]
         table.add_row("run", f"{steps:,} steps, {hours[0]:,.1f} to {hours[1]:,.1f} hours")
         if hardware.gpus:
-            low, high = (hour * found.processes for hour in hours)
-            cost = f", {low * hardware.price:,.0f} to {high * hardware.price:,.0f}" if hardware.price else ""
-            table.add_row("GPU-hours, cost", f"{low:,.0f} to {high:,.0f}{cost}")
+            least, most = (hour * found.processes for hour in hours)
+            cost = f", {least * hardware.price:,.0f} to {most * hardware.price:,.0f}" if hardware.price else ""
+            table.add_row("GPU-hours, cost", f"{least:,.0f} to {most:,.0f}{cost}")
     rate = run.data.batch_size / fast
     low, high = (measured.clip_s,) * 2 if measured and measured.clip_s else CLIP_S[form]
     table.add_row("clips to read", f"at most {rate:,.1f} per second ({form} shards)")

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 OWN_CGROUPS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+OWN_SCORE = Path("/proc/self/oom_score_adj")
 NO_LIMIT = 2**60
 """cgroup v1 reports about 2**63 if no limit is set."""
 
@@ -39,7 +40,7 @@ def kill_before_this(process: int) -> None:
     if not limit:
         return
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    own = int(Path("/proc/self/oom_score_adj").read_text(encoding="utf-8"))
+    own = int(_read(OWN_SCORE) or 0)
     raised = min(own + 1000 * peak // limit + 10, 1000)  # 10 more cover its page tables
     with suppress(OSError):  # the process has already ended
         Path(f"/proc/{process}/oom_score_adj").write_text(str(raised), encoding="utf-8")

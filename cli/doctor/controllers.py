@@ -40,12 +40,12 @@ def init_container(cluster: Cluster, pod: Manifest, nodes: int) -> Iterator[Find
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         yield failed("init container", f"the operator's template cannot be read: {' '.join(str(error).split())}", APPLY)
         return
-    metadata = {key: pod["metadata"].get(key, {}) for key in ("labels", "annotations")}
-    metadata["generateName"] = "mplug-doctor-"
-    spec = {**pod["spec"], "initContainers": [*(pod["spec"].get("initContainers") or []), *added]}
     if not cluster.is_allowed("create", "", "pods"):
         yield warned("init container", f"{message} Not checked with admission: creating pods is not allowed.", "")
         return
+    metadata = {key: pod["metadata"].get(key, {}) for key in ("labels", "annotations")}
+    metadata["generateName"] = "mplug-doctor-"
+    spec = {**pod["spec"], "initContainers": [*(pod["spec"].get("initContainers") or []), *added]}
     refused = cluster.admission_error({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
     if "PodSecurity" in refused:
         yield failed("init container", f"{message} A worker would be refused: {refused}", APPLY)

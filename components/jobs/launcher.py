@@ -21,7 +21,14 @@ from components.jobs import rules
 from components.jobs.client import KINDS, Cluster, find_condition
 from components.jobs.log import show_log
 from components.jobs.manifests import POD_TEMPLATE, Launch, Manifest, find_container, render_job
-from components.jobs.pod_status import JobHistory, parse_time, pod_exit_codes, termination_reasons, waiting_reasons
+from components.jobs.pod_status import (
+    OOM_KILLED,
+    JobHistory,
+    parse_time,
+    pod_exit_codes,
+    termination_reasons,
+    waiting_reasons,
+)
 from components.jobs.run_end import ABANDONED, RUN_LABEL
 from model.errors import (
     FAILED,
@@ -237,7 +244,7 @@ def _is_done(cluster: Cluster, kind: str, job: Manifest, seen: JobHistory) -> bo
         # without a permanent code the restarts of the pod were used up
         code = next((code for code in pod_exit_codes(pods) if not is_restartable(code)), FAILED)
         ended = termination_reasons(pods)
-        known = [why for why in seen.end_reasons.values() if "OOM-killed" in why and why not in ended]
+        known = [why for why in seen.end_reasons.values() if OOM_KILLED in why and why not in ended]
         raise JobFailedError(" ".join([f"{kind} {name} has failed: {reason} {ended}", *known[-1:]]), code)
     return bool(find_condition(job, KINDS[kind].succeeded))
 

@@ -12,6 +12,7 @@ from components.jobs.manifests import POD_TEMPLATE, Manifest
 log = logging.getLogger("mplug")
 INITIAL_S = 60.0
 """Seconds after which a pod that is still in an init container is reported."""
+OOM_KILLED = "it was OOM-killed"
 RECENT_S = 30.0
 """A step that was logged within this time means that training has already resumed."""
 RESUMED = re.compile(r"training resumes from step (\d+)")
@@ -100,7 +101,7 @@ def termination_reason(pod: Manifest) -> str:
         ended: Manifest = next((state["terminated"] for state in states if state.get("terminated")), {})
         if ended.get("reason") == "OOMKilled":
             limit = _memory_limit(pod, container["name"])
-            return f"it was OOM-killed at the pod's limit of {limit}: raise it in PodTemplate {POD_TEMPLATE}."
+            return f"{OOM_KILLED} at the pod's limit of {limit}: raise it in PodTemplate {POD_TEMPLATE}."
         if ended.get("exitCode"):
             noted = " ".join(str(ended.get("message") or ended.get("reason") or "").split())
             return noted if noted.startswith("exit code") else f"it ended with exit code {ended['exitCode']} ({noted})."

@@ -66,6 +66,9 @@ def encode_pair(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, ma
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     answer_ids = tokenizer.encode(answer, add_special_tokens=False)
     room = max_length - 2
-    prompt_ids = prompt_ids[: room - len(answer_ids) if len(answer_ids) <= room else room]
-    answer_ids = answer_ids[: room - len(prompt_ids)]
+    if len(answer_ids) <= room:
+        prompt_ids = prompt_ids[: room - len(answer_ids)]
+    else:
+        prompt_ids = prompt_ids[:room]
+        answer_ids = answer_ids[: room - len(prompt_ids)]
     return [tokenizer.bos_token_id, *prompt_ids, *answer_ids, tokenizer.eos_token_id], len(prompt_ids)

@@ -76,7 +76,7 @@ class Classification(Task):
         return {"frames": self.example_frames(clips), **example_answers(self, clips)}
 
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
-        return [self.read_by_decoder(batch["input_ids"], batch["loss_mask"]), self.read_by_decoder(batch["title_ids"])]
+        return answer_and_head_passes(self, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         return answer_and_head_loss(self.model, self.model.encode_video(batch["pixel_values"]).prefix, batch)
@@ -128,6 +128,10 @@ def answer_and_head_loss(model: "MPlugVideoForClassification", prefix: Tensor, b
     logits = model.classify(prefix, batch["title_ids"], batch["title_mask"]).float()
     head = F.cross_entropy(logits, batch["labels"])
     return generation + head, {"loss_generation": generation.detach(), "loss_head": head.detach()}
+
+
+def answer_and_head_passes(task: Task, batch: Batch) -> list[DecoderPass]:
+    return [task.read_by_decoder(batch["input_ids"], batch["loss_mask"]), task.read_by_decoder(batch["title_ids"])]
 
 
 def example_answers(task: Task, rows: int) -> Batch:

@@ -17,8 +17,8 @@ from model.data.loading.loader import Batch, Example
 from model.mplug_video.configuration import MATCHING_CLASSES
 from model.mplug_video.processing import clean_caption
 from model.tasks import metrics
-from model.tasks.base import Logs, Prediction, Predictions, Scores
-from model.tasks.classification import SOURCES, Classification, answer_and_head_loss, example_answers
+from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
+from model.tasks.classification import SOURCES, answer_and_head_loss, answer_and_head_passes, example_answers
 
 PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the prompt of the released models
 PROMPT_RESERVE = 20  # characters by which the title is shortened, for the words of the prompt
@@ -27,7 +27,8 @@ NEGATIVES = 2
 """Number of titles of other clips per clip."""
 
 
-class Matching(Classification):
+class Matching(Task):
+    architecture = "MPlugVideoForClassification"
     planned_classes = len(MATCHING_CLASSES)
     metrics = tuple(prefix + name for prefix in SOURCES.values() for name in metrics.RECALL_METRICS)
     headline = "text_to_video_r1"
@@ -57,6 +58,9 @@ class Matching(Classification):
             "clips": torch.arange(rows) % clips,
             **example_answers(self, rows),
         }
+
+    def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
+        return answer_and_head_passes(self, batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         prefix = self.model.encode_video(batch["pixel_values"]).prefix

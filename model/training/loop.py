@@ -149,10 +149,8 @@ class Training:
         self.watchdog.enter("first_step")
         with profiled(self.config, self.group) as step_is_done:
             for step in bar:
-                with self.clock.section("data", computes=False):
-                    micro_batches = list(islice(upcoming, self.config.training.gradient_accumulation))
-                seed_step(self.config.seed, step, self.group.rank)
-                result = self.engine.step(micro_batches, lr_at(step, self.total, self.config.optim), self.clock)
+                micro_batches = self._read(upcoming)
+                result = self._step(step, micro_batches)
                 meter.count(micro_batches, self.config.data.batch_size)
                 self.progress.step = done = step + 1
                 self._count_skip(result)
@@ -175,6 +173,14 @@ class Training:
                 step_is_done()
                 self.watchdog.enter("step")
         self._wait_for_upload()
+
+    def _read(self, upcoming: Iterator[Batch]) -> list[Batch]:
+        with self.clock.section("data", computes=False):
+            return list(islice(upcoming, self.config.training.gradient_accumulation))
+
+    def _step(self, step: int, micro_batches: list[Batch]) -> StepResult:
+        seed_step(self.config.seed, step, self.group.rank)
+        return self.engine.step(micro_batches, lr_at(step, self.total, self.config.optim), self.clock)
 
     def _count_skip(self, result: StepResult) -> None:
         """Counts steps whose gradients are not finite. After several in a row, restores the last checkpoint."""
