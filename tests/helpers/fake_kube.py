@@ -44,6 +44,8 @@ class FakeKube:
         self.version = 100
         self.changed = threading.Condition(threading.RLock())
         self.logs: dict[str, list[tuple[str, str]]] = {}
+        self.sent: list[str] = []
+        """The lines of logs that clients have received."""
         self.faults: list[Callable[[str, str], int | None]] = []
         self.requests: list[tuple[str, str]] = []
         self.slow_delete_s = 0.0
@@ -289,6 +291,7 @@ class Handler(BaseHTTPRequestHandler):
                 for when, line in new:
                     sent += 1
                     self.chunk(f"{when + ' ' if is_timed else ''}{line}\n".encode())
+                    kube.sent.append(line)
             self.chunk(b"")
         except OSError:
             self.close_connection = True

@@ -18,7 +18,7 @@ from components.jobs.manifests import Launch, render_job
 from components.jobs.run_end import ABANDONED
 from model.errors import AttemptsError, ClusterError, ConfigError, JobFailedError, OutageError, exit_code
 from tests.helpers.fake_kube import FakeKube
-from tests.helpers.jobs import LAUNCH, LIMITS, MASTER, started, succeed
+from tests.helpers.jobs import LAUNCH, LIMITS, MASTER, started, succeed, wait_for_a_check, wait_until
 from tests.helpers.pod_templates import CPU
 
 
@@ -104,13 +104,13 @@ def test_following_survives_lost_watches_and_expired_versions(
 
     def act() -> None:
         kube.wait_for("pytorchjobs")
+        wait_until(lambda: kube.break_watches == 0)
         kube.forget()
-        time.sleep(0.5)
+        wait_for_a_check(kube)
         succeed(kube)
 
     started(act)
     run_job(cluster, job, LIMITS)
-    assert kube.break_watches == 0
 
 
 def test_a_timeout_of_create_does_not_create_a_second_job(

@@ -1,7 +1,6 @@
 """The log of a job across broken connections and replaced pods."""
 
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from components.jobs.client import Cluster
 from components.jobs.launcher import ensure_job, follow_log, run_job
 from components.jobs.log import print_log
 from tests.helpers.fake_kube import FakeKube
-from tests.helpers.jobs import LIMITS, MASTER, started, succeed
+from tests.helpers.jobs import LIMITS, MASTER, started, succeed, wait_until
 
 
 def test_a_job_is_created_and_followed_with_its_log(
@@ -20,7 +19,7 @@ def test_a_job_is_created_and_followed_with_its_log(
         kube.wait_for("pytorchjobs")
         kube.pod("job-master-0", MASTER)
         kube.log("job-master-0", "step 1", "step 2")
-        time.sleep(1.5)
+        wait_until(lambda: kube.sent == ["step 1", "step 2"])
         kube.log("job-master-0", "step 3")
         kube.conclude("pytorchjobs", "job", "Succeeded")
         kube.pod("job-master-0", MASTER, phase="Succeeded")
@@ -42,12 +41,12 @@ def test_a_log_survives_broken_connections_and_new_pods(
         kube.wait_for("pytorchjobs")
         kube.pod("job-master-0", MASTER)
         kube.log("job-master-0", "step 1")
-        time.sleep(1)
+        wait_until(lambda: kube.sent == ["step 1"])
         kube.logs["job-master-0"] = []
         kube.remove("pods", "job-master-0")
         kube.pod("job-master-0", MASTER)
         kube.log("job-master-0", "step 1 again")
-        time.sleep(4)
+        wait_until(lambda: kube.sent == ["step 1", "step 1 again"])
         succeed(kube)
 
     started(act)

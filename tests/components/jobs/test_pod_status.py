@@ -8,7 +8,7 @@ import pytest
 from components.jobs.client import Cluster
 from components.jobs.launcher import run_job
 from tests.helpers.fake_kube import FakeKube
-from tests.helpers.jobs import LIMITS, MASTER, started, succeed
+from tests.helpers.jobs import LIMITS, MASTER, started, succeed, wait_for_a_check
 
 
 def test_reasons_of_waiting_pods_are_shown(
@@ -28,7 +28,7 @@ def test_reasons_of_waiting_pods_are_shown(
                 "message": "violates PodSecurity: init-pytorch must not run as root",
             },
         )
-        time.sleep(2.5)
+        wait_for_a_check(kube)
         succeed(kube)
 
     started(act)
@@ -48,12 +48,11 @@ def test_a_replaced_pod_is_one_line_with_reason_and_step(
         ended = {"name": "pytorch", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
         kube.pod("job-worker-0", worker, phase="Failed", containerStatuses=[ended])
         kube.conclude("pytorchjobs", "job", "Restarting")
-        time.sleep(1.5)
+        wait_for_a_check(kube)
         kube.remove("pods", "job-worker-0")
         kube.pod("job-worker-0", worker)
-        time.sleep(1.5)
+        wait_for_a_check(kube)
         kube.log("job-master-0", "training resumes from step 30")
-        time.sleep(1)
         succeed(kube)
 
     started(act)
@@ -74,7 +73,7 @@ def test_a_pod_stuck_in_an_init_container_is_reported(
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 60 * minutes))
             initial = {"name": "init-pytorch", "state": {"running": {"startedAt": since}}}
             kube.pod(name, MASTER, phase="Pending", initContainerStatuses=[initial])
-        time.sleep(2)
+        wait_for_a_check(kube)
         succeed(kube)
 
     started(act)
@@ -90,7 +89,7 @@ def test_pods_with_incomplete_status_are_tolerated(kube: FakeKube, cluster: Clus
         kube.pod("b", MASTER, phase="Pending", containerStatuses=[{"name": "pytorch"}], initContainerStatuses=[{}])
         moment = {"startedAt": "2026-01-01T00:00:00.123456+00:00"}
         kube.pod("c", MASTER, phase="Pending", initContainerStatuses=[{"name": "i", "state": {"running": moment}}])
-        time.sleep(1.5)
+        wait_for_a_check(kube)
         succeed(kube)
 
     started(act)

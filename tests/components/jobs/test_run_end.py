@@ -55,8 +55,8 @@ def test_running_jobs_of_the_run_are_stopped_and_save(
     cluster.patch("PyTorchJob", "given-up", {"metadata": {"annotations": {ABANDONED: "too slow"}}})
     workflow(kube)
     kube.pod("running-master-0", {"training.kubeflow.org/job-name": "running"})
-    threading.Timer(1.5, kube.remove, ("pods", "running-master-0")).start()  # it saves a checkpoint
     begun = time.monotonic()
+    threading.Timer(1.5, kube.remove, ("pods", "running-master-0")).start()  # it saves a checkpoint
     assert end_run("mplug")[0] == "failed"
     assert time.monotonic() - begun > 1.4
     assert sorted(name for _, kind, name in kube.objects if kind == "pytorchjobs") == [

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,15 +75,16 @@ def test_two_hosts_train_as_one_and_survive_a_killed_process(
     run = Training(tmp_path, settings)
     names = ["job-master-0", "job-worker-0"]
     with hosts(*names) as spaces:
-        for number in (1, 0):  # the worker starts first and must wait
-            running.append(start(spaces[number], names[number], run.command(), static(number)))
-            time.sleep(4)
-        worker, master = running
+        worker = start(spaces[1], names[1], run.command(), static(1))
+        running.append(worker)
+        assert worker.stderr
+        assert any("waiting for the first node, job-master-0:23456" in line for line in worker.stderr)
+        master = start(spaces[0], names[0], run.command(), static(0))
+        running.append(master)
         run.wait_for(4, master)
         workers(worker)[0].kill()
         ended = [run.end(child) for child in running]
     assert [outcome.code for outcome in ended] == [0, 0], [outcome.stderr for outcome in ended]
-    assert "waiting for the first node, job-master-0:23456" in ended[0].stderr
     outcome = max(ended, key=lambda outcome: outcome.model)  # printed on the host of process 0
     assert outcome.losses == undisturbed.losses
     assert outcome.weights == undisturbed.weights
