@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from model.layers import Linear
 from model.mplug_video import (
     MPlugVideoConfig,
     MPlugVideoForClassification,
@@ -33,7 +34,6 @@ from model.mplug_video import (
     vision,
 )
 from model.mplug_video.decoding import beam_search
-from model.mplug_video.vision import Linear
 
 BATCH, TOKENS, CLASSES, BEAMS, NEW_TOKENS = 4, 40, 45, 5, 20
 PROMPT_TOKENS = (

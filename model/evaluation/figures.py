@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties
 from PIL import Image
 
 from model.data.shards.reader import ShardReader
-from model.data.video import frame_indices, padded
+from model.video import frame_indices, padded
 
 matplotlib.use("Agg")
 INK, ACCENT, MUTED = "#1f2933", "#0b7285", "#868e96"

@@ -6,8 +6,9 @@ One attention-pooling layer (arXiv 2306.04362 section 4.1). B batch, S visual to
 import torch
 from torch import Tensor, nn
 
+from model.layers import keep_intermediate
 from model.mplug_video.configuration import MPlugVideoConfig
-from model.mplug_video.vision import MLP, keep_intermediate
+from model.mplug_video.vision import MLP
 
 
 class VisualAbstractor(nn.Module):

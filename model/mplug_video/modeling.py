@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.losses import token_cross_entropy
 from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
 from model.mplug_video.decoding import beam_search
-from model.mplug_video.losses import token_cross_entropy
 from model.mplug_video.vision import TimeSformer
 
 CANDIDATES_AT_ONCE = 16

@@ -44,8 +44,7 @@ class FakeKube:
         self.version = 100
         self.changed = threading.Condition(threading.RLock())
         self.logs: dict[str, list[tuple[str, str]]] = {}
-        self.sent: list[str] = []
-        """The lines of logs that clients have received."""
+        self.sent_lines: list[str] = []
         self.faults: list[Callable[[str, str], int | None]] = []
         self.requests: list[tuple[str, str]] = []
         self.slow_delete_s = 0.0
@@ -201,8 +200,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.respond(200, kube.find(namespace, plural, name))
             items = [item for (space, kind, _), item in kube.objects.items() if (space, kind) == (namespace, plural)]
             chosen = [item for item in items if selected(item, query)]
-            kind = "List"
-            return self.respond(200, {"kind": kind, "apiVersion": "v1", "metadata": {}, "items": chosen})
+            return self.respond(200, {"kind": "List", "apiVersion": "v1", "metadata": {}, "items": chosen})
 
     def admitted(self, namespace: str, plural: str, body: Object) -> Object:
         """Pod Security admission of a namespace that enforces the restricted standard."""
@@ -291,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
                 for when, line in new:
                     sent += 1
                     self.chunk(f"{when + ' ' if is_timed else ''}{line}\n".encode())
-                    kube.sent.append(line)
+                    kube.sent_lines.append(line)
             self.chunk(b"")
         except OSError:
             self.close_connection = True

@@ -30,10 +30,10 @@ from model.data.loading.transforms import training_transform
 from model.data.prefetch import in_order
 from model.data.shards.format import Record
 from model.data.shards.reader import ShardReader
-from model.data.video import VideoError, frame_indices, padded
 from model.errors import ConfigError, DataError, ProcessFailedError, RemoteError
 from model.manifest import cache_folder
 from model.mplug_video.processing import MPlugVideoProcessor
+from model.video import VideoError, frame_indices, padded
 
 log = logging.getLogger("mplug")
 Batch = dict[str, Any]

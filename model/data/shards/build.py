@@ -43,9 +43,9 @@ from model.data.annotations import (
 from model.data.prefetch import in_order
 from model.data.shards.examine import examine_clip, limit_memory
 from model.data.shards.format import INDEX, QUARANTINE, SCHEMA, Form, StoredClip, TarWriter, shard_name
-from model.data.video import DEADLINE_S, DECODERS
 from model.errors import DataError, NotFoundError
 from model.progress import progress
+from model.video import DEADLINE_S, DECODERS
 
 PART_CLIPS = {"frames": 1024, "original": 256}
 SHARD_BYTES = 256 * 2**20

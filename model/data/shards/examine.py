@@ -10,7 +10,7 @@ import resource
 from PIL import Image
 
 from model.data.shards.format import Form, StoredClip
-from model.data.video import Pixels, VideoError, frame_indices, open_clip
+from model.video import Pixels, VideoError, frame_indices, open_clip
 
 JPEG_QUALITY = 88
 MEMORY = 4 * 2**30

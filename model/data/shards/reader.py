@@ -19,9 +19,9 @@ from model import storage
 from model.data.annotations import Annotation
 from model.data.cache import Cache
 from model.data.shards.format import BLOCK, DATASET, INDEX, Record, shard_name
-from model.data.video import DEADLINE_S, Pixels, VideoError, open_clip
 from model.errors import DataError, NotFoundError
 from model.progress import progress
+from model.video import DEADLINE_S, Pixels, VideoError, open_clip
 
 HEAD = 4096
 """Bytes that almost always include the JSON file of a record."""

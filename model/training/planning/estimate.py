@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from model.config.schema import RunConfig, micro_batch_size
-from model.mplug_video.losses import ROWS_AT_ONCE
+from model.losses import ROWS_AT_ONCE
 from model.tasks.build import build_meta_task, decoder_shape
 from model.training.flops import step_flops
 from model.training.planning.peak_memory import PeakMemory

@@ -19,7 +19,7 @@ def test_a_job_is_created_and_followed_with_its_log(
         kube.wait_for("pytorchjobs")
         kube.pod("job-master-0", MASTER)
         kube.log("job-master-0", "step 1", "step 2")
-        wait_until(lambda: kube.sent == ["step 1", "step 2"])
+        wait_until(lambda: kube.sent_lines == ["step 1", "step 2"])
         kube.log("job-master-0", "step 3")
         kube.conclude("pytorchjobs", "job", "Succeeded")
         kube.pod("job-master-0", MASTER, phase="Succeeded")
@@ -41,12 +41,12 @@ def test_a_log_survives_broken_connections_and_new_pods(
         kube.wait_for("pytorchjobs")
         kube.pod("job-master-0", MASTER)
         kube.log("job-master-0", "step 1")
-        wait_until(lambda: kube.sent == ["step 1"])
+        wait_until(lambda: kube.sent_lines == ["step 1"])
         kube.logs["job-master-0"] = []
         kube.remove("pods", "job-master-0")
         kube.pod("job-master-0", MASTER)
         kube.log("job-master-0", "step 1 again")
-        wait_until(lambda: kube.sent == ["step 1", "step 1 again"])
+        wait_until(lambda: kube.sent_lines == ["step 1", "step 1 again"])
         succeed(kube)
 
     started(act)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model.layers import Linear
 from model.mplug_video import (
     MPlugVideoConfig,
     MPlugVideoForClassification,
@@ -16,7 +17,6 @@ from model.mplug_video import (
     vision,
 )
 from model.mplug_video.modeling import compile_layers
-from model.mplug_video.vision import Linear
 
 VISION = {"image_size": 32, "patch_size": 8, "num_frames": 3, "hidden_size": 32, "num_hidden_layers": 2}
 TEXT = {

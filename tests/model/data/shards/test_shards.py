@@ -16,8 +16,8 @@ from model.data.shards.build import ShardSettings, build_parts, plan_shards, rea
 from model.data.shards.commit import build_shards, commit_shards
 from model.data.shards.format import INDEX, SCHEMA, Form
 from model.data.shards.reader import ShardReader, read_dataset_info, verify_shards
-from model.data.video import decode, open_clip
 from model.errors import DataError, StorageError
+from model.video import decode, open_clip
 
 SMALL = Form(num_frames=4, short_side=64)
 

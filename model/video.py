@@ -2,7 +2,7 @@
 
 Frames are selected as in the original code: the clip is divided into equal intervals, and one frame is taken from each,
 the middle one for evaluation, a random one for training. Frames are numbered in presentation order. Both decoders
-return the same pixels for the same number; tests/model/data/test_decoders.py lists the exceptions of decord.
+return the same pixels for the same number; tests/model/test_decoders.py lists the exceptions of decord.
 """
 
 import bisect
@@ -67,11 +67,16 @@ class ClipReader(ABC):
         """Yields the frames with these ascending numbers. One at a time, since an 8K frame takes 100 MB."""
 
 
-def open_clip(data: bytes, decoder: str = "pyav", deadline_s: float = DEADLINE_S) -> ClipReader:
-    """Opens an encoded clip. This and `frames` raise VideoError, also after the deadline."""
+def open_clip(
+    data: bytes, decoder: str = "pyav", deadline_s: float = DEADLINE_S, *, side: int | None = None
+) -> ClipReader:
+    """Opens an encoded clip. This and `frames` raise VideoError, also after the deadline.
+
+    With `side` the decoder scales the frames to a square, bilinearly and without keeping the aspect ratio.
+    """
     if not data:
         raise VideoError("empty", "the file has no bytes")
-    return DECODERS[decoder](data, deadline_s)
+    return DECODERS[decoder](data, deadline_s, side)
 
 
 def decode(data: bytes, num_frames: int, decoder: str = "pyav") -> DecodedClip:
@@ -106,8 +111,8 @@ class PyAVReader(ClipReader):
     Skipping does not change the returned pixels, and saves a third of the time for clips with B-frames.
     """
 
-    def __init__(self, data: bytes, deadline_s: float) -> None:
-        self.data, self.deadline = data, time.monotonic() + deadline_s
+    def __init__(self, data: bytes, deadline_s: float, side: int | None) -> None:
+        self.data, self.deadline, self.side = data, time.monotonic() + deadline_s, side
         with _failures(data):
             self._open()
             packets = [
@@ -152,7 +157,7 @@ class PyAVReader(ClipReader):
             for frame in self._decoded(left if self.stream.codec_context.name in SKIPPING else None):
                 if frame.pts in left:
                     left.remove(frame.pts)
-                    pixels = _upright(frame)
+                    pixels = _upright(frame, self.side)
                     yield from (pixels for _ in range(times.count(frame.pts)))
                     if not left:
                         return
@@ -166,7 +171,7 @@ class PyAVReader(ClipReader):
         number = -1
         for number, frame in enumerate(self._decoded(None)):
             if number in indices:
-                pixels = _upright(frame)
+                pixels = _upright(frame, self.side)
                 yield from (pixels for _ in range(list(indices).count(number)))
             if number >= indices[-1]:
                 return
@@ -202,13 +207,13 @@ class PyAVReader(ClipReader):
 class DecordReader(ClipReader):
     """decord 0.6. Its deadline is only checked between frames; a hanging call must be killed."""
 
-    def __init__(self, data: bytes, deadline_s: float) -> None:
+    def __init__(self, data: bytes, deadline_s: float, side: int | None) -> None:
         import decord  # not at the top: it loads a second FFmpeg
 
         decord.logging.set_level(decord.logging.QUIET)  # exceptions carry the same messages
         self.data, self.deadline = data, time.monotonic() + deadline_s
         with _failures(data):
-            self.reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+            self.reader = decord.VideoReader(io.BytesIO(data), width=side or -1, height=side or -1, num_threads=1)
             self.num_frames = len(self.reader)
             self.fps = float(self.reader.get_avg_fps())
         if not self.num_frames:
@@ -223,7 +228,7 @@ class DecordReader(ClipReader):
                 yield self.reader[index].asnumpy()
 
 
-DECODERS: dict[str, Callable[[bytes, float], ClipReader]] = {"pyav": PyAVReader, "decord": DecordReader}
+DECODERS: dict[str, Callable[[bytes, float, int | None], ClipReader]] = {"pyav": PyAVReader, "decord": DecordReader}
 
 
 @contextmanager
@@ -248,9 +253,10 @@ def _shown_at(packets: list[tuple[int | None, bool]]) -> list[int] | None:
     return sorted(times) if len(set(times)) == len(packets) else None
 
 
-def _upright(frame: av.VideoFrame) -> Pixels:
+def _upright(frame: av.VideoFrame, side: int | None) -> Pixels:
     _validate_size(frame.width, frame.height)
-    pixels = frame.to_ndarray(format="rgb24")
+    scaled = {"width": side, "height": side, "interpolation": "BILINEAR"} if side else {}
+    pixels = frame.to_ndarray(format="rgb24", **scaled)
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from model.data.video import DECODERS, VideoError, frame_indices, open_clip
+from model.video import DECODERS, VideoError, frame_indices, open_clip
 from tests.helpers.damaging import Damaged, clip, damaged_clips, rotated
 
 CLIPS = {item.name: item for item in damaged_clips() if item.name.startswith("right-") and "8k" not in item.name}

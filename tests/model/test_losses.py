@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.mplug_video.losses import ROWS_AT_ONCE, token_cross_entropy
+from model.losses import ROWS_AT_ONCE, token_cross_entropy
 
 
 @pytest.mark.parametrize("rows", [0, 1, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 5])

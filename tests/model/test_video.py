@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from model.data.video import VideoError, decode, frame_indices, padded
+from model.video import VideoError, decode, frame_indices, padded
 from tests.helpers.paths import FIXTURES
 
 GOLDEN = json.loads((FIXTURES / "frame_indices.json").read_text())
