@@ -9,6 +9,7 @@ import pytest
 from typer.main import get_command
 
 from cli.main import app
+from tests.helpers.owl import CHECKPOINT, CLIP
 from tests.helpers.paths import ROOT
 from tests.helpers.upstream import Recording
 
@@ -62,10 +63,24 @@ def check_command(words: list[str], line: str) -> None:
     assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
 
 
+def python_example(name: str) -> str:
+    """The example of README that contains a name."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (block for block in blocks if name in block)
+    return str(example)
+
+
+def test_the_chat_example_runs_on_a_published_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    example = python_example("MplugOwlProcessor").replace("mplug-youku-bloomz-7b", str(CHECKPOINT))
+    example = example.replace("yoga.mp4", str(CLIP)).replace('{"": 0}', '{"": "cpu"}').replace("512", "12")
+    exec(example, {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_the_python_example_runs_on_converted_weights(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    example = python_example("MPlugVideoProcessor")
     (tmp_path / "work").mkdir()
     for name, folder in (("caption", "mplug-1.3b"), ("cls", "classifier"), ("retrieval", "retriever")):
         options = {"class_names": list("abcde"), "num_frames": 4} if name == "cls" else {}
