@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from model.layers import Apply, Linear, keep_intermediate, recompute_intermediate
+from model.layers import Apply, Linear, attention_output, keep_intermediate, recompute_intermediate
 from model.mplug_owl_video.configuration import MplugOwlVisualAbstractorConfig
+from model.mplug_owl_video.vision import init_layer
 
 EPS = 1e-5
 """Of the norms around the attention; `layer_norm_eps` is that of the norm within the MLP."""
@@ -70,7 +71,7 @@ class CrossAttention(nn.Module):
         q, k, v = map(
             self._heads, (self.attention.query(queries), self.attention.key(context), self.attention.value(context))
         )
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        attended = attention_output(q, k, v, self.dropout if self.training else 0.0)
         # the residual connection uses the normalised queries, which the published weights depend on
         x = queries + self.output.out_proj(attended.transpose(1, 2).flatten(2))
         return x + self.output.mlp(self.output.norm2(x), apply)
@@ -127,11 +128,7 @@ class MplugOwlVisualAbstractorModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normals (std 0.02)."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            init_layer(module, std)
         elif isinstance(module, MplugOwlVisualAbstractorModel):
             init.trunc_normal_(module.vit_eos, std=std)

@@ -34,9 +34,9 @@ DECODED_SIDE = 224
 
 Frame = Image.Image | NDArray[np.uint8]
 """RGB, (H, W, C)."""
-Video = str | Path | bytes | Sequence[Frame] | NDArray[np.uint8]
+VideoSource = str | Path | bytes | Sequence[Frame] | NDArray[np.uint8]
 """A file, its content, or its frames."""
-Picture = str | Path | bytes | Frame
+ImageSource = str | Path | bytes | Frame
 Message = Mapping[str, Any]
 """{"role": "system", "user" or "assistant", "content": a text or a list of parts}. A part is {"type": "text", "text":
 …}, or {"type": "video", "video": …} and the same with "image"; the key of a medium may be "path" as well."""
@@ -58,8 +58,8 @@ class MplugOwlProcessor:
     def __call__(
         self,
         text: str | Sequence[str],
-        images: Sequence[Picture] = (),
-        videos: Sequence[Video] = (),
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         num_frames: int = 4,
         decoder: str = "pyav",
         return_tensors: str = "pt",
@@ -82,9 +82,9 @@ class MplugOwlProcessor:
                 )
         inputs = self.pad([self.encode(prompt) for prompt in prompts])
         if images:
-            inputs["pixel_values"] = self.pictures([_picture(image) for image in images])
+            inputs["pixel_values"] = self.preprocess([_read_image(image) for image in images])
         if videos:
-            clips = [self.pictures(sampled_frames(video, num_frames, decoder)) for video in videos]
+            clips = [self.preprocess(sampled_frames(video, num_frames, decoder)) for video in videos]
             inputs["video_pixel_values"] = torch.stack(clips).transpose(1, 2)  # (n, C, T, H, W)
         return BatchFeature(inputs)
 
@@ -102,7 +102,7 @@ class MplugOwlProcessor:
         with the system sentence of the original code.
         """
         is_single = isinstance(conversation[0], Mapping)
-        texts, images, videos = list[str](), list[Picture](), list[Video]()
+        texts, images, videos = list[str](), list[ImageSource](), list[VideoSource]()
         for messages in [conversation] if is_single else conversation:
             texts.append(chat_text(messages, add_generation_prompt=add_generation_prompt))
             for kind, media in media_of(messages):
@@ -129,7 +129,7 @@ class MplugOwlProcessor:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return {"input_ids": ids, "attention_mask": mask}
 
-    def pictures(self, frames: Sequence[Frame]) -> Tensor:
+    def preprocess(self, frames: Sequence[Frame]) -> Tensor:
         """Normalised pixels (T, C, H, W), float32."""
         pixels: Tensor = self.image_processor(list(frames), return_tensors="pt")["pixel_values"]
         return pixels
@@ -183,25 +183,25 @@ def _parts(message: Message) -> list[tuple[str, Any]]:
     return parts
 
 
-def frame_indices(length: int, num_frames: int) -> list[int]:
-    """Uniformly spaced frames of a clip of `length` frames, as in the original code. Differs from model.video."""
+def uniform_indices(length: int, num_frames: int) -> list[int]:
+    """Uniformly spaced frames of a clip of `length` frames, as in the original code."""
     if length < num_frames or num_frames < 1:
         raise ValueError(f"num_frames must be 1 to the {length} frames of the clip, got {num_frames}.")
     step = (length - 1) / num_frames
     return [int(step / 2) + round(step * number) for number in range(num_frames)]
 
 
-def sampled_frames(video: Video, num_frames: int, decoder: str) -> list[Frame]:
+def sampled_frames(video: VideoSource, num_frames: int, decoder: str) -> list[Frame]:
     """`num_frames` uniformly spaced frames."""
     if isinstance(video, str | Path):
         video = storage.read(str(video))
     if not isinstance(video, bytes):
-        return [video[index] for index in frame_indices(len(video), num_frames)]
+        return [video[index] for index in uniform_indices(len(video), num_frames)]
     reader = open_clip(video, decoder, side=DECODED_SIDE)
-    return list(reader.frames(frame_indices(reader.num_frames, num_frames)))
+    return list(reader.frames(uniform_indices(reader.num_frames, num_frames)))
 
 
-def _picture(image: Picture) -> Frame:
+def _read_image(image: ImageSource) -> Frame:
     if isinstance(image, str | Path):
         image = storage.read(str(image))
     return Image.open(BytesIO(image)).convert("RGB") if isinstance(image, bytes) else image

@@ -9,12 +9,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from model.layers import Apply, Linear, attention_output, keep_intermediate, linear, recompute_intermediate
+from model.layers import (
+    Apply,
+    Linear,
+    attention_output,
+    embed_patches,
+    keep_intermediate,
+    linear,
+    recompute_intermediate,
+)
 from model.mplug_owl_video.configuration import MplugOwlVisionConfig
 
 quick_gelu = ACT2FN["quick_gelu"]
@@ -120,12 +127,8 @@ class VisionEmbeddings(nn.Module):
         self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, C, T, H, W)
-        batch, _, frames = pixel_values.shape[:3]
-        size = self.patch_embed.kernel_size[0]
-        patches = pixel_values.unfold(3, size, size).unfold(4, size, size)  # (B, C, T, H/P, W/P, P, P)
-        patches = patches.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(2, 3)  # (B, T, N, C·P·P)
-        patches = linear(patches, self.patch_embed.weight.flatten(1), None)  # (B, T, N, D)
-        cls = self.cls_token.expand(batch, frames, -1, -1)
+        patches = embed_patches(pixel_values, self.patch_embed)  # (B, T, N, D)
+        cls = self.cls_token.expand(*patches.shape[:2], -1, -1)
         return self.pre_layernorm(torch.cat((cls, patches), dim=2) + self.position_embedding)
 
 
@@ -133,14 +136,10 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: MplugOwlVisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
-        self.checkpoint_activations = False
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, 1 + N, D)
         for layer in self.layers:
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, keep_intermediate, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, recompute_intermediate if torch.is_grad_enabled() else keep_intermediate)
+            x = layer(x, recompute_intermediate if torch.is_grad_enabled() else keep_intermediate)
         return x
 
 
@@ -181,13 +180,8 @@ class MplugOwlVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normals (std 0.02). A temporal block is initially zero, so a clip is read frame by frame."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            init_layer(module, std)
         elif isinstance(module, PointwiseConv | TemporalConv):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             init.zeros_(module.bias)
@@ -196,3 +190,13 @@ class MplugOwlVisionModel(PreTrainedModel):
         elif isinstance(module, VisionEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embedding, std=std)
+
+
+def init_layer(module: nn.Linear | nn.Conv2d | nn.LayerNorm, std: float) -> None:
+    """Normals for weights, ones for those of a norm, zeros for biases."""
+    if isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+    else:
+        init.normal_(module.weight, std=std)
+    if module.bias is not None:
+        init.zeros_(module.bias)

@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from model.layers import Apply, Linear, attention_output, keep_intermediate, linear, recompute_intermediate
+from model.layers import (
+    Apply,
+    Linear,
+    attention_output,
+    embed_patches,
+    keep_intermediate,
+    linear,
+    recompute_intermediate,
+)
 from model.mplug_video.configuration import TimeSformerConfig
 
 
@@ -121,7 +129,7 @@ class TimeSformer(PreTrainedModel):
                 f"pixel_values must have (frames, height, width) = {expected}, got {(frames, height, width)}. "
                 "Preprocess with the processor that is saved with the model, or resize the model (TimeSformer.resize)."
             )
-        x = self._embed_patches(pixel_values)  # (B, T, N, D)
+        x = embed_patches(pixel_values, self.patch_embed)  # (B, T, N, D)
         x = x + self.pos_embed[:, None, 1:] + self.temporal_embed[:, :, None]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)  # (B, 1, D)
         cls, x = self.norm_pre(cls), self.norm_pre(x)
@@ -138,13 +146,6 @@ class TimeSformer(PreTrainedModel):
         self.is_compiled = True
         for block in self.blocks:
             block.compile()
-
-    def _embed_patches(self, pixel_values: Tensor) -> Tensor:  # (B, C, T, H, W)
-        """The convolution of `patch_embed` as a matrix product over patches: its backward pass is 5 times as fast."""
-        size = self.config.patch_size
-        patches = pixel_values.unfold(3, size, size).unfold(4, size, size)  # (B, C, T, H/P, W/P, P, P)
-        patches = patches.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(2, 3)  # (B, T, N, C·P·P)
-        return linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
     def resize(self, image_size: int, num_frames: int) -> None:
         """Adapts the encoder to another image size or number of frames by interpolating its position embeddings."""

@@ -1,40 +1,30 @@
 """Recorded runs of mPLUG-Owl's video code: `OwlRecording("bloom_generate")` has weights, inputs and outputs.
 
-All numbers are from the original code in float32. `repaired` outputs are those of its modules in the order of its
-`generate`, because its training path cannot read videos.
+`repaired` outputs are those of its modules in the order of its `generate`: its training path cannot read videos.
 """
 
 import json
-from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.mplug_owl_video import MplugOwlConfig, MplugOwlForConditionalGeneration
 from tests.helpers.paths import FIXTURES
+from tests.helpers.recorded import Recorded
 
 OWL = FIXTURES / "mplug_owl_video"
 CHECKPOINT = OWL / "hf_checkpoint"
 CLIP = OWL / "sample.mp4"
 
 
-class OwlRecording:
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.facts = json.loads((OWL / f"{name}.json").read_text(encoding="utf-8"))
+class OwlRecording(Recorded):
+    """A recorded case of the BloomZ family."""
 
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(OWL / f"{self.name}.safetensors")
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+    recordings = OWL
 
     def model(self) -> MplugOwlForConditionalGeneration:
         model = MplugOwlForConditionalGeneration(MplugOwlConfig(**self.facts["config"]))
-        state = {key.removeprefix("state/"): value for key, value in self.tensors.items() if key.startswith("state/")}
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = model.load_state_dict(self.state(), strict=False)
         assert set(missing) <= {"language_model.lm_head.weight"}  # tied to the word embeddings
         assert all(name.endswith("rotary_emb.inv_freq") for name in unexpected)
         return model.eval()

@@ -1,42 +1,29 @@
 """Recorded runs of the original code: `Recording("cls")` has inputs and outputs, and converts the weights."""
 
 import json
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from model.mplug_video.conversion.convert import convert_weights
 from tests.helpers.paths import FIXTURES
+from tests.helpers.recorded import Recorded
 
 FOLDER = FIXTURES / "upstream"
 GPT3 = FOLDER / "modelscope_gpt3"
 
 
-class Recording:
-    """One recorded case, with tiny random weights. All numbers are from the original code in float32."""
+class Recording(Recorded):
+    """A recorded case of the GPT-3 family."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.facts = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(FOLDER / f"{self.name}.safetensors")
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+    recordings = FOLDER
 
     def convert(self, folder: Path, **options: object) -> Path:
         """Writes the recorded weights in their published format and converts them."""
         decoder = gpt3_folder(folder / "gpt3", self.facts["text_cfg"])
-        state = {
-            name.removeprefix("state/"): value for name, value in self.tensors.items() if name.startswith("state/")
-        }
-        torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
+        torch.save({"module": self.state()}, folder / "mp_rank_00_model_states.pt")
         heads = self.facts["visual_cfg"]["num_heads"]
         convert_weights(
             folder / "mp_rank_00_model_states.pt", folder / "converted", decoder=decoder, vision_heads=heads, **options

@@ -82,7 +82,7 @@ def test_an_outage_neither_delays_a_run_nor_loses_points(
         if when == "at the end":
             back = tracking.threading.Timer(2.0, lambda: setattr(server, "mode", "up"))
             back.start()
-    assert longest < 0.5  # a slow response takes 0.6 s
+    assert longest < 0.1
     assert capfd.readouterr().out == ""  # stdout is reserved for the model's URI
     for key in ("train/loss", "train/lr"):
         assert series(server, run, key) == list(range(1, 41))
@@ -95,7 +95,7 @@ def test_a_lost_server_delays_only_by_the_patience(server: Unreliable, caplog: p
     start = time.monotonic()
     with tracked(config(server, patience_s=1), "lost", key="lost") as run:
         log(run, range(1, 6))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 8
     assert "MLflow did not receive the last 6 entries; metrics are in" in caplog.text
     assert caplog.text.count("MLflow is unreachable") == 1
     server.mode = "up"

@@ -111,6 +111,7 @@ def test_following_survives_lost_watches_and_expired_versions(
 
     started(act)
     run_job(cluster, job, LIMITS)
+    assert kube.break_watches == 0
 
 
 def test_a_timeout_of_create_does_not_create_a_second_job(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from model.mplug_owl_video import MplugOwlImageProcessor, MplugOwlProcessor
-from model.mplug_owl_video.processing import SYSTEM, frame_indices
+from model.mplug_owl_video.processing import SYSTEM, uniform_indices
 from model.video import VideoError, open_clip
 from tests.helpers.owl import CHECKPOINT, CLIP, OwlRecording, prompts
 
@@ -37,15 +37,15 @@ def test_token_ids_of_prompts(processor: MplugOwlProcessor, name: str) -> None:
 def test_frame_indices() -> None:
     for row in RECORDED.facts["get_index_table"]:
         if row["segments"] <= row["total"]:
-            assert frame_indices(row["total"], row["segments"]) == row["indices"]
+            assert uniform_indices(row["total"], row["segments"]) == row["indices"]
         else:  # the original code repeats frames
             with pytest.raises(ValueError, match=f"num_frames must be 1 to the {row['total']} frames of the clip"):
-                frame_indices(row["total"], row["segments"])
+                uniform_indices(row["total"], row["segments"])
 
 
 def test_pixels_of_images(processor: MplugOwlProcessor) -> None:
     frames = RECORDED["in/stack/frames_uint8"].numpy()
-    assert torch.equal(processor.pictures(list(frames)), RECORDED["out/stack/pixel_values_small"])
+    assert torch.equal(processor.preprocess(list(frames)), RECORDED["out/stack/pixel_values_small"])
 
 
 @pytest.mark.parametrize("num_frames", [4, 8])
@@ -121,16 +121,16 @@ def answered(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-VIDEO, PICTURE = {"type": "video", "video": CLIP}, {"type": "image", "path": IMAGE}
+VIDEO_PART, IMAGE_PART = {"type": "video", "video": CLIP}, {"type": "image", "path": IMAGE}
 CONVERSATIONS = {
-    "readme_zh": [asked(VIDEO, "视频中的女人在干什么？")],
+    "readme_zh": [asked(VIDEO_PART, "视频中的女人在干什么？")],
     "multi_turn": [
-        asked(VIDEO, "What is the woman doing in the video?"),
+        asked(VIDEO_PART, "What is the woman doing in the video?"),
         answered("She is dancing."),
         {"role": "user", "content": "为什么？"},
     ],
-    "image": [asked(PICTURE, "Explain why this meme is funny.")],
-    "image_and_video": [asked(PICTURE, VIDEO, "比较")],
+    "image": [asked(IMAGE_PART, "Explain why this meme is funny.")],
+    "image_and_video": [asked(IMAGE_PART, VIDEO_PART, "比较")],
     "text_only": [{"role": "system", "content": SYSTEM}, asked("Hello")],
 }
 

@@ -148,7 +148,7 @@ def test_the_rate_is_limited_over_all_threads(server: str, tmp_path: Path) -> No
     source = manifest(tmp_path, server, [f"ok/{number}-100000" for number in range(8)])
     start = time.monotonic()
     download_dataset(source, str(tmp_path), "d", options(rate=800_000))
-    assert time.monotonic() - start >= 0.8
+    assert 0.8 <= time.monotonic() - start < 4
 
 
 def test_verification_finds_damage_and_the_next_download_repairs_it(server: str, root: str, tmp_path: Path) -> None:

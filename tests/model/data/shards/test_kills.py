@@ -20,7 +20,7 @@ from tests.helpers.clients import fresh_clients
 from tests.helpers.faulty_server import content, serve
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
-KILLS = 12
+KILLS = 20
 
 
 def run_and_kill(command: list[str], after_s: float) -> int | None:
@@ -73,8 +73,8 @@ def test_a_killed_sharding_ends_with_identical_bytes(corpus: Path, tmp_path: Pat
     started = time.monotonic()
     subprocess.run(shard_command(corpus, str(tmp_path / "whole")), check=True, capture_output=True)
     whole_s = time.monotonic() - started
-    # a run without any work left takes about half as long
-    assert kill_until_done(shard_command(corpus, str(tmp_path / "killed")), 0.3 * whole_s, 0.9 * whole_s) >= 4
+    # most of it is the start of the command, so a run without any work left can be killed too
+    assert kill_until_done(shard_command(corpus, str(tmp_path / "killed")), 0.3 * whole_s, 0.9 * whole_s) >= 10
     whole, killed = (contents(str(tmp_path / root / "shards")) for root in ("whole", "killed"))
     assert len([path for path in whole if path.endswith(".tar")]) > 5
     assert killed == whole
