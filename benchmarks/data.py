@@ -55,7 +55,7 @@ from model.config.schema import DataConfig
 from model.data.loading.loader import ClipSource, Example, training_batches
 from model.data.loading.sampler import BatchSampler
 from model.data.shards.reader import ShardReader
-from model.mplug_video.processing import MEAN, STD, resized
+from model.pixels import MEAN, STD, resized
 from model.video import frame_indices
 
 RESULTS = Path(__file__).parent / "results" / "data.json"

@@ -92,4 +92,4 @@ def source(split: str, decoder: str = "pyav") -> ClipSource:
 
 
 def collate(examples: list[Example]) -> dict[str, Any]:
-    return {"frames": torch.stack([example.clip for example in examples if example.clip is not None])}
+    return {"frames": torch.stack([example.clip for example in examples])}

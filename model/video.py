@@ -19,7 +19,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 Pixels = NDArray[np.uint8]
 """One frame, (H, W, 3), RGB."""
@@ -41,6 +41,17 @@ class VideoError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+def open_image(data: bytes) -> Pixels:
+    """An image file as one frame, turned upright as its EXIF data say. Raises VideoError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise VideoError("too_large", f"an image has at most {MAX_PIXELS} pixels, got {image.size}")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError("unreadable", f"not an image that Pillow can read: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

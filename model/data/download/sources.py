@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 from model import storage
 from model.data.annotations import (
-    COLUMNS,
+    DATASETS,
     LEDGER,
     MAX_PROBLEMS,
     SPLITS,
     annotation_file,
+    annotation_path,
     duplicates,
     hashed,
     validate_path,
@@ -61,8 +62,8 @@ class StorageSource:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        if not any(annotation_file(uri, dataset, split) for dataset in COLUMNS for split in SPLITS):
-            known = ", ".join(f"{name}/<split>.csv" for name in COLUMNS)
+        if not any(annotation_file(uri, dataset, split) for dataset in DATASETS for split in SPLITS):
+            known = ", ".join(annotation_path(name, "<split>") for name in DATASETS)
             raise DataError(f"{uri} must hold annotation files ({known}); none found.")
 
     def files(self) -> Iterator[Remote]:

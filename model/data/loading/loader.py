@@ -15,7 +15,7 @@ from itertools import chain, cycle, islice
 from multiprocessing import forkserver, get_context, resource_tracker
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,8 +32,11 @@ from model.data.shards.format import Record
 from model.data.shards.reader import ShardReader
 from model.errors import ConfigError, DataError, ProcessFailedError, RemoteError
 from model.manifest import cache_folder
-from model.mplug_video.processing import MPlugVideoProcessor
 from model.video import VideoError, frame_indices, padded
+
+if TYPE_CHECKING:
+    from model.mplug_owl_video.processing import MplugOwlProcessor
+    from model.mplug_video.processing import MPlugVideoProcessor
 
 log = logging.getLogger("mplug")
 Batch = dict[str, Any]
@@ -43,13 +46,19 @@ FIRST_CLIPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One clip and its annotation."""
+    """One row: an annotation and its clip, or the videos and images of its conversation."""
 
     annotation: Annotation
-    clip: Tensor | None
-    """Frames of the model's size, uint8 (T, H, W, C); None for tasks that only read text."""
+    media: list[Tensor]
+    """Frames of the model's size, uint8 (T, H, W, C) each; an image has one. Empty for tasks that only read text."""
     seed: str
     """Keys all randomness of this example, independent of worker and process."""
+
+    @property
+    def clip(self) -> Tensor:
+        """The only medium of tasks that read one clip per row."""
+        (clip,) = self.media
+        return clip
 
 
 Fetched = Record | Annotation | VideoError
@@ -60,7 +69,7 @@ class ClipSource:
     """Makes the examples of one split."""
 
     reader: ShardReader
-    processor: MPlugVideoProcessor
+    processor: "MPlugVideoProcessor | MplugOwlProcessor"
     augment: DataConfig | None = None
     seed: int = 0
     read_video: bool = True
@@ -78,16 +87,22 @@ class ClipSource:
             raise fetched
         seed = f"{self.seed}/{draw[0]}/{draw[1]}"
         if isinstance(fetched, Annotation):
-            return Example(annotation=fetched, clip=None, seed=seed)
+            return Example(annotation=fetched, media=[], seed=seed)
         rng = random.Random(seed) if self.augment else None
-        count = self.processor.num_frames
-        indices = padded(frame_indices(fetched.meta["num_frames"], count, rng), count)
-        frames = torch.from_numpy(np.stack(self.reader.frames(fetched, indices)))  # (T, H, W, C)
+        media = [self._frames(fetched, number, rng) for number in range(len(fetched.media))]
+        return Example(annotation=fetched.annotation, media=media, seed=seed)
+
+    def _frames(self, record: Record, number: int, rng: random.Random | None) -> Tensor:
+        """Frames (T, H, W, C) of a medium; one of an image."""
+        medium, count = record.media[number], self.processor.num_frames
+        is_image = medium.kind == "image"
+        indices = [0] if is_image else padded(frame_indices(medium.num_frames, count, rng), count)
+        frames = torch.from_numpy(np.stack(self.reader.frames(record, indices, number)))
         if self.augment and rng:
-            frames = training_transform(frames, self.processor.image_size, self.augment, rng)
-        else:
-            frames = self.processor.resize(frames)
-        return Example(annotation=fetched.annotation, clip=frames, seed=seed)
+            return training_transform(frames, self.processor.image_size, self.augment, rng)
+        if is_image:  # only conversations have images
+            return self.processor.crop(frames)  # type: ignore[union-attr]
+        return self.processor.resize(frames)
 
 
 Order = BatchSampler | EverySample

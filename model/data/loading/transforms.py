@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from model.config.schema import DataConfig
-from model.mplug_video.processing import resized
+from model.pixels import resized
 
 Operation = Callable[[Image.Image, float], Image.Image]
 

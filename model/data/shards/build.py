@@ -32,16 +32,19 @@ from tqdm import tqdm
 
 from model import storage
 from model.data.annotations import (
+    INSTRUCTION,
     SPLITS,
     Annotation,
     annotation_file,
+    annotation_path,
     duplicates,
     hashed,
     iter_annotations,
     read_class_names,
 )
+from model.data.conversations import media_of
 from model.data.prefetch import in_order
-from model.data.shards.examine import examine_clip, limit_memory
+from model.data.shards.examine import Media, examine_clip, examine_conversation, limit_memory
 from model.data.shards.format import INDEX, QUARANTINE, SCHEMA, Form, StoredClip, TarWriter, shard_name
 from model.errors import DataError, NotFoundError
 from model.progress import progress
@@ -112,8 +115,8 @@ def plan_shards(settings: ShardSettings) -> ShardPlan:
     """Reads the annotation files. Raises DataError with one line per bad row."""
     names = [name for name in SPLITS if annotation_file(settings.raw, settings.dataset, name)]
     if not names:
-        where = storage.join(settings.raw, settings.dataset)
-        raise DataError(f"{where} must hold a CSV for one of {', '.join(SPLITS)}; none found.")
+        files = ", ".join(annotation_path(settings.dataset, name) for name in SPLITS)
+        raise DataError(f"{settings.raw} must hold an annotation file ({files}); none found.")
     facts = [
         VERSION,
         settings.dataset,
@@ -200,7 +203,7 @@ class PartBuilder:
         if is_finished:
             quarantine = list(read_quarantine(uri))
             # stored clips stay valid; broken ones may have been downloaded again since
-            if part_index(uri).schema.metadata[b"inputs"].decode() == self._versions(quarantine):
+            if part_index(uri).schema.metadata[b"inputs"].decode() == self._versions(rows, quarantine):
                 self.done(len(rows))
                 return quarantine
         with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +217,7 @@ class PartBuilder:
                     quarantine.append({"video": annotation.video, "row": line, "reason": reason, "detail": detail})
                 self.done(1)
             writer.close()
-            facts = {"inputs": self._versions(quarantine), "shards": str(writer.number + 1)}
+            facts = {"inputs": self._versions(rows, quarantine), "shards": str(writer.number + 1)}
             table = pa.Table.from_pylist(writer.rows, SCHEMA).replace_schema_metadata(facts)
             for shard in range(writer.number + 1):
                 storage.move_in(writer.path(shard), storage.join(uri, shard_name(shard)))
@@ -223,11 +226,22 @@ class PartBuilder:
             storage.move_in(Path(folder) / INDEX, storage.join(uri, INDEX))
         return quarantine
 
-    def _versions(self, quarantine: list[dict[str, Any]]) -> str:
-        """A hash that changes when one of the quarantined clips changes or appears."""
-        videos = [item["video"] for item in quarantine if item["reason"] != "duplicate"]
-        entries = self.readers.map(lambda video: storage.head(storage.join(self.plan.settings.raw, video)), videos)
+    def _versions(self, rows: list[Row], quarantine: list[dict[str, Any]]) -> str:
+        """A hash that changes when a file of one of the quarantined rows changes or appears."""
+        annotations = dict(rows)
+        files = [
+            path
+            for item in quarantine
+            if item["reason"] != "duplicate"
+            for _, path in self._media(annotations[item["row"]])
+        ]
+        entries = self.readers.map(lambda file: storage.head(storage.join(self.plan.settings.raw, file)), files)
         return hashlib.sha256(json.dumps([entry.version if entry else "" for entry in entries]).encode()).hexdigest()
+
+    def _media(self, annotation: Annotation) -> list[tuple[str, str]]:
+        """(kind, path) of the clip of a row, or of all media of its conversation."""
+        is_conversation = self.plan.settings.dataset == INSTRUCTION
+        return media_of(annotation.conversation) if is_conversation else [("video", annotation.video)]
 
     def _examined(self, split: Split, rows: list[Row]) -> Iterator[StoredClip | tuple[str, str]]:
         """The stored clip or the error of each row, in order. Clips are fetched and decoded ahead."""
@@ -240,20 +254,30 @@ class PartBuilder:
             except ProcessExpired as error:
                 yield "crashed", f"the decoder ended with code {error.exitcode}"
 
-    def _fetch(self, split: Split, line: int, annotation: Annotation) -> bytes | tuple[str, str]:
+    def _fetch(self, split: Split, line: int, annotation: Annotation) -> Media | tuple[str, str]:
         if (earlier := split.duplicates.get(line)) is not None:
             return "duplicate", f"row {earlier} has the same clip and text"
-        try:
-            return storage.read(storage.join(self.plan.settings.raw, annotation.video))
-        except NotFoundError:
-            return "missing", "the file does not exist"
+        media: Media = []
+        for kind, path in self._media(annotation):
+            try:
+                media.append((kind, path, storage.read(storage.join(self.plan.settings.raw, path))))
+            except NotFoundError:
+                return "missing", "the file does not exist" if path == annotation.video else f"{path} does not exist"
+        return media
 
-    def _decode(self, fetched: bytes | tuple[str, str]) -> "Future[StoredClip | tuple[str, str]]":
+    def _decode(self, fetched: Media | tuple[str, str]) -> "Future[StoredClip | tuple[str, str]]":
         settings = self.plan.settings
-        if isinstance(fetched, bytes):
-            job = [fetched, settings.form, settings.decoder, settings.deadline_s]
+        if isinstance(fetched, list):
+            is_conversation = settings.dataset == INSTRUCTION
             future: Future[StoredClip | tuple[str, str]] = self.pool.schedule(
-                examine_clip, args=job, timeout=settings.deadline_s + GRACE_S
+                examine_conversation if is_conversation else examine_clip,
+                args=[
+                    fetched if is_conversation else fetched[0][2],
+                    settings.form,
+                    settings.decoder,
+                    settings.deadline_s,
+                ],
+                timeout=settings.deadline_s * max(1, len(fetched)) + GRACE_S,
             )
         else:
             future = Future()

@@ -4,6 +4,9 @@
     00001234.00.jpg …  F uniformly spaced frames                                       (form "frames")
     00001234.mp4       the clip as published                                           (form "original")
 
+A conversation is stored like a clip, with the files of all its videos and images one after another; `media` in the JSON
+says which belong to which. In the form "original" they are 00001234.00.mp4, 00001234.01.png, ….
+
 The files of a clip are contiguous, so one read fetches all of them, and the JSON gives the offset of each frame. `tar`
 and WebDataset can read the shards.
 """
@@ -19,6 +22,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from model.data.annotations import Annotation
+from model.data.conversations import media_of
 from model.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -62,20 +66,36 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredClip:
-    """The stored data of one clip."""
+class StoredMedium:
+    """A video or an image of a stored conversation."""
 
-    files: list[bytes]
-    """JPEG frames, or the published file."""
+    kind: str
+    """"video" or "image"."""
+    files: int
+    """Number of its files."""
     frames: list[int]
     """Frame number in the source of each stored frame; empty for the form "original"."""
+    num_frames: int
+    """Frames of the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredClip:
+    """The stored data of one clip, or of all media of a conversation."""
+
+    files: list[bytes]
+    """JPEG frames, or the published files."""
+    frames: list[int]
+    """Frame number in the source of each stored frame; empty for the form "original", and for conversations."""
     num_frames: int
     fps: float
     duration_s: float
     width: int
     height: int
     bytes: int
-    """Size of the source file."""
+    """Size of the source files."""
+    media: list[StoredMedium] | None = None
+    """Videos and images of a conversation; None for a clip."""
 
     def facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("num_frames", "fps", "duration_s", "width", "height", "bytes")}
@@ -83,14 +103,24 @@ class StoredClip:
 
 def encode_record(key: str, annotation: Annotation, clip: StoredClip) -> bytes:
     """The clip as a section of a tar file."""
-    if clip.frames:
-        names = [f"{key}.{number:02d}.jpg" for number in range(len(clip.files))]
-    else:
-        suffix = PurePosixPath(annotation.video).suffix.lower()
-        names = [key + (suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ".mp4")]
     meta = {**asdict(annotation), **clip.facts(), "frames": clip.frames, "lengths": [len(data) for data in clip.files]}
+    paths, numbers = [annotation.video], [f".{number:02d}" for number in range(len(clip.files))]
+    is_original = not clip.frames
+    if clip.media is not None:
+        meta["media"] = [asdict(medium) for medium in clip.media]
+        paths = [path for _, path in media_of(annotation.conversation)]
+        is_original = not any(medium.frames for medium in clip.media)
+    elif is_original:
+        numbers = [""]
+    suffixes = [_suffix(path) for path in paths] if is_original else [".jpg"] * len(clip.files)
+    names = [key + number + suffix for number, suffix in zip(numbers, suffixes, strict=True)]
     members = [(f"{key}.json", json.dumps(meta, ensure_ascii=False).encode()), *zip(names, clip.files, strict=True)]
     return b"".join(_member(name, data) for name, data in members)
+
+
+def _suffix(path: str) -> str:
+    suffix = PurePosixPath(path).suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ".mp4"
 
 
 def _member(name: str, data: bytes) -> bytes:
@@ -114,8 +144,17 @@ class Record:
             video=self.meta["video"], text=self.meta["text"], label=self.meta["label"], references=references
         )
 
+    @property
+    def media(self) -> list[StoredMedium]:
+        """The clip, or the videos and images of a conversation."""
+        meta = self.meta
+        if "media" in meta:
+            return [StoredMedium(**medium) for medium in meta["media"]]
+        files, frames = len(meta["lengths"]), meta["frames"]
+        return [StoredMedium(kind="video", files=files, frames=frames, num_frames=meta["num_frames"])]
+
     def file(self, number: int) -> memoryview:
-        """A stored frame, or the original file as number 0."""
+        """A stored frame, or an original file."""
         lengths = self.meta["lengths"]
         start = self.start + BLOCK + sum(length + -length % BLOCK + BLOCK for length in lengths[:number])
         return memoryview(self.data)[start : start + lengths[number]]

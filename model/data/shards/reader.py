@@ -21,7 +21,7 @@ from model.data.cache import Cache
 from model.data.shards.format import BLOCK, DATASET, INDEX, Record, shard_name
 from model.errors import DataError, NotFoundError
 from model.progress import progress
-from model.video import DEADLINE_S, Pixels, VideoError, open_clip
+from model.video import DEADLINE_S, Pixels, VideoError, open_clip, open_image
 
 HEAD = 4096
 """Bytes that almost always include the JSON file of a record."""
@@ -77,14 +77,21 @@ class ShardReader:
         with self._index() as index:
             yield from index.iter_batches(batch_size=8192, columns=columns)
 
-    def frames(self, record: Record, indices: list[int]) -> list[Pixels]:
-        """Frames with these ascending numbers in the source, or the nearest stored ones. Raises VideoError."""
-        stored = record.meta["frames"]
-        if not stored:
-            return list(open_clip(bytes(record.file(0)), self.decoder, self.deadline_s).frames(indices))
-        nearest = [min(range(len(stored)), key=lambda n: abs(stored[n] - index)) for index in indices]
-        decoded = {number: _pixels(record.file(number)) for number in set(nearest)}
-        return [decoded[number] for number in nearest]
+    def frames(self, record: Record, indices: list[int], number: int = 0) -> list[Pixels]:
+        """Frames with these ascending numbers in the source, or the nearest stored ones. Raises VideoError.
+
+        `number` is that of the video or image of a conversation.
+        """
+        media = record.media
+        medium, first = media[number], sum(earlier.files for earlier in media[:number])
+        if not medium.frames:
+            data = bytes(record.file(first))
+            if medium.kind == "image":
+                return [open_image(data)]
+            return list(open_clip(data, self.decoder, self.deadline_s).frames(indices))
+        nearest = [min(range(medium.files), key=lambda n: abs(medium.frames[n] - index)) for index in indices]
+        decoded = {found: _pixels(record.file(first + found)) for found in set(nearest)}
+        return [decoded[found] for found in nearest]
 
     def _place(self, position: int) -> tuple[int, int, int]:
         """Shard, offset and length of a clip."""
