@@ -39,3 +39,13 @@ def token_cross_entropy(states: Tensor, head: torch.nn.Linear, targets: Tensor) 
     if len(states) and states.requires_grad and not head.weight.requires_grad:
         return _FrozenHead.apply(states, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
     return F.cross_entropy(head(states).float(), targets, reduction="none")
+
+
+def losses_at(states: Tensor, head: torch.nn.Linear, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), zero where `loss_mask` (B, L - 1) is zero.
+
+    Logits are computed only where a loss is taken: with V = 51,200 they would be the largest tensor of the step.
+    """
+    wanted = loss_mask.bool()
+    losses = states.new_zeros(wanted.shape, dtype=torch.float32)
+    return losses.masked_scatter(wanted, token_cross_entropy(states[:, :-1][wanted], head, input_ids[:, 1:][wanted]))

@@ -106,6 +106,12 @@ def fetch_folder(uri: str) -> Path:
     return target
 
 
+def fetch_model(uri: str) -> Path:
+    """As `fetch_folder`; a local folder without a manifest, as others publish models, is used as it is."""
+    is_foreign = not storage.is_s3(uri) and not (Path(uri) / FILE).exists() and (Path(uri) / "config.json").exists()
+    return Path(uri) if is_foreign else fetch_folder(uri)
+
+
 def cache_folder() -> Path:
     """Folder for copies of immutable objects: $MPLUG_CACHE, by default ~/.cache/mplug."""
     return Path(os.environ.get("MPLUG_CACHE", Path.home() / ".cache" / "mplug"))

@@ -87,13 +87,13 @@ def corpus(shared: Path, once: Make) -> Path:
 @pytest.fixture(scope="session")
 def shards(corpus: Path, shared: Path, once: Make) -> dict[str, str]:
     """URI of the shards of each dataset."""
-    from model.data.annotations import COLUMNS
+    from model.data.annotations import DATASETS
     from model.data.shards.build import ShardSettings
     from model.data.shards.commit import build_shards
     from model.data.shards.format import Form
 
     form = Form(num_frames=8, short_side=72)
-    settings = {name: ShardSettings(raw=str(corpus), root=str(shared), dataset=name, form=form) for name in COLUMNS}
+    settings = {name: ShardSettings(raw=str(corpus), root=str(shared), dataset=name, form=form) for name in DATASETS}
     return once("shards", lambda: {name: build_shards(each) for name, each in settings.items()})
 
 
@@ -117,6 +117,19 @@ def pretrained(shards: dict[str, str], decoder: str, shared: Path, once: Make) -
     """URI of a model that was pre-trained for two steps on two processes."""
     settings = [f"model.decoder={decoder}", f"data.shards={shards['pretrain']}", "training.precision=bf16"]
     return once("pretrained", lambda: train("tiny_pretraining", shared, settings, processes=2))
+
+
+@pytest.fixture(scope="session")
+def instructed(corpus: Path, shards: dict[str, str], shared: Path, once: Make) -> str:
+    """URI of an mPLUG-Owl that was trained on conversations for two steps on two processes."""
+    from model.tasks.language_modeling import publish_tokenizer
+
+    def make() -> str:
+        tokenizer = publish_tokenizer(str(corpus), str(shared), vocab_size=448, dataset="instruction")
+        settings = [f"model.decoder={tokenizer}", f"data.shards={shards['instruction']}"]
+        return train("tiny_instruction", shared, settings, processes=2)
+
+    return once("instructed", make)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from model.config.schema import RunConfig, Section
+from model.config.networks import Section
+from model.config.schema import RunConfig
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 INTRODUCTION = """\

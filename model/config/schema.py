@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
+from model.config.networks import ModelConfig, Section
 from model.errors import ConfigError
 from model.restart_policy import MAX_ATTEMPTS
 
@@ -15,71 +16,9 @@ TASK_DATASETS = {
     "retrieval": "retrieval",
     "matching": "retrieval",
     "captioning": "captioning",
+    "instruction": "instruction",
 }
 """Every task, model/tasks/<task>.py, and the dataset that it reads."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class VisionConfig(Section):
-    """The vision encoder. The defaults are those of the released models (see TimeSformerConfig)."""
-
-    image_size: int = Field(224, ge=1)
-    """Height and width of a frame, in pixels."""
-    patch_size: int = Field(16, ge=1)
-    """Height and width of a patch, in pixels."""
-    num_frames: int = Field(4, ge=1)
-    """Frames per clip."""
-    hidden_size: int = Field(768, ge=1)
-    """Width of the tokens."""
-    num_hidden_layers: int = Field(12, ge=1)
-    """Transformer blocks."""
-    num_attention_heads: int = Field(8, ge=1)
-    """Attention heads per block."""
-    mlp_ratio: int = Field(4, ge=1)
-    """Width of the MLP relative to `hidden_size`."""
-    hidden_act: str = "gelu"
-    """Activation of the MLP."""
-    layer_norm_eps: float = Field(1e-6, gt=0)
-    """Epsilon of the layer norms."""
-    initializer_range: float = Field(0.015, gt=0)
-    """Standard deviation of fresh weights."""
-    clip_stem: bool = True
-    """Use CLIP's stem: patches without a bias, and a layer norm before the first block."""
-
-
-class ModelConfig(Section):
-    """The networks, and the weights that they start from."""
-
-    decoder: str = ""
-    """Folder or s3:// URI of the causal decoder and its tokenizer, in transformers format."""
-    init_from: str = ""
-    """Folder or URI of a trained mPLUG-Video to start from. Its position embeddings are resized to `vision.image_size`
-    and `vision.num_frames`."""
-    vision_weights: str = ""
-    """Folder or URI of an image encoder to start from; `mplug convert` makes one from CLIP. Empty: random weights."""
-    vision: VisionConfig = VisionConfig()
-    text: dict[str, int | float | bool | str] = {}
-    """Transformers configuration of the decoder, including `model_type`. A decoder that is trained from scratch is
-    built from it; otherwise `decoder` must match it."""
-    num_queries: int = Field(128, ge=1)
-    """Learned queries of the abstractor, which is the number of tokens in the visual prefix."""
-    query_norm: bool = False
-    """Apply a layer norm to the visual prefix."""
-    use_contrastive: bool = False
-    """Add the contrastive loss to pre-training."""
-    contrastive_size: int = Field(256, ge=1)
-    """Width of the space in which clips and texts are compared."""
-    temperature: float = Field(0.07, gt=0)
-    """Initial temperature of contrastive losses."""
-    freeze_decoder: bool = True
-    """Train only the visual side, as published."""
-    freeze_vision: bool = False
-    """Train only the temporal parts of the vision encoder."""
-    decoder_dropout: bool = False
-    """Keep dropout in a frozen decoder, as the original code does."""
 
 
 class DataConfig(Section):
@@ -273,7 +212,14 @@ def _impossible(config: RunConfig) -> Iterator[str]:
             yield "model.freeze_decoder must be false for task language_modeling: nothing else could learn."
         if training.activation_checkpointing or training.compile:
             yield "training.activation_checkpointing and training.compile must be left out for task language_modeling."
-    elif not model.decoder and not model.init_from:
+    if config.task == "instruction":
+        if model.lora.rank and not model.freeze_decoder:
+            yield "model.freeze_decoder must be true with model.lora.rank, which trains updates of a frozen decoder."
+        if model.freeze_decoder and model.freeze_vision and model.freeze_abstractor and not model.lora.rank:
+            yield "one part must be trained: set model.lora.rank, or do not freeze everything."
+    elif model.lora.rank or model.freeze_abstractor:
+        yield f"model.lora.rank and model.freeze_abstractor must be left out for task {config.task}."
+    if config.task != "language_modeling" and not model.decoder and not model.init_from:
         yield f"model.decoder or model.init_from must be set for task {config.task}, but both are empty."
     if not data.shards:
         yield "data.shards must name a sharded dataset, but it is empty. `mplug data shard` writes one."

@@ -7,14 +7,19 @@ B batch, L positions, n clips or images of the batch, K queries, H decoder width
 reading order: the first run of video IDs in the batch is the first clip, and so on; images have a count of their own.
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from model.losses import losses_at
 from model.mplug_owl_video.abstractor import MplugOwlVisualAbstractorModel
+from model.mplug_owl_video.bloom import prepare_bloom
 from model.mplug_owl_video.configuration import IMAGE_ID, VIDEO_ID, MplugOwlConfig
 from model.mplug_owl_video.vision import MplugOwlVisionModel
 
@@ -30,16 +35,18 @@ class MplugOwlForConditionalGeneration(PreTrainedModel):
     _no_split_modules = ["VisionLayer", "AbstractorLayer", "BloomBlock", "LlamaDecoderLayer"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # buffers in files of transformers 4
 
-    def __init__(self, config: MplugOwlConfig) -> None:
+    def __init__(self, config: MplugOwlConfig, *, language_model: PreTrainedModel | None = None) -> None:
+        """A fresh network; a trained decoder is used if given."""
         super().__init__(config)
         width = config.visual_abstractor_config.hidden_size
         self.vision_model = MplugOwlVisionModel(config.vision_config)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.temporal_query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.abstractor = MplugOwlVisualAbstractorModel(config.visual_abstractor_config, config.text_config.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.abstractor_checkpointing = False
         if config.text_config.model_type == "bloom":
-            normalize_at_lookup(self.language_model)
+            prepare_bloom(self.language_model)
         self.post_init()
 
     @classmethod
@@ -56,14 +63,36 @@ class MplugOwlForConditionalGeneration(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.language_model.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but a part without trained weights keeps no dropout."""
+        super().train(mode)
+        for part in (self.vision_model, self.abstractor, self.language_model):
+            if not any(weights.requires_grad for weights in part.parameters()):
+                part.eval()
+        return self
 
     def encode_media(self, pixel_values: Tensor) -> Tensor:
         """Vectors (n, K + 1, H) of clips (n, C, T, H, W) or images (n, C, H, W). A clip of one frame is an image."""
-        tokens = self.vision_model(pixel_values)  # (n, T, 1 + N, D)
+        trained = torch.is_grad_enabled() and any(weights.requires_grad for weights in self.vision_model.parameters())
+        with torch.set_grad_enabled(trained):
+            tokens = self.vision_model(pixel_values)  # (n, T, 1 + N, D)
         temporal_queries = self.temporal_query_tokens if tokens.shape[1] > 1 else None
-        return self.abstractor(tokens.flatten(1, 2), self.query_tokens, temporal_queries)
+        given = tokens.flatten(1, 2), self.query_tokens, temporal_queries
+        if self.abstractor_checkpointing and self.training:
+            return checkpoint(self.abstractor, *given, use_reentrant=False)
+        return self.abstractor(*given)
+
+    def checkpoint_activations(self, parts: Collection[str]) -> None:
+        """Recomputes activations in the backward pass of "vision", "abstractor", "decoder": slower, less memory."""
+        self.vision_model.encoder.checkpoint_activations = "vision" in parts
+        self.abstractor_checkpointing = "abstractor" in parts
+        if "decoder" in parts:
+            self.language_model.activation_checkpointing_enable()
+        else:
+            self.language_model.activation_checkpointing_disable()
 
     def embed(
         self,
@@ -107,6 +136,15 @@ class MplugOwlForConditionalGeneration(PreTrainedModel):
             inputs_embeds=embeddings, attention_mask=_whole(attention_mask), labels=labels, **kwargs
         )
 
+    def token_losses(self, input_ids: Tensor, loss_mask: Tensor, media: dict[int, Tensor]) -> Tensor:
+        """Cross entropies (B, L - 1) in fp32 of tokens 1..L-1 where `loss_mask` (B, L - 1) is one, zero elsewhere.
+
+        Rows are padded on the right, which needs no attention mask. `media` holds encoded media by ID.
+        """
+        decoder = self.language_model.base_model
+        states = decoder(inputs_embeds=self.embed(input_ids, media=media), use_cache=False).last_hidden_state
+        return losses_at(states, self.get_output_embeddings(), input_ids, loss_mask)
+
     @torch.no_grad()
     def generate(
         self,
@@ -124,35 +162,31 @@ class MplugOwlForConditionalGeneration(PreTrainedModel):
         """
         if (longest := options.pop("max_length", None)) is not None:
             options.setdefault("max_new_tokens", longest - 1)
+        if "max_new_tokens" in options:
+            options["max_new_tokens"] = self.longest_answer(input_ids.shape[1], options["max_new_tokens"])
         embeddings = self.embed(input_ids, pixel_values, video_pixel_values, media)
         mask = torch.ones_like(input_ids) if attention_mask is None else _whole(attention_mask)
         return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
+    def longest_answer(self, length: int, wanted: int) -> int:
+        """Number of tokens to generate after `length`: `wanted`, or as many as the decoder's positions allow.
+
+        Raises ValueError if there is no room. Bloom has no limit.
+        """
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if positions is not None and length >= positions:
+            raise ValueError(f"a conversation must have fewer than {positions} tokens, but this one has {length}.")
+        return wanted if positions is None else min(wanted, positions - length)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Queries are initially zero. Vision model, abstractor and decoder initialise themselves."""
+        """Normals (std 0.02) for the queries: equal ones, as in the original code, would stay equal.
 
-
-class LookupLayerNorm(nn.LayerNorm):
-    """Bloom's norm of word embeddings, applied when they are looked up.
-
-    transformers applies it to everything that enters the decoder. The published weights were trained with media vectors
-    that are not normalised.
-    """
-
-    def forward(self, embeddings: Tensor, *, is_lookup: bool = False) -> Tensor:
-        return super().forward(embeddings) if is_lookup else embeddings
-
-    def after_lookup(self, _lookup: nn.Module, _inputs: Any, embeddings: Tensor) -> Tensor:
-        return self(embeddings, is_lookup=True)
-
-
-def normalize_at_lookup(bloom: PreTrainedModel) -> None:
-    """Moves the norm of a Bloom decoder from its forward pass to its word embeddings."""
-    transformer, config = bloom.transformer, bloom.config
-    norm = LookupLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-    transformer.word_embeddings_layernorm = norm
-    transformer.word_embeddings.register_forward_hook(norm.after_lookup)
+        Vision model, abstractor and decoder initialise themselves.
+        """
+        if isinstance(module, MplugOwlForConditionalGeneration):
+            for queries in (module.query_tokens, module.temporal_query_tokens):
+                init.trunc_normal_(queries, std=self.config.visual_abstractor_config.initializer_range)
 
 
 def _whole(mask: Tensor | None) -> Tensor | None:

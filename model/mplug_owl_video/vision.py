@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -136,10 +137,14 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: MplugOwlVisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.checkpoint_activations = False
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, 1 + N, D)
         for layer in self.layers:
-            x = layer(x, recompute_intermediate if torch.is_grad_enabled() else keep_intermediate)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, keep_intermediate, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, recompute_intermediate if torch.is_grad_enabled() else keep_intermediate)
         return x
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.losses import token_cross_entropy
+from model.losses import losses_at
 from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
 from model.mplug_video.decoding import beam_search
@@ -165,14 +165,8 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         return self.losses_of(self.decode(prefix, input_ids), input_ids, loss_mask)
 
     def losses_of(self, states: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), zero where `loss_mask` (B, L - 1) is zero.
-
-        Logits are computed only where a loss is taken: with V = 51,200 they would be the largest tensor of the step.
-        """
-        wanted = loss_mask.bool()
-        targets, head = input_ids[:, 1:][wanted], self.decoder.get_output_embeddings()
-        losses = states.new_zeros(wanted.shape, dtype=torch.float32)
-        return losses.masked_scatter(wanted, token_cross_entropy(states[:, :-1][wanted], head, targets))
+        """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), where `loss_mask` (B, L - 1) is one."""
+        return losses_at(states, self.decoder.get_output_embeddings(), input_ids, loss_mask)
 
     def text_features(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """The state of each row's last real token, (B, L, D) -> (B, D)."""

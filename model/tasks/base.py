@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from model.config.schema import RunConfig
 from model.data.annotations import Annotation
 from model.data.loading.loader import Batch, Example
 from model.errors import ConfigError
-from model.mplug_video.processing import MPlugVideoProcessor, clean_caption
+from model.mplug_video.processing import clean_caption
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,12 +40,21 @@ class DecoderPass:
     """Whether the rows start with the visual prefix, which receives a gradient."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class VisionPass:
+    """Clips, or images as clips of one frame, that the vision encoder reads in a training step."""
+
+    clips: int
+    frames: int
+    """Frames per clip."""
+
+
 class Task(ABC):
     """An objective with its network and processor. The engine trains `network`."""
 
     reads_video: ClassVar[bool] = True
     architecture: ClassVar[str] = ""
-    """Class of model.mplug_video that the task trains; empty: only the decoder."""
+    """Class of the model that the task trains; empty: only the decoder."""
     planned_classes: ClassVar[int] = 0
     """Outputs of the classification head for planning, before the dataset exists."""
     metrics: ClassVar[tuple[str, ...]] = ()
@@ -52,7 +62,8 @@ class Task(ABC):
     headline: ClassVar[str] = ""
     """The main metric in the tables of the paper (arXiv 2306.04362, tables 3 to 5)."""
 
-    def __init__(self, config: RunConfig, model: "PreTrainedModel", processor: MPlugVideoProcessor) -> None:
+    def __init__(self, config: RunConfig, model: "PreTrainedModel", processor: Any) -> None:
+        """`processor` is that of the model's family."""
         self.config, self.model, self.processor = config, model, processor
         self.categories: list[str] = list(getattr(model.config, "class_names", None) or [])
         self.network = TaskNetwork(self)
@@ -78,9 +89,19 @@ class Task(ABC):
     def decoder_passes(self, batch: Batch) -> list[DecoderPass]:
         """The passes of the decoder that the loss of a batch needs."""
 
+    def vision_passes(self, batch: Batch) -> list[VisionPass]:
+        """The clips that the loss of a batch reads."""
+        frames = batch["frames"] if self.reads_video else None
+        return [] if frames is None else [VisionPass(clips=len(frames), frames=frames.shape[1])]
+
     @abstractmethod
     def example_batch(self, clips: int) -> Batch:
         """A training batch with the largest possible shapes, for planning."""
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, configuration and processor, in the format of transformers."""
+        self.model.save_pretrained(folder)
+        (self.processor if self.reads_video else self.processor.tokenizer).save_pretrained(folder)
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
         """Evaluation batch, which also contains the annotations."""
@@ -115,7 +136,7 @@ class Task(ABC):
 
     def stack_frames(self, examples: list[Example]) -> Tensor:
         """The clips of the examples, uint8 (B, T, H, W, C)."""
-        return torch.stack([example.clip for example in examples if example.clip is not None])
+        return torch.stack([example.clip for example in examples])
 
     def example_frames(self, clips: int) -> Tensor:
         """Frames for `example_batch`: an expanded view of one element, which needs no memory."""

@@ -1,34 +1,38 @@
 """Builds the network of a task: from weights, or on the meta device for planning."""
 
-import json
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from model import manifest, storage
+from model import manifest
 from model.config.schema import RunConfig
-from model.errors import ConfigError, NotFoundError
+from model.errors import ConfigError
 from model.mplug_video import modeling
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.mplug_video.tokenization import with_special_tokens
 from model.mplug_video.vision import TimeSformer
-from model.tasks import task_class
+from model.tasks import build_mplug_owl, task_class
 from model.tasks.base import Task
+from model.tasks.decoders import decoder_shape, fresh_decoder_config, validate_sizes
 
 FRESH_HEADS = ("vision_proj.", "text_proj.", "temperature", "classifier.")
 """Parameters that a task may add to the model that it starts from. Any other missing weight is an error."""
 NOT_SIZES = {"initializer_range"}
 """Settings of the vision encoder that existing weights need not match."""
-Built = tuple[PreTrainedModel, MPlugVideoProcessor]
+MPLUG_OWL = "MplugOwlForConditionalGeneration"
+"""Built by build_mplug_owl.py; the other classes are those of mPLUG-Video."""
+Built = tuple[PreTrainedModel, Any]
 
 
 def build_task(config: RunConfig) -> Task:
     """The task of a configuration, built on `model.decoder` or from the weights of `model.init_from`."""
     task = task_class(config.task)
     try:
-        if not task.architecture:
+        if task.architecture == MPLUG_OWL:
+            model, processor = build_mplug_owl.build_model(config)
+        elif not task.architecture:
             model, processor = _fresh_decoder(config)
         else:
             model, processor = (_continued if config.model.init_from else _fresh)(config, task)
@@ -54,6 +58,8 @@ def build_meta_task(
         vision_config.update({"num_hidden_layers": layers[0]})
         text.update({"num_hidden_layers": layers[1]})
     with torch.device(device):
+        if task.architecture == MPLUG_OWL:
+            return task(config, *build_mplug_owl.build_meta_model(config, text, layers))
         if not task.architecture:
             model = AutoModelForCausalLM.from_config(text)
         else:
@@ -63,29 +69,12 @@ def build_meta_task(
     return task(config, model, MPlugVideoProcessor(None, image_size=vision.image_size, num_frames=vision.num_frames))
 
 
-def decoder_shape(config: RunConfig) -> PreTrainedConfig:
-    """The configuration of the decoder: from its folder, or from `model.text` if the folder does not exist yet."""
-    settings = config.model
-    for uri, key in ((settings.init_from, "text_config"), (settings.decoder, "")):
-        try:
-            tree: dict[str, Any] = json.loads(storage.read(storage.join(uri, "config.json"))) if uri else {}
-        except NotFoundError:
-            tree = {}
-        if tree := (tree.get(key, {}) if key else tree):
-            return AutoConfig.for_model(**tree)
-    if not settings.text:
-        raise ConfigError(
-            "the shape of the decoder is unknown: set model.decoder to a folder, or describe it in model.text."
-        )
-    return AutoConfig.for_model(**settings.text)
-
-
 def _fresh(config: RunConfig, task: type[Task]) -> Built:
     settings = config.model
     folder = manifest.fetch_folder(settings.decoder)
     text_config = AutoConfig.from_pretrained(folder)
     _validate_length(config, settings.num_queries, text_config)
-    _validate_sizes("text", settings.text, text_config, "model.decoder")
+    validate_sizes("text", settings.text, text_config, "model.decoder")
     vision_encoder = _vision_encoder(config)
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(folder))
     text_config.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
@@ -117,7 +106,7 @@ def _vision_encoder(config: RunConfig) -> TimeSformer:
         return TimeSformer(TimeSformerConfig(**settings.vision.model_dump()))
     encoder = TimeSformer.from_pretrained(manifest.fetch_folder(settings.vision_weights), dtype=torch.float32)
     encoder.resize(settings.vision.image_size, settings.vision.num_frames)
-    _validate_sizes("vision", settings.vision.model_dump(exclude=NOT_SIZES), encoder.config, settings.vision_weights)
+    validate_sizes("vision", settings.vision.model_dump(exclude=NOT_SIZES), encoder.config, settings.vision_weights)
     return encoder
 
 
@@ -136,7 +125,7 @@ def _continued(config: RunConfig, task: type[Task]) -> Built:
         found = ", ".join([*missing, *(str(key[0]) for key in report["mismatched_keys"])][:3])
         raise ConfigError(f"{uri} must hold every weight but the task's head; missing or of another shape: {found}.")
     model.vision_encoder.resize(vision.image_size, vision.num_frames)
-    _validate_sizes("vision", vision.model_dump(exclude=NOT_SIZES), model.vision_encoder.config, uri)
+    validate_sizes("vision", vision.model_dump(exclude=NOT_SIZES), model.vision_encoder.config, uri)
     processor = MPlugVideoProcessor.from_pretrained(folder)
     processor.image_size, processor.num_frames = vision.image_size, vision.num_frames
     return model, processor
@@ -145,17 +134,8 @@ def _continued(config: RunConfig, task: type[Task]) -> Built:
 def _fresh_decoder(config: RunConfig) -> Built:
     """A decoder built from `model.text`, with the tokenizer of `model.decoder`."""
     tokenizer = AutoTokenizer.from_pretrained(manifest.fetch_folder(config.model.decoder))
-    text = config.model.text
-    text_config = AutoConfig.for_model(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **text,
-    )
-    known = text_config.to_dict().keys() | text_config.attribute_map.keys()
-    if unknown := sorted(text.keys() - known):
-        raise ConfigError(f"model.text has keys that {text_config.model_type} does not know: {', '.join(unknown)}.")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text_config = fresh_decoder_config(config, vocab_size=len(tokenizer), **special)
     _validate_length(config, config.model.num_queries, text_config)
     return AutoModelForCausalLM.from_config(text_config), MPlugVideoProcessor(tokenizer, image_size=0, num_frames=0)
 
@@ -168,10 +148,3 @@ def _validate_length(config: RunConfig, prefix: int, text_config: PreTrainedConf
             f"model.num_queries + data.max_length must not exceed the decoder's {positions} positions, "
             f"got {prefix} + {longest}."
         )
-
-
-def _validate_sizes(section: str, expected: dict[str, Any], found: PreTrainedConfig, source: str) -> None:
-    """A preset is made for weights of one size, which must be that of the given folder."""
-    for key, value in expected.items():
-        if (size := getattr(found, key, None)) != value:
-            raise ConfigError(f"model.{section}.{key} must be that of {source}, {size}, got {value}.")

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import manifest, storage
-from model.data.annotations import read_annotations
+from model.data.annotations import INSTRUCTION, read_annotations
 from model.data.loading.loader import Batch, Example
+from model.mplug_owl_video.processing import chat_text
 from model.mplug_video.processing import answer_mask, clean_caption
 from model.mplug_video.tokenization import encode_sentence, train_bpe_tokenizer
 from model.tasks.base import DecoderPass, Logs, Task
@@ -53,12 +54,18 @@ class LanguageModeling(Task):
         return loss, {"perplexity": torch.exp(loss.detach())}
 
 
-def publish_tokenizer(raw: str, root: str, vocab_size: int) -> str:
-    """Trains the tokenizer of the tiny decoder on the pre-training titles below `raw`.
+def publish_tokenizer(raw: str, root: str, vocab_size: int, dataset: str = "pretrain") -> str:
+    """Trains the tokenizer of a tiny decoder on the titles of a dataset below `raw`, or on its conversations.
 
-    Returns its URI, <root>/models/tokenizer/<version>.
+    Returns its URI, <root>/models/tokenizer-<dataset>/<version>.
     """
-    titles = [clean_caption(row.text, MAX_WORDS) for row in read_annotations(raw, "pretrain", "train")]
+    rows = read_annotations(raw, dataset, "train")
+    if dataset == INSTRUCTION:
+        texts = [chat_text(row.conversation, "", add_generation_prompt=False) for row in rows]
+    else:
+        texts = [clean_caption(row.text, MAX_WORDS) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        train_bpe_tokenizer(titles, vocab_size).save_pretrained(folder)
-        return manifest.publish_folder(Path(folder), storage.join(root, "models", "tokenizer"), vocab_size=vocab_size)
+        train_bpe_tokenizer(texts, vocab_size).save_pretrained(folder)
+        return manifest.publish_folder(
+            Path(folder), storage.join(root, "models", f"tokenizer-{dataset}"), vocab_size=vocab_size
+        )

@@ -6,14 +6,15 @@ with torch's counter. B clips, T frames, N patches, K queries, L tokens, D width
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from model.mplug_owl_video.configuration import MplugOwlConfig, MplugOwlVisionConfig
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
-from model.tasks.base import DecoderPass
+from model.tasks.base import DecoderPass, Task, VisionPass
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,60 @@ def decoder_flops(decoder: PreTrainedModel, read: DecoderPass, *, frozen: bool) 
     return found + matmul_flops(read.scored, config.hidden_size, config.vocab_size, **gradient)
 
 
-def step_flops(model: PreTrainedModel, clips: int, passes: list[DecoderPass]) -> Flops:
-    """Forward and backward pass of a task's model over a batch. Small heads are ignored."""
-    config = model.config
+def owl_vision_flops(config: MplugOwlVisionConfig, read: VisionPass, *, trained: bool) -> Flops:
+    """The vision model of mPLUG-Owl. Temporal blocks read clips of several frames."""
+    width, tokens = config.hidden_size, (config.image_size // config.patch_size) ** 2 + 1
+    rows = read.clips * read.frames
+    gradient = {"to_input": trained, "to_weight": trained}
+    block = matmul_flops(rows * tokens, width, 4 * width + 2 * config.intermediate_size, **gradient)
+    block += attention_flops(rows, tokens, tokens, width, backward=trained)
+    if read.frames > 1:
+        block += matmul_flops(rows * (tokens - 1), width, width, **gradient)  # to half the width and back
+    stem = matmul_flops(rows * (tokens - 1), 3 * config.patch_size**2, width, to_input=False, to_weight=trained)
+    return stem + block * config.num_hidden_layers
+
+
+def owl_abstractor_flops(config: MplugOwlConfig, read: VisionPass, *, trained: bool) -> Flops:
+    """The abstractor of mPLUG-Owl, whose keys include its queries, and the projections to the decoder."""
+    vision, abstractor = config.vision_config, config.visual_abstractor_config
+    width, text_width = abstractor.hidden_size, config.text_config.hidden_size
+    queries = config.num_query_tokens * (1 + (read.frames > 1))
+    keys = queries + read.frames * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    gradient = {"to_input": trained, "to_weight": trained}
+    layer = matmul_flops(read.clips * queries, width, 2 * width + 3 * abstractor.mlp_size, **gradient)
+    layer += matmul_flops(read.clips * keys, width, 2 * width, **gradient)
+    layer += attention_flops(read.clips, queries, keys, width, backward=trained)
+    return layer * abstractor.num_hidden_layers + matmul_flops(read.clips * queries, width, text_width, **gradient)
+
+
+def _owl_flops(task: Task, reads: list[VisionPass], passes: list[DecoderPass]) -> Flops:
+    settings, config = task.config.model, task.model.config
+    # gradients pass through a frozen abstractor to a trained vision model
+    trains_vision = not settings.freeze_vision
+    trains_visual = trains_vision or not settings.freeze_abstractor
+    found = Flops()
+    for read in reads:
+        found += owl_vision_flops(config.vision_config, read, trained=trains_vision)
+        found += owl_abstractor_flops(config, read, trained=trains_visual)
+    for each in passes:
+        # with LoRA gradients pass through all layers, otherwise only to the media
+        passed = replace(each, after_prefix=trains_visual or settings.lora.rank > 0)
+        found += decoder_flops(task.model.language_model, passed, frozen=settings.freeze_decoder)
+    return found
+
+
+def step_flops(task: Task, reads: list[VisionPass], passes: list[DecoderPass]) -> Flops:
+    """Forward and backward pass of a task over a batch that needs these passes. Small heads are ignored."""
+    model, config = task.model, task.model.config
+    if isinstance(config, MplugOwlConfig):
+        return _owl_flops(task, reads, passes)
     if not isinstance(config, MPlugVideoConfig):  # the decoder alone
         return sum((decoder_flops(model, read, frozen=False) for read in passes), Flops())
-    found = vision_flops(config.vision_config, clips, spatial=not config.freeze_vision)
-    if any(read.after_prefix for read in passes):
-        found += abstractor_flops(config, clips)
+    found = Flops()
+    for read in reads:
+        found += vision_flops(config.vision_config, read.clips, spatial=not config.freeze_vision)
+        if any(each.after_prefix for each in passes):
+            found += abstractor_flops(config, read.clips)
     return sum((decoder_flops(model.decoder, read, frozen=config.freeze_decoder) for read in passes), found)
 
 

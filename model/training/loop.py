@@ -223,8 +223,7 @@ class Training:
         return metrics["perf/clips_per_s"]
 
     def _flops(self, batch: Batch) -> float:
-        clips, _ = micro_batch_size(self.config, self.group.world_size)
-        return step_flops(self.task.model, clips, self.task.decoder_passes(batch)).total
+        return step_flops(self.task, self.task.vision_passes(batch), self.task.decoder_passes(batch)).total
 
     def _evaluate(self) -> None:
         assert self.validation

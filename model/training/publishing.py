@@ -18,8 +18,7 @@ def publish_model(task: Task, config: RunConfig, run: Run) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            task.model.save_pretrained(folder)
-            (task.processor if task.reads_video else task.processor.tokenizer).save_pretrained(folder)
+            task.save(folder)
             (folder / HISTORY).write_bytes(run.history())
         except (OSError, SafetensorError) as error:
             raise StorageError(

@@ -12,7 +12,8 @@ import torch
 
 from model.config.schema import RunConfig, micro_batch_size
 from model.losses import ROWS_AT_ONCE
-from model.tasks.build import build_meta_task, decoder_shape
+from model.tasks.build import build_meta_task
+from model.tasks.decoders import decoder_shape
 from model.training.flops import step_flops
 from model.training.planning.peak_memory import PeakMemory
 
@@ -79,7 +80,8 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
     model = task.model
     trained = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
     frozen = sum(weights.numel() for weights in model.parameters() if not weights.requires_grad)
-    passes = task.decoder_passes(task.example_batch(micro_batch))
+    batch = task.example_batch(micro_batch)
+    reads, passes = task.vision_passes(batch), task.decoder_passes(batch)
     width, vocabulary = _width(config), model.config.get_text_config().vocab_size
     stage, part = config.training.zero_stage, 1.0 / processes
     # in stage 0 with fp32 the optimizer updates the weights directly; otherwise it has an fp32 copy of them
@@ -102,7 +104,7 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
         memory=memory,
         checkpoint_bytes=12 * trained,
         model_bytes=width * (trained + frozen),
-        step_flops=step_flops(model, micro_batch, passes).total * share,
+        step_flops=step_flops(task, reads, passes).total * share,
     )
 
 

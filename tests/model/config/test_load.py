@@ -1,7 +1,7 @@
 import pytest
 
 from model.config.load import list_presets, load_config, parse_config
-from model.config.schema import VisionConfig
+from model.config.networks import VisionConfig
 from model.errors import ConfigError
 from model.mplug_video.configuration import TimeSformerConfig
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from model.config.networks import Section
 from model.config.reference import render_reference
-from model.config.schema import RunConfig, Section
+from model.config.schema import RunConfig
 from tests.helpers.paths import ROOT
 
 

@@ -2,13 +2,14 @@
 
 import json
 import pickle
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.mplug_owl_video import (
     MplugOwlConfig,
@@ -189,7 +190,7 @@ def test_a_fresh_network_reads_frames_one_by_one() -> None:
     with torch.no_grad():
         tokens = model.vision_model(clip)[:, :, 1:]
         alone = model.vision_model(clip[:, :, 1])[:, :, 1:]
-    assert not model.query_tokens.any()
+    assert len(model.query_tokens.unique(dim=1)[0]) == model.config.num_query_tokens  # equal ones would stay equal
     assert all(not layer.temporal.up_proj.weight.any() for layer in model.vision_model.encoder.layers)
     assert tokens.shape == (1, 4, 4, 24)
     assert torch.allclose(tokens[:, 1:2], alone, atol=1e-5)
@@ -217,3 +218,21 @@ def test_the_calls_of_the_original_example(capsys: pytest.CaptureFixture[str]) -
         res = model.generate(**inputs, do_sample=True, top_k=5, max_length=12)
     assert 1 <= res.shape[1] <= 11
     assert isinstance(tokenizer.decode(res.tolist()[0], skip_special_tokens=True), str)
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+@torch.no_grad()
+def test_a_bloom_decoder_computes_what_transformers_does(is_given: bool) -> None:
+    """Also one that the model was given, with causal and with padded rows."""
+    torch.manual_seed(0)
+    config = MplugOwlConfig.from_pretrained(CHECKPOINT)
+    stock = AutoModelForCausalLM.from_config(deepcopy(config.text_config)).eval()
+    decoder = AutoModelForCausalLM.from_config(config.text_config) if is_given else None
+    model = MplugOwlForConditionalGeneration(config, language_model=decoder).eval()
+    model.language_model.load_state_dict(stock.state_dict())
+    ids = torch.randint(5, 100, (2, 9))
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    for mask in (None, padded):
+        kept = torch.ones_like(ids) if mask is None else mask
+        ours, theirs = (each(ids, attention_mask=mask).logits[kept.bool()] for each in (model.language_model, stock))
+        assert torch.allclose(ours, theirs, atol=1e-6)

@@ -141,11 +141,18 @@ def test_chat_template(processor: MplugOwlProcessor, name: str) -> None:
 
 
 def test_chat_template_of_a_batch_with_its_media(processor: MplugOwlProcessor) -> None:
-    names = ["image_and_video", "text_only", "multi_turn"]
+    names = ["image_and_video", "text_only", "readme_zh"]
     inputs = processor.apply_chat_template([CONVERSATIONS[name] for name in names], num_frames=2)
     expected = processor([PROMPTS[name] for name in names], images=[IMAGE], videos=[CLIP, CLIP], num_frames=2)
     assert inputs.keys() == expected.keys()
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_an_end_token_follows_each_earlier_answer(processor: MplugOwlProcessor) -> None:
+    (ids,) = processor.apply_chat_template(CONVERSATIONS["multi_turn"]).input_ids.tolist()
+    before, answer, after = PROMPTS["multi_turn"].partition("She is dancing.")
+    end = processor.tokenizer.eos_token_id
+    assert ids == [*processor.encode(before + answer), end, *processor.encode(after)[1:]]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +161,7 @@ def test_chat_template_of_a_batch_with_its_media(processor: MplugOwlProcessor) -
         ({"role": "tool", "content": "a"}, "role must be user or assistant, or system in the first message, got tool"),
         (asked({"type": "audio", "audio": "a"}), "must be text, video or image, got audio"),
         (asked({"type": "video", "url": "a"}), "a part of type video must have the key video"),
+        ({"role": "user", "content": "what is <image>?"}, "a text must not contain <image>"),
     ],
 )
 def test_wrong_messages_are_named(processor: MplugOwlProcessor, message: dict[str, Any], said: str) -> None:

@@ -15,11 +15,16 @@ CLIPS = 6
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen decoder", "trained decoder"])
-@pytest.mark.parametrize("task", ["pretraining", "captioning", "classification", "retrieval", "matching"])
+@pytest.mark.parametrize(
+    "task", ["pretraining", "captioning", "classification", "retrieval", "matching", "instruction"]
+)
 def test_the_count_matches_torch(shards: dict[str, str], decoder: str, task: str, frozen: bool) -> None:
     dataset = {"pretraining": "pretrain", "matching": "retrieval"}.get(task, task)
     preset = {"matching": "tiny_retrieval"}.get(task, f"tiny_{task}")
     settings = [f"model.decoder={decoder}", f"data.shards={shards[dataset]}", f"task={task}", "training.precision=fp32"]
+    settings += (
+        ["model.text={}"] if task == "instruction" else []
+    )  # a trained decoder of another kind than the preset's
     config = load_config(preset, [*settings, f"model.freeze_decoder={str(frozen).lower()}"])
     built = build_task(config)
     built.model.train()
@@ -28,7 +33,7 @@ def test_the_count_matches_torch(shards: dict[str, str], decoder: str, task: str
     # on CPU, the counter does not count fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         built.network(batch)[0].backward()
-    ours = step_flops(built.model, CLIPS, built.decoder_passes(batch)).total
+    ours = step_flops(built, built.vision_passes(batch), built.decoder_passes(batch)).total
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
