@@ -159,6 +159,32 @@ def evaluate_command(
     print(json.dumps(evaluation.scores, indent=1))
 
 
+@app.command("chat")
+def chat_command(
+    model: Annotated[str, typer.Argument(help="Folder or URI of an mPLUG-Owl model, published or tuned here.")],
+    clip: Annotated[str, typer.Argument(help="A clip to talk about.")] = "",
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames per clip. Default: as in training.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the most likely tokens of this share.")] = 0.9,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 42,
+) -> None:
+    """Talk to a model about videos and images in the terminal.
+
+    Answers appear as they are generated; Ctrl-C stops one. `/video PATH` and `/image PATH` show something with the next
+    question, `/reset` starts again, Ctrl-D leaves. Lines from a pipe are answered one by one.
+
+    Example: `mplug chat mplug-youku-bloomz-7b yoga.mp4`
+    """
+    import torch
+
+    from cli.chat import run_chat
+
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    run_chat(model, clip, num_frames, max_tokens, sampling)
+
+
 @app.command()
 def doctor(
     root: Annotated[str, typer.Option(help="Folder or s3:// URI to write to and read from.")] = "",
