@@ -10,7 +10,7 @@ from model.errors import ConfigError
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Generate, download, shard, verify and inspect datasets."
 )
-Dataset = Annotated[str, typer.Option(help="pretrain, classification, retrieval or captioning.")]
+Dataset = Annotated[str, typer.Option(help="pretrain, classification, retrieval, captioning or instruction.")]
 NumFrames = Annotated[int, typer.Option(min=1, help="Frames stored per clip.")]
 ShortSide = Annotated[int, typer.Option(min=16, help="Shorter side of stored frames, in pixels.")]
 Partition = Annotated[str, typer.Option(help="i/n: the i-th of n equal parts of the work, from 1/n to n/n.")]
@@ -21,7 +21,7 @@ TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="ML
 def synthesize(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same corpus.")] = 0,
-    scale: Annotated[float, typer.Option(help="Factor on the number of clips; 1 gives about 2,250.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips; 1 gives about 5,400.")] = 1.0,
     workers: Annotated[int | None, typer.Option(help="Rendering processes. Default: one per core.")] = None,
 ) -> None:
     """Generate a small synthetic Youku-mPLUG in the published format.
@@ -135,6 +135,9 @@ def shard_command(
 ) -> None:
     """Decode every clip once, write shards and print their URI.
 
+    An instruction dataset holds conversations: `instruction/<split>.jsonl` in the format of ms-swift (`messages`),
+    LLaMA-Factory (`conversations`) or mPLUG-Owl (`text`), with the paths of their `videos` and `images`.
+
     Machines can share the work: each runs `--partition i/n`, and a final command without it joins the parts. An
     interrupted command resumes. Clips that cannot be decoded are recorded with a reason.
 
@@ -165,7 +168,9 @@ def shard_command(
 @data.command("import")
 def import_command(
     videos: Annotated[str, typer.Argument(help="Folder or s3:// URI of the videos.")],
-    table: Annotated[str, typer.Argument(help="CSV with columns video and text, and optionally label and split.")],
+    table: Annotated[
+        str, typer.Argument(help="CSV with columns video and text, and optionally label and split; or JSONL.")
+    ],
     root: Annotated[str, typer.Argument(help="Folder or s3:// URI under which raw/ and shards/ are written.")],
     dataset: Dataset = "pretrain",
     name: Annotated[str, typer.Option(help="Name below <root>/raw.")] = "own",
@@ -175,8 +180,9 @@ def import_command(
 ) -> None:
     """Import your own videos as a dataset and print the URI of its shards.
 
-    The CSV has the path of each video relative to VIDEOS. Without a column `split`, val and test get 10 % of the
-    videos each, always the same ones. All videos of a pre-training dataset are in train.
+    The table has the path of each video relative to VIDEOS. Without a column `split`, val and test get 10 % of the
+    videos each, always the same ones. All videos of a pre-training dataset are in train. For `--dataset instruction`
+    the table is a JSONL file of conversations, in the format of ms-swift, LLaMA-Factory or mPLUG-Owl.
 
     Example: `mplug data import videos captions.csv work --dataset captioning`
     """
@@ -229,16 +235,17 @@ def stats(
 @data.command()
 def tokenizer(
     raw: Annotated[str, typer.Argument(help="Folder or URI of the raw dataset.")],
-    root: Annotated[str, typer.Argument(help="Folder or URI under which models/tokenizer is written.")],
+    root: Annotated[str, typer.Argument(help="Folder or URI under which models/ is written.")],
     vocab_size: Annotated[int, typer.Option(min=264, help="Tokens, 264 of them fixed.")] = 448,
+    dataset: Dataset = "pretrain",
 ) -> None:
-    """Train a GPT-3 style tokenizer on the titles and print its URI.
+    """Train a GPT-3 style tokenizer on titles or conversations and print its URI.
 
     Example: `mplug data tokenizer work/raw/youku-mplug work`
     """
     from model.tasks.language_modeling import publish_tokenizer
 
-    print(publish_tokenizer(raw, root, vocab_size))
+    print(publish_tokenizer(raw, root, vocab_size, dataset))
 
 
 @data.command()

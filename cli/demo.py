@@ -114,16 +114,15 @@ def _fetch_report(folder: Path, services: LocalServices) -> tuple[Path, list[dic
 
 def _print_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Prints the table and returns the rows that were missed."""
-    table = Table(title="results on the test splits", title_justify="left")
+    table = Table(title="results on the test splits; baseline: without pre-training, or untuned", title_justify="left")
     for column in ("task", "metric"):
         table.add_column(column)
-    for column in ("value", "without pre-training", "chance", "required"):
+    for column in ("value", "baseline", "chance", "required"):
         table.add_column(column, justify="right")
     for row in results:
         chance = "–" if row["chance"] is None else f"{row['chance']:.3f}"
         value = f"[{'green' if row['passed'] else 'red'}]{row['value']:.3f}[/]"
-        without = f"{row['without_pretraining']:.3f}"
-        table.add_row(str(row["task"]), str(row["metric"]), value, without, chance, _bound(row))
+        table.add_row(str(row["task"]), str(row["metric"]), value, f"{row['baseline']:.3f}", chance, _bound(row))
     console.print(table)
     return [row for row in results if not row["passed"]]
 

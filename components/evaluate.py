@@ -12,9 +12,13 @@ def evaluate(
     shards: dict[str, str],
     tracking: dict[str, str],
     code_version: str,
+    baseline: str,
     metrics: Output[Metrics],
 ) -> str:
-    """Returns the URI of the evaluation: scores, chance levels and every prediction."""
+    """Returns the URI of the evaluation: scores, chance levels and every prediction.
+
+    With the `baseline` "untuned", the model as it was before its training is scored as well.
+    """
     import json
     from pathlib import Path
 
@@ -24,7 +28,9 @@ def evaluate(
     from model.evaluation.runner import evaluate_model
 
     with exit_codes():
-        evaluation = evaluate_model(trained, shards=shards[preset_dataset(config)], tracking=tracking)
+        evaluation = evaluate_model(
+            trained, shards=shards[preset_dataset(config)], tracking=tracking, with_untuned=baseline == "untuned"
+        )
         for name, value in evaluation.scores.items():
             metrics.log_metric(name, value)
         # without a file the local runner does not cache the artifact, and would repeat the evaluation

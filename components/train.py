@@ -5,12 +5,13 @@ from components.image import component
 
 @component()
 def train(
-    config: str, shards: dict[str, str], root: str, decoder: str, pretrained: str, init: str,
-    nodes: int, processes: int, image: str, namespace: str, deadline_hours: float, overrides: list[str],
+    config: str, shards: dict[str, str], root: str, decoder: str, tokenizers: dict[str, str], pretrained: str,
+    init: str, nodes: int, processes: int, image: str, namespace: str, deadline_hours: float, overrides: list[str],
     tracking: dict[str, str], code_version: str,
 ) -> str:  # fmt: skip
     """Returns the URI of the trained model, <root>/models/<name>-<init>/<version>.
 
+    A config whose dataset has a tokenizer in `tokenizers` trains a decoder from nothing; any other uses `decoder`.
     `init` is "pretrained" to start from `pretrained`; any other value starts from fresh visual weights. With 0 `nodes`
     it trains in this step on `processes` processes, otherwise as a PyTorchJob with `processes` per node (0: one per
     GPU).
@@ -26,7 +27,7 @@ def train(
         "output": root,
         "code_version": code_version,
         "data.shards": shards[preset_dataset(config)],
-        "model.decoder": decoder,
+        "model.decoder": tokenizers.get(preset_dataset(config), decoder),
         "model.init_from": pretrained if init == "pretrained" else "",
         **{f"tracking.{key}": value for key, value in tracking.items()},
     }

@@ -1,4 +1,4 @@
-"""The whole platform as one pipeline: download -> shards -> pre-training -> three benchmarks -> registry and report.
+"""The whole platform as one pipeline: download -> shards -> pre-training -> fine-tuning -> registry and report.
 
 The same definition runs in kfp's local runner (`mplug pipeline run`) and on a cluster (`mplug pipeline submit`). Stages
 pass URIs; data and weights stay in object storage. The models are tiny; pretrain.py, finetune.py and benchmark.py train
@@ -19,13 +19,17 @@ from components.train_tokenizer import train_tokenizer
 from pipelines.placement import place, set_resources
 from pipelines.tracked import Parameters, call_step, inner_pipeline, tracked_pipeline
 
-DEMO_DATASETS = ["pretrain", "classification", "retrieval", "captioning"]
+DEMO_DATASETS = ["pretrain", "classification", "retrieval", "captioning", "instruction"]
 BENCHMARKS = [
-    {"config": f"tiny_{task}", "init": init}
-    for init in ("pretrained", "random")
-    for task in ("classification", "retrieval", "captioning")
+    {"config": "tiny_instruction", "init": "random", "baseline": "untuned"},
+    *(
+        {"config": f"tiny_{task}", "init": init, "baseline": ""}
+        for init in ("pretrained", "random")
+        for task in ("classification", "retrieval", "captioning")
+    ),
 ]
-"""Each benchmark is fine-tuned twice: from the pre-trained model, and from fresh weights for comparison."""
+"""Each benchmark is fine-tuned twice: from the pre-trained model, and from fresh weights for comparison. Instruction
+tuning, which takes longest, starts first; it is compared with the untuned model."""
 IN_THE_STEP = {"nodes": 0, "namespace": "", "deadline_hours": 0.0}
 """Arguments to train in the step itself, without a job."""
 
@@ -44,7 +48,7 @@ class DemoParameters(Parameters):
     processes: int = 2
     """Training processes of the pre-training."""
     vocab_size: int = 448
-    """Tokens of the tokenizer."""
+    """Tokens of each tokenizer."""
     cpu: str = "500m"
     """CPU of each computing step, as a Kubernetes quantity."""
     memory: str = "4Gi"
@@ -58,15 +62,30 @@ def compute(step: Any, p: DemoParameters) -> Any:
 
 @inner_pipeline("benchmarks")
 def benchmarks(
-    p: DemoParameters, shards: dict[str, str], decoder: str, pretrained: str, tracking: dict[str, str]
+    p: DemoParameters,
+    shards: dict[str, str],
+    decoder: str,
+    tokenizers: dict[str, str],
+    pretrained: str,
+    tracking: dict[str, str],
 ) -> None:
     """Fine-tunes and evaluates every benchmark, registers the candidates and writes the report."""
     given = {"shards": shards, "tracking": tracking}
     # one process each, two at a time: on two cores this is faster than one run with two processes
     with dsl.ParallelFor(BENCHMARKS, parallelism=2) as benchmark:
-        start = {"decoder": decoder, "pretrained": pretrained, "init": benchmark.init, "processes": 1, **IN_THE_STEP}
-        tuned = compute(call_step(train, p, config=benchmark.config, **start, **given), p)
-        judged = compute(call_step(evaluate, p, trained=tuned.output, config=benchmark.config, **given), p)
+        weights = {"decoder": decoder, "tokenizers": tokenizers, "pretrained": pretrained, "init": benchmark.init}
+        tuned = compute(call_step(train, p, config=benchmark.config, processes=1, **weights, **IN_THE_STEP, **given), p)
+        judged = compute(
+            call_step(
+                evaluate,
+                p,
+                trained=tuned.output,
+                config=benchmark.config,
+                baseline=benchmark.baseline,
+                **given,
+            ),
+            p,
+        )
 
     # a separate Collected for each consumer: the compiler modifies it
     found = dsl.Collected(judged.outputs["Output"])
@@ -76,7 +95,7 @@ def benchmarks(
 
 @tracked_pipeline(
     "",
-    "Pre-trains mPLUG-Video, fine-tunes and evaluates it on three benchmarks.",
+    "Pre-trains mPLUG-Video, fine-tunes it on three benchmarks and an mPLUG-Owl on conversations, evaluates them.",
     source="source",
     last_stages="register report",
     run_name="mplug-video",
@@ -86,12 +105,11 @@ def demo_pipeline(p: DemoParameters, tracking: Any) -> None:
     raw = compute(call_step(download, p, partition="1/1", tracking=tracking), p)
     stored = {"raw": raw.output, "raw_version": p.source_version, "tracking": tracking}
     shards = compute(call_step(shard, p, datasets=DEMO_DATASETS, partition="1/1", **stored), p)
-    tokenizer = compute(call_step(train_tokenizer, p, **stored), p)
+    tokenizers = compute(call_step(train_tokenizer, p, datasets=["pretrain", "instruction"], **stored), p).output
     given = {"shards": shards.output, "pretrained": "", "tracking": tracking, **IN_THE_STEP}
-    decoder = compute(
-        call_step(train, p, config="tiny_decoder", decoder=tokenizer.output, init="titles", processes=1, **given), p
-    )
-    pretrained = compute(
-        call_step(train, p, config="tiny_pretraining", decoder=decoder.output, init="random", **given), p
-    )
-    benchmarks(p, shards=shards.output, decoder=decoder.output, pretrained=pretrained.output, tracking=tracking)
+    titles = {"decoder": "", "tokenizers": tokenizers, "init": "titles"}
+    decoder = compute(call_step(train, p, config="tiny_decoder", processes=1, **titles, **given), p).output
+    weights = {"decoder": decoder, "tokenizers": {}, "init": "random"}
+    pretrained = compute(call_step(train, p, config="tiny_pretraining", **weights, **given), p)
+    given = {"shards": shards.output, "decoder": decoder, "tokenizers": tokenizers, "tracking": tracking}
+    benchmarks(p, pretrained=pretrained.output, **given)

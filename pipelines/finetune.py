@@ -47,9 +47,9 @@ def finetune_tasks(p: FinetuneParameters, shards: dict[str, str], tracking: dict
     """Trains and evaluates all tasks in parallel, then passes them through the gate together."""
     given = {"shards": shards, "tracking": tracking}
     with dsl.ParallelFor(p.configs, name="tasks") as config:
-        tuned = call_step(train, p, config=config, init="pretrained", **given)
+        tuned = call_step(train, p, config=config, tokenizers={}, init="pretrained", **given)
         set_resources(place(tuned, p.cpu_image), cpu=p.train_cpu, memory=p.train_memory)
-        judged = call_step(evaluate, p, trained=tuned.output, config=config, **given)
+        judged = call_step(evaluate, p, trained=tuned.output, config=config, baseline="", **given)
         set_resources(place(judged, p.image), cpu=p.evaluate_cpu, memory=p.evaluate_memory, gpus=p.gpus)
         set_nodes(judged, p.node_selector, p.tolerations)
     passed = call_step(gate, p, evaluations=dsl.Collected(judged.outputs["Output"]), tracking=tracking)

@@ -56,5 +56,5 @@ def make_dataset(p: PretrainParameters, tracking: dict[str, str]) -> dict[str, s
 )
 def pretrain(p: PretrainParameters, tracking: Any) -> None:
     shards = make_dataset(p, tracking=tracking)
-    trained = call_step(train, p, shards=shards.output, pretrained="", init="scratch", tracking=tracking)
+    trained = call_step(train, p, shards=shards.output, tokenizers={}, pretrained="", init="scratch", tracking=tracking)
     set_resources(place(trained, p.cpu_image), cpu=p.train_cpu, memory=p.train_memory)

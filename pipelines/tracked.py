@@ -12,7 +12,7 @@ from kfp import dsl
 
 from components.finish_run import finish_run
 from components.start_run import start_run
-from model.config.schema import Section
+from model.config.networks import Section
 from pipelines.placement import place
 
 CLUSTER_MLFLOW = "http://mlflow.mplug.svc:5000"

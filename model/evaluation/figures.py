@@ -30,7 +30,8 @@ def frame_strip(reader: ShardReader, position: int, num_frames: int, height: int
     """The frames of one clip that a model reads, side by side."""
     record = reader.record(position)
     indices = padded(frame_indices(record.meta["num_frames"], num_frames), num_frames)
-    images = [Image.fromarray(frame) for frame in reader.frames(record, indices)]
+    read = reader.frames(record, indices) if record.media else []  # a conversation may have only text
+    images = [Image.fromarray(frame) for frame in read] or [Image.new("RGB", (height, height), "white")]
     frames = [image.resize((round(image.width * height / image.height), height)) for image in images]
     strip = Image.new("RGB", (sum(frame.width + 2 for frame in frames) - 2, height), "white")
     left = 0

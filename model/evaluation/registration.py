@@ -13,15 +13,16 @@ def registered_name(task: str) -> str:
 def register_candidates(
     evaluations: Sequence[str], where: Mapping[str, str], code_version: str, *, promote: bool = False
 ) -> list[str]:
-    """Registers each fine-tuned model that started from pre-training, and returns "name/version" of each.
+    """Registers each fine-tuned model that started from pre-training or was compared with the untuned model.
 
-    `promote` also gives them the alias `champion`. Does nothing if no tracking server is configured.
+    Returns "name/version" of each. `promote` also gives them the alias `champion`. Does nothing if no tracking server
+    is configured.
     """
     registered: list[str] = []
     if not where["uri"]:
         return registered
     for evaluation in map(load_evaluation, evaluations):
-        if not evaluation.pretrained:
+        if not (evaluation.pretrained or evaluation.untuned):
             continue
         name = registered_name(evaluation.task)
         tags = {"task": evaluation.task, "code_version": code_version}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from model import manifest, storage
 from model.config.schema import TrackingConfig
 from model.data.shards.reader import ShardReader
-from model.evaluation.acceptance import Requirement, check_requirements
+from model.evaluation.acceptance import Requirement, check_requirements, compared
 from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
 from model.evaluation.pages import figure_uri, image_uri, render_page
 from model.evaluation.results import Evaluation, load_evaluation
@@ -43,19 +43,20 @@ def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, wh
 
 def render_report(evaluations: Sequence[Evaluation], results: Sequence[Requirement], shards: Mapping[str, str]) -> str:
     """The page as text."""
-    by_task = {evaluation.task: evaluation for evaluation in evaluations if evaluation.pretrained}
-    without = {evaluation.task: evaluation for evaluation in evaluations if not evaluation.pretrained}
-    readers = {task: ShardReader(storage.join(shards[task], "test")) for task in by_task}
+    found = compared(evaluations)
+    readers = {task: ShardReader(storage.join(shards[task], "test")) for task in found}
+    by_task = {task: evaluation for task, (evaluation, _) in found.items()}
     values = {
         "results": results,
         "tasks": [
             {
                 "name": task,
-                "rows": _score_rows(by_task[task], without[task]),
-                "curve": figure_uri(curve_figure(_curves(by_task[task], without[task]), "training loss")),
-                "strips": _strips(by_task[task], readers[task]),
+                "baseline": "untuned" if evaluation.untuned else "without pre-training",
+                "rows": _score_rows(evaluation, baseline),
+                "curve": figure_uri(curve_figure(_curves(task, evaluations), "training loss")),
+                "strips": _strips(evaluation, readers[task]),
             }
-            for task in by_task
+            for task, (evaluation, baseline) in found.items()
         ],
         "pretraining": figure_uri(curve_figure({"pre-training": _pretraining_curve(evaluations)}, "training loss")),
         "confusion": figure_uri(_confusion(by_task["classification"])),
@@ -64,15 +65,19 @@ def render_report(evaluations: Sequence[Evaluation], results: Sequence[Requireme
     return render_page("report.html.j2", values)
 
 
-def _score_rows(evaluation: Evaluation, without: Evaluation) -> list[dict[str, float | str | None]]:
+def _score_rows(evaluation: Evaluation, baseline: Mapping[str, float]) -> list[dict[str, float | str | None]]:
     return [
-        {"metric": name, "value": value, "without": without.scores[name], "chance": evaluation.chance.get(name)}
+        {"metric": name, "value": value, "baseline": baseline[name], "chance": evaluation.chance.get(name)}
         for name, value in evaluation.scores.items()
     ]
 
 
-def _curves(evaluation: Evaluation, without: Evaluation) -> dict[str, list[tuple[int, float]]]:
-    return {"with pre-training": _history(evaluation.model), "without": _history(without.model)}
+def _curves(task: str, evaluations: Sequence[Evaluation]) -> dict[str, list[tuple[int, float]]]:
+    return {
+        "with pre-training" if evaluation.pretrained else "without": _history(evaluation.model)
+        for evaluation in evaluations
+        if evaluation.task == task
+    }
 
 
 def _pretraining_curve(evaluations: Sequence[Evaluation]) -> list[tuple[int, float]]:

@@ -18,6 +18,8 @@ class Evaluation:
     pretrained: bool
     """Whether fine-tuning started from a pre-trained model."""
     scores: dict[str, float]
+    untuned: dict[str, float]
+    """Scores of the model before it was tuned; empty if it was not evaluated."""
     chance: dict[str, float]
     predictions: list[dict[str, Any]]
     class_names: list[str]

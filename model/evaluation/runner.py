@@ -16,7 +16,7 @@ from model.errors import ConfigError, DataError
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
 from model.evaluation.results import Evaluation
 from model.progress import progress
-from model.tasks.base import Task
+from model.tasks.base import Prediction, Task
 from model.tasks.build import build_task
 from model.tracking import Run, tracked
 
@@ -34,65 +34,75 @@ def evaluate_model(
     preset: str = "",
     batch_size: int = 32,
     tracking: dict[str, str] | None = None,
+    with_untuned: bool = False,
 ) -> Evaluation:
     """Scores the model at `model` on <shards>/<split>. Every clip of the split counts exactly once.
 
-    A trained model has its configuration with it; a converted one needs `preset`.
+    A trained model has its configuration with it; a converted one needs `preset`. `with_untuned` also scores the model
+    as it was before its training.
     Raises DataError if clips of the split are quarantined: scores on the rest would not be comparable.
     """
-    config, pretrained = _config(model, shards, tracking, preset)
+    origin = _origin(model, shards, tracking, preset)
+    config = origin.model_copy(update={"model": origin.model.model_copy(update={"init_from": model})})
     reader = open_split(storage.join(shards, split), config.data)
     missing = list(read_quarantine(storage.join(shards, split)))
     if missing:
         raise DataError(f"{shards}/{split} must be complete to be evaluated, {len(missing)} clips are quarantined.")
     task = build_task(config)
+    untuned = _untuned(origin, reader, batch_size) if with_untuned else {}
     with tracked(config.tracking, f"evaluate-{config.name}") as run:
         run.params({"model": model, "shards": shards, "split": split})
-        evaluation = _predict(task, reader, model, pretrained, batch_size)
+        predictions = _predictions(task, reader, batch_size)
+        evaluation = Evaluation(
+            task=config.task,
+            model=model,
+            pretrained=bool(origin.model.init_from),
+            scores=task.score(predictions, task.categories),
+            untuned=untuned,
+            chance=task.chance(predictions, task.categories),
+            predictions=predictions,
+            class_names=task.categories,
+            headline=task.headline,
+            captions=task.captions(predictions),
+            nearest_clips=task.nearest_clips(predictions, NEAREST),
+        )
         run.metrics({f"{split}/{name}": value for name, value in evaluation.scores.items()})
         _log_pictures(run, evaluation, reader, task)
     return evaluation
 
 
-def _config(model: str, shards: str, tracking: dict[str, str] | None, preset: str) -> tuple[RunConfig, bool]:
-    """The model's configuration with the URIs of its weights and of the data; and whether it was pre-trained."""
-    tree = manifest.read_manifest(model).get("config")
-    if preset or tree is None:
+def _origin(model: str, shards: str, tracking: dict[str, str] | None, preset: str) -> RunConfig:
+    """The configuration that the model was trained with, with the URI of the data; or that of `preset`."""
+    tree = None if preset else manifest.read_manifest(model).get("config")
+    if tree is None:
         if not preset:
             raise ConfigError(f"{model} was converted, not trained here: --preset must name its task's configuration.")
         tree = load_config(preset, [f"model.init_from={model}", f"data.shards={shards}"]).model_dump(mode="json")
-    pretrained = bool(tree["model"]["init_from"])
-    tree["model"] |= {"init_from": model}
     tree["data"] |= {"shards": shards}
     tree["tracking"] |= tracking or {"uri": ""}
-    return parse_config(tree), pretrained
+    return parse_config(tree)
+
+
+def _untuned(origin: RunConfig, reader: ShardReader, batch_size: int) -> dict[str, float]:
+    """The scores of the model that training started from, with the same fresh weights."""
+    torch.manual_seed(origin.seed)
+    task = build_task(origin)
+    return task.score(_predictions(task, reader, batch_size), task.categories)
 
 
 @torch.inference_mode()
-def _predict(task: Task, reader: ShardReader, model: str, pretrained: bool, batch_size: int) -> Evaluation:
+def _predictions(task: Task, reader: ShardReader, batch_size: int) -> list[Prediction]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.model.eval().to(device)
     source = ClipSource(reader=reader, processor=task.processor, read_video=task.reads_video)
     order = EverySample(size=len(reader), batch_size=batch_size)
     loader = evaluation_batches(source, order, task.collate_evaluation)
     task.read_split(list(reader.annotations()))
-    predictions = [
+    return [
         prediction
         for batch in progress(loader, total=order.steps, desc=f"evaluating {task.config.name}", unit="batch")
         for prediction in task.network(on_device(batch, device), predict=True)
     ]
-    return Evaluation(
-        task=task.config.task,
-        model=model,
-        pretrained=pretrained,
-        scores=task.score(predictions, task.categories),
-        chance=task.chance(predictions, task.categories),
-        predictions=predictions,
-        class_names=task.categories,
-        headline=task.headline,
-        captions=task.captions(predictions),
-        nearest_clips=task.nearest_clips(predictions, NEAREST),
-    )
 
 
 def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Task) -> None:

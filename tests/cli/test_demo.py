@@ -19,18 +19,21 @@ from tests.helpers import browser
 
 MPLUG = str(Path(sys.executable).with_name("mplug"))
 SHORT = ["training.steps=3", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
+BENCHMARKS = ("classification", "retrieval", "captioning")
 STAGES = {
     "download",
     "shard",
     "tokenizer",
     "tiny-decoder-titles",
     "tiny-pretraining-random",
+    "tiny-instruction-random",
+    "evaluate-tiny-instruction-random",
     "register",
     "report",
 } | {
     f"{prefix}tiny-{task}-{init}"
     for prefix in ("", "evaluate-")
-    for task in ("classification", "retrieval", "captioning")
+    for task in BENCHMARKS
     for init in ("pretrained", "random")
 }
 
@@ -102,7 +105,16 @@ def test_a_demo_that_is_too_short_lists_missed_requirements(finished: str) -> No
 def test_the_report_is_one_file_without_external_resources(folder: Path, finished: str) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["']?(?!data:)[^"'>\s]+""", page)
-    for part in ("Pre-training", "confusion matrix", "frames of a clip", "clip found", "top1", "cider"):
+    for part in (
+        "Pre-training",
+        "confusion matrix",
+        "frames of a clip",
+        "clip found",
+        "top1",
+        "cider",
+        "accuracy_what",
+        "untuned",
+    ):
         assert part in page
 
 
@@ -175,10 +187,10 @@ def test_an_evaluation_has_tables_and_a_figure_in_s3(tracking: mlflow.MlflowClie
 
 
 def test_each_fine_tuned_model_is_registered_as_a_candidate(tracking: mlflow.MlflowClient) -> None:
-    for task in ("classification", "retrieval", "captioning"):
+    for task, start in (*((task, "pretrained") for task in BENCHMARKS), ("instruction", "random")):
         version = tracking.get_model_version_by_alias(f"mplug-video-{task}", "candidate")
         base, _, content = version.source.rpartition("/")
-        assert base == f"s3://mplug/demo/models/tiny-{task}-pretrained"
+        assert base == f"s3://mplug/demo/models/tiny-{task}-{start}"
         assert version.tags["manifest_sha256"].startswith(content)
 
 

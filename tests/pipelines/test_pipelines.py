@@ -207,7 +207,7 @@ def test_a_pipeline_ends_with_message_and_code_of_its_step(tmp_path: Path) -> No
     (tmp_path / "raw").mkdir()
     ended = run("finetune", tmp_path, f"raw={tmp_path / 'raw'}", "pretrained=x", "configs=[tiny_classification]")
     assert ended.returncode == DATA
-    assert f"error: {tmp_path}/raw/classification must hold a CSV" in ended.stderr
+    assert f"error: {tmp_path}/raw must hold an annotation file (classification/train.csv" in ended.stderr
     assert "Inner task failed: 'shard'" in re.sub(r"\x1b\[[0-9;]*m", "", ended.stderr)
     assert "Traceback" not in ended.stdout + ended.stderr
 

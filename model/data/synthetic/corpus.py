@@ -1,6 +1,7 @@
 """A small synthetic Youku-mPLUG in the published format: `mplug data synthesize OUT`.
 
-The pre-training split and the three benchmarks are CSV files with the published columns, next to `videos/`. Every word
+The pre-training split and the three benchmarks are CSV files with the published columns, next to `videos/`; the
+conversations of model/data/synthetic/questions.py are JSONL. Every word
 of a title is visible in its clip; motions and their order only across several frames. Titles of the category benchmark
 mention only background and colour, so that a model must see the category: it depends on the subject and, for two pairs
 of categories, on the motion.
@@ -17,7 +18,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from model.data.annotations import COLUMNS
+from model.data.annotations import COLUMNS, INSTRUCTION, annotation_path
+from model.data.synthetic.questions import conversations
 from model.data.synthetic.rendering import BACKGROUNDS, COLOURS, MOTIONS, SUBJECTS, Encoding, Scene, render_clip
 from model.errors import DataError, LostProcessError
 from model.progress import progress
@@ -32,8 +34,11 @@ SPLIT_SIZES: dict[str, dict[str, int]] = {
     "classification": {"train": 480, "val": 48, "test": 96},
     "retrieval": {"train": 400, "val": 50, "test": 100},
     "captioning": {"train": 160, "val": 40, "test": 80},
+    INSTRUCTION: {"train": 3000, "val": 40, "test": 100},
 }
 """Clips per dataset and split at scale 1."""
+SMALL = Encoding(width=96, height=72, fps=8, gop=16, duration_s=2.0)
+"""Clips of the instruction dataset: many, to learn directions from nothing, which are rendered and decoded quickly."""
 
 SUBJECT_PHRASES = {
     "皮球": ("{}色的皮球", "一只{}色皮球", "{}色大皮球"),
@@ -83,16 +88,17 @@ motion."""
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticClip:
-    """One clip of the corpus: path, content, and row of the annotation file."""
+    """One clip of the corpus: path, content, and rows of the annotation file."""
 
     video: str
     scene: Scene
     encoding: Encoding
-    row: dict[str, str]
+    rows: list[tuple[str, ...]]
+    """Values of the columns of a CSV, or a line of JSON."""
 
 
 def synthesize_corpus(out: Path, *, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> Path:
-    """Writes the corpus to `out`: one CSV per split, videos/, classname.json, and scenes.jsonl with the content of each
+    """Writes the corpus to `out`: annotation files, videos/, classname.json, and scenes.jsonl with the content of each
     clip.
 
     The same seed and scale give the same bytes. `scale` multiplies the number of clips of every split.
@@ -106,7 +112,8 @@ def synthesize_corpus(out: Path, *, seed: int = 0, scale: float = 1.0, workers: 
     for dataset, splits in SPLIT_SIZES.items():
         for split, size in splits.items():
             planned = list(plan_corpus(dataset, split, max(len(CATEGORIES), round(size * scale)), seed))
-            _write_csv(out / dataset / f"{split}.csv", dataset, [clip.row for clip in planned])
+            rows = [row for clip in planned for row in clip.rows]
+            _write_annotations(out / annotation_path(dataset, split), dataset, rows)
             clips += planned
     _write_manifests(out, clips)
     jobs = [(clip.scene, clip.encoding, f"{seed}/{clip.video}", out / clip.video) for clip in clips]
@@ -135,8 +142,8 @@ def plan_corpus(dataset: str, split: str, count: int, seed: int) -> Iterator[Syn
         yield SyntheticClip(
             video=video,
             scene=scene,
-            encoding=_encoding(rng),
-            row=dict(zip(COLUMNS[dataset], _row(rng, dataset, split, video, scene, category), strict=True)),
+            encoding=SMALL if dataset == INSTRUCTION else _encoding(rng),
+            rows=_rows(rng, dataset, split, index, video, scene, category),
         )
 
 
@@ -157,21 +164,23 @@ def _encoding(rng: random.Random) -> Encoding:
     return Encoding(width=width, height=height, fps=rng.choice(FPS), gop=rng.choice(GOPS), duration_s=duration_s)
 
 
-def _row(
-    rng: random.Random, dataset: str, split: str, video: str, scene: Scene, category: str | None
-) -> tuple[str, ...]:
+def _rows(
+    rng: random.Random, dataset: str, split: str, index: int, video: str, scene: Scene, category: str | None
+) -> list[tuple[str, ...]]:
     match dataset:
         case "pretrain":
-            return video, title(rng, scene)
+            return [(video, title(rng, scene))]
         case "classification":
             neutral = rng.choice(NEUTRAL_TITLES)
             words = neutral.format(background=scene.background, colour=scene.colour, n=rng.randint(1, 60))
-            return video, words, category or ""
+            return [(video, words, category or "")]
         case "retrieval":
-            return video, sentence(rng, scene)
-        case _:  # the published captioning files: one text for training, a list of references for evaluation
+            return [(video, sentence(rng, scene))]
+        case "captioning":  # as published: one text for training, a list of references for evaluation
             references = [sentence(rng, scene) for _ in range(3)]
-            return video, references[0] if split == "train" else repr(references)
+            return [(video, references[0] if split == "train" else repr(references))]
+        case _:
+            return [(line,) for line in conversations(rng, index, video, scene, split)]
 
 
 def sentence(rng: random.Random, scene: Scene) -> str:
@@ -189,11 +198,14 @@ def title(rng: random.Random, scene: Scene) -> str:
     return rng.choice(TITLE_FRAMES).format(sentence(rng, scene), n=rng.randint(1, 60))
 
 
-def _write_csv(path: Path, dataset: str, rows: list[dict[str, str]]) -> None:
+def _write_annotations(path: Path, dataset: str, rows: list[tuple[str, ...]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS[dataset], lineterminator="\n")
-        writer.writeheader()
+        if dataset == INSTRUCTION:
+            file.writelines(f"{line}\n" for (line,) in rows)
+            return
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS[dataset])
         writer.writerows(rows)
 
 

@@ -13,6 +13,7 @@ SAVED = Evaluation(
     model="m",
     pretrained=True,
     scores={"text_to_video_r1": 0.5},
+    untuned={},
     chance={},
     predictions=[{"video": "a", "text": "一"}, {"video": "b", "text": "二"}],
     class_names=[],

@@ -10,6 +10,7 @@ import pytest
 
 from model.data.annotations import COLUMNS, read_annotations
 from model.data.synthetic.corpus import CATEGORIES, HORIZONTAL, SPLIT_SIZES, plan_corpus, synthesize_corpus
+from model.data.synthetic.questions import QUESTIONS
 from model.data.synthetic.rendering import SUBJECTS
 from model.errors import LOST, DataError
 from tests.helpers.killing import MPLUG
@@ -19,11 +20,11 @@ CLASS_NAMES = json.loads((FIXTURES / "classname.json").read_text(encoding="utf-8
 
 
 def test_the_corpus_has_the_published_files_and_columns(corpus: Path) -> None:
-    for dataset, splits in SPLIT_SIZES.items():
-        for split in splits:
+    for dataset, columns in COLUMNS.items():
+        for split in SPLIT_SIZES[dataset]:
             with (corpus / dataset / f"{split}.csv").open(encoding="utf-8", newline="") as file:
                 rows = list(csv.reader(file))
-            assert tuple(rows[0]) == COLUMNS[dataset]
+            assert tuple(rows[0]) == columns
             assert all((corpus / row[0]).is_file() for row in rows[1:])
 
 
@@ -47,6 +48,9 @@ def test_clips_are_h264_with_varied_properties(corpus: Path) -> None:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert stream.codec_context.name == "h264"
+            if path.name.startswith("instruction"):
+                assert (stream.width, stream.height, stream.frames) == (96, 72, 16)
+                continue
             assert min(stream.width, stream.height) >= 180
             assert 2.9 <= stream.frames / stream.average_rate <= 10.1
             seen.add((stream.width, stream.height, int(stream.average_rate)))
@@ -56,15 +60,15 @@ def test_clips_are_h264_with_varied_properties(corpus: Path) -> None:
 
 def test_titles_do_not_reveal_the_category() -> None:
     for clip in plan_corpus("classification", "train", 200, seed=0):
-        title = clip.row["title"]
-        assert clip.row["label"] not in title
+        ((_, title, label),) = clip.rows
+        assert label not in title
         assert not any(subject[-1] in title for subject in SUBJECTS)
 
 
 def test_balls_differ_only_in_motion() -> None:
     clips = [clip for clip in plan_corpus("classification", "train", 200, seed=0) if clip.scene.subject == "皮球"]
-    assert {clip.row["label"] for clip in clips} == {"篮球", "足球"}
-    assert all((clip.row["label"] == "足球") == (clip.scene.motions[0] in HORIZONTAL) for clip in clips)
+    assert {clip.rows[0][2] for clip in clips} == {"篮球", "足球"}
+    assert all((clip.rows[0][2] == "足球") == (clip.scene.motions[0] in HORIZONTAL) for clip in clips)
 
 
 def test_no_two_test_clips_show_the_same_scene() -> None:
@@ -76,7 +80,28 @@ def test_some_captions_describe_an_order() -> None:
     clips = list(plan_corpus("pretrain", "train", 200, seed=0))
     ordered = [clip for clip in clips if len(clip.scene.motions) == 2]
     assert 20 < len(ordered) < 80
-    assert all("先" in clip.row["title"] and "再" in clip.row["title"] for clip in ordered)
+    assert all("先" in clip.rows[0][1] and "再" in clip.rows[0][1] for clip in ordered)
+
+
+def test_every_question_has_the_answer_of_its_clip(corpus: Path) -> None:
+    scenes = {}
+    for line in (corpus / "scenes.jsonl").read_text(encoding="utf-8").splitlines():
+        content = json.loads(line)
+        scenes[content["video"]] = content
+    kinds = {text: kind for kind, texts in QUESTIONS.items() for text in texts}
+    asked = set()
+    for split in ("train", "test"):
+        for row in read_annotations(str(corpus), "instruction", split):
+            scene = scenes[row.video]
+            right = {"what": scene["subject"], "colour": scene["colour"] + "色", "where": scene["background"]}
+            right["order" if len(scene["motions"]) == 2 else "direction"] = scene["motions"][0]
+            texts = [message["content"][-1]["text"] for message in row.conversation]
+            found = {kinds[question]: answer for question, answer in zip(texts[::2], texts[1::2], strict=True)}
+            assert found.items() <= right.items()
+            assert kinds[texts[-2]] == row.label
+            assert split == "test" or len(found) == 4
+            asked.add(row.label)
+    assert asked == set(QUESTIONS)
 
 
 def test_captions_of_an_evaluation_split_have_three_references(corpus: Path) -> None:
