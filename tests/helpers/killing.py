@@ -82,10 +82,14 @@ class Training:
 
 def workers(child: subprocess.Popen[str]) -> list[psutil.Process]:
     """The training processes of a command, ordered by rank."""
-    found = {item.pid: item for item in psutil.Process(child.pid).children(recursive=True)}
-    trained = {pid: item for pid, item in found.items() if "TORCHELASTIC_RUN_ID" in environment(item)}
-    firsts = [item for item in trained.values() if item.ppid() not in trained]  # excludes loader processes
-    return sorted(firsts, key=lambda item: int(environment(item)["LOCAL_RANK"]))
+    found = psutil.Process(child.pid).children(recursive=True)
+    read = {item: environment(item) for item in found}  # once: a process may end at any time, and has none then
+    ranks = {
+        item: int(variables["LOCAL_RANK"]) for item, variables in read.items() if "TORCHELASTIC_RUN_ID" in variables
+    }
+    pids = {item.pid for item in ranks}
+    firsts = [item for item in ranks if item.ppid() not in pids]  # excludes loader processes
+    return sorted(firsts, key=ranks.__getitem__)
 
 
 def environment(process: psutil.Process) -> dict[str, str]:
