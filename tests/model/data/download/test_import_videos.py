@@ -1,5 +1,6 @@
 import ast
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,22 @@ def test_another_encoding_is_a_one_line_error(videos: Path, tmp_path: Path) -> N
     assert done.stderr.count("\n") == 1
     assert "must be UTF-8" in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_conversations_are_imported_with_their_media(videos: Path, tmp_path: Path) -> None:
+    used = names(videos, 2)
+    rows = [
+        {"text": "Human: <|video|>\nHuman: 什么？\nAI: 好", "video": used[:1], "split": "train"},
+        {"text": "Human: <|video|>\nHuman: <|video|>\nAI: 好", "video": used, "split": "train"},
+    ]
+    table = tmp_path / "chats.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    done = run(str(videos), str(table), str(tmp_path / "work"), "--dataset", "instruction", "--short-side", "32")
+    assert done.returncode == 0, done.stderr
+    assert [len(ShardReader(f"{done.stdout.strip()}/train").record(row).media) for row in (0, 1)] == [1, 2]
+    table.write_text(json.dumps({**rows[0], "video": ["nothing.mp4"]}) + "\n{}\n", encoding="utf-8")
+    failed = run(str(videos), str(table), str(tmp_path / "other"), "--dataset", "instruction")
+    assert failed.returncode == 3
+    assert "line 1: " in failed.stderr
+    assert "nothing.mp4 does not exist." in failed.stderr
+    assert "line 2: must have one of the keys messages, conversations, text" in failed.stderr
