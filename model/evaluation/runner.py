@@ -48,8 +48,8 @@ def evaluate_model(
     missing = list(read_quarantine(storage.join(shards, split)))
     if missing:
         raise DataError(f"{shards}/{split} must be complete to be evaluated, {len(missing)} clips are quarantined.")
+    untuned = _untuned(origin, reader, batch_size) if with_untuned else {}  # first: one model at a time is in memory
     task = build_task(config)
-    untuned = _untuned(origin, reader, batch_size) if with_untuned else {}
     with tracked(config.tracking, f"evaluate-{config.name}") as run:
         run.params({"model": model, "shards": shards, "split": split})
         predictions = _predictions(task, reader, batch_size)

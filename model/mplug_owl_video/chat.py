@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
-from model.mplug_owl_video.configuration import IMAGE_ID, VIDEO_ID
+from model.mplug_owl_video.configuration import MEDIA_IDS
 from model.mplug_owl_video.modeling import MplugOwlForConditionalGeneration
 from model.mplug_owl_video.processing import (
     ImageSource,
@@ -17,8 +17,6 @@ from model.mplug_owl_video.processing import (
     read_image,
     sampled_frames,
 )
-
-MEDIA_IDS = {"image": IMAGE_ID, "video": VIDEO_ID}
 
 
 class Chat:

@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 IMAGE_ID, VIDEO_ID = -1, -2
 """Token IDs at the positions of media. They are not in the vocabulary."""
+MEDIA_IDS = {"image": IMAGE_ID, "video": VIDEO_ID}
 
 
 @strict

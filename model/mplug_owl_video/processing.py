@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from model import storage
-from model.mplug_owl_video.configuration import IMAGE_ID, VIDEO_ID, MplugOwlConfig
+from model.mplug_owl_video.configuration import MEDIA_IDS, MplugOwlConfig
 from model.pixels import normalized, resized
 from model.video import open_clip, open_image
 
@@ -28,8 +28,8 @@ SYSTEM = (
     "and polite answers to the user's questions."
 )
 PLACEHOLDERS = {"image": "<image>", "video": "<|video|>"}
-MEDIA_IDS = {PLACEHOLDERS["image"]: IMAGE_ID, PLACEHOLDERS["video"]: VIDEO_ID}
-MEDIA = re.compile("(" + "|".join(map(re.escape, MEDIA_IDS)) + ")")
+PLACEHOLDER_IDS = {placeholder: MEDIA_IDS[kind] for kind, placeholder in PLACEHOLDERS.items()}
+MEDIA = re.compile("(" + "|".join(map(re.escape, PLACEHOLDER_IDS)) + ")")
 FILE = "preprocessor_config.json"
 SPEAKERS = ("user", "assistant")
 QUESTION, ANSWER = "Human: ", "AI: "
@@ -177,8 +177,8 @@ class MplugOwlProcessor:
     def _pieces(self, text: str) -> Iterator[list[int]]:
         """Token IDs of the texts between media, and the runs of media IDs."""
         for piece in MEDIA.split(text):
-            if piece in MEDIA_IDS:
-                yield [MEDIA_IDS[piece]] * self.media_length
+            if piece in PLACEHOLDER_IDS:
+                yield [PLACEHOLDER_IDS[piece]] * self.media_length
             elif piece:
                 yield self.tokenizer(piece, add_special_tokens=False).input_ids
 

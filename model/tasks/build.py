@@ -134,8 +134,7 @@ def _continued(config: RunConfig, task: type[Task]) -> Built:
 def _fresh_decoder(config: RunConfig) -> Built:
     """A decoder built from `model.text`, with the tokenizer of `model.decoder`."""
     tokenizer = AutoTokenizer.from_pretrained(manifest.fetch_folder(config.model.decoder))
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text_config = fresh_decoder_config(config, vocab_size=len(tokenizer), **special)
+    text_config = fresh_decoder_config(config, tokenizer)
     _validate_length(config, config.model.num_queries, text_config)
     return AutoModelForCausalLM.from_config(text_config), MPlugVideoProcessor(tokenizer, image_size=0, num_frames=0)
 

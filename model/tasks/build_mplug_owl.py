@@ -13,7 +13,7 @@ from model.mplug_owl_video.lora import add_lora
 from model.mplug_owl_video.modeling import MplugOwlForConditionalGeneration
 from model.mplug_owl_video.processing import SYSTEM, MplugOwlImageProcessor, MplugOwlProcessor
 from model.mplug_video.tokenization import with_special_tokens
-from model.tasks.decoders import fresh_decoder_config, validate_sizes
+from model.tasks.decoders import fresh_decoder_config, special_tokens, validate_sizes
 
 SIZES = {"image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 """Fields of `model.vision` that existing weights must match."""
@@ -36,8 +36,7 @@ def build_meta_model(config: RunConfig, text_config: PreTrainedConfig, layers: t
         model_config.vision_config.update({"num_hidden_layers": layers[0]})
     model = MplugOwlForConditionalGeneration(model_config)
     prepare(model, config)
-    processor = _processor(config, None)
-    return model, processor
+    return model, _processor(config, None)
 
 
 def prepare(model: MplugOwlForConditionalGeneration, config: RunConfig) -> None:
@@ -66,15 +65,14 @@ def _continued(config: RunConfig) -> Built:
 def _fresh(config: RunConfig) -> Built:
     folder = manifest.fetch_folder(config.model.decoder)
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(folder))
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     if is_trained := (folder / "config.json").exists():
         text_config = AutoConfig.from_pretrained(folder)
         validate_sizes("text", config.model.text, text_config, "model.decoder")
-        text_config.update(special)
+        text_config.update(special_tokens(tokenizer))
     elif config.model.freeze_decoder:
         raise ConfigError(f"model.decoder must hold a decoder if it is frozen, but {folder} has only a tokenizer.")
     else:
-        text_config = fresh_decoder_config(config, vocab_size=len(tokenizer), **special)
+        text_config = fresh_decoder_config(config, tokenizer)
     _prepare_decoder(config, text_config)
     if is_trained:
         decoder = AutoModelForCausalLM.from_pretrained(folder, config=text_config, dtype=torch.float32)

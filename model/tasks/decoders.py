@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from model import storage
 from model.config.schema import RunConfig
@@ -27,12 +27,17 @@ def decoder_shape(config: RunConfig) -> PreTrainedConfig:
     return AutoConfig.for_model(**settings.text)
 
 
-def fresh_decoder_config(config: RunConfig, **tokens: int) -> PreTrainedConfig:
-    """The configuration of a decoder that is built from `model.text`, for the `tokens` of a tokenizer."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The IDs of a tokenizer's begin, end and padding tokens, as fields of a decoder's configuration."""
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def fresh_decoder_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of a decoder that is built from `model.text`, for a tokenizer."""
     text = config.model.text
     if not text:
         raise ConfigError("model.text must describe the decoder to train (model_type, sizes), but it is empty.")
-    text_config = AutoConfig.for_model(**tokens, **text)
+    text_config = AutoConfig.for_model(vocab_size=len(tokenizer), **special_tokens(tokenizer), **text)
     known = text_config.to_dict().keys() | text_config.attribute_map.keys()
     if unknown := sorted(text.keys() - known):
         raise ConfigError(f"model.text has keys that {text_config.model_type} does not know: {', '.join(unknown)}.")

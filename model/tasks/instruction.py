@@ -15,13 +15,13 @@ from model.data.annotations import Annotation
 from model.data.conversations import media_of, text_of
 from model.data.loading.loader import Batch, Example
 from model.errors import DataError
-from model.mplug_owl_video.configuration import IMAGE_ID, VIDEO_ID
+from model.mplug_owl_video.configuration import MEDIA_IDS
 from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task, VisionPass
 from model.tasks.caption_metrics import rouge_l
 
 ANSWER_MARGIN = 2
 """An answer is cut when it is this many times as long as the longest reference of its split, in tokens."""
-MEDIA = {"videos": VIDEO_ID, "images": IMAGE_ID}
+MEDIA = {"videos": MEDIA_IDS["video"], "images": MEDIA_IDS["image"]}
 """Fields of a batch, uint8 (n, T, H, W, C), and the token IDs in their places."""
 
 
@@ -70,7 +70,7 @@ class Instruction(Task):
 
     def example_batch(self, clips: int) -> Batch:
         ids = torch.zeros(clips, self.config.data.max_length, dtype=torch.long)
-        ids[:, : self.config.model.num_queries + 1] = VIDEO_ID
+        ids[:, : self.config.model.num_queries + 1] = MEDIA["videos"]
         frames = self.example_frames(clips)
         return {"input_ids": ids, "loss_mask": (ids[:, 1:] >= 0).long(), "videos": frames, "images": frames[:0, :1]}
 

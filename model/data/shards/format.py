@@ -16,6 +16,7 @@ import json
 import re
 import tarfile
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -144,7 +145,7 @@ class Record:
             video=self.meta["video"], text=self.meta["text"], label=self.meta["label"], references=references
         )
 
-    @property
+    @cached_property
     def media(self) -> list[StoredMedium]:
         """The clip, or the videos and images of a conversation."""
         meta = self.meta

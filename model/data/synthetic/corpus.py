@@ -1,8 +1,8 @@
 """A small synthetic Youku-mPLUG in the published format: `mplug data synthesize OUT`.
 
 The pre-training split and the three benchmarks are CSV files with the published columns, next to `videos/`; the
-conversations of model/data/synthetic/questions.py are JSONL. Every word
-of a title is visible in its clip; motions and their order only across several frames. Titles of the category benchmark
+conversations of model/data/synthetic/questions.py are JSONL. Every word of a title is visible in its clip; motions and
+their order only across several frames. Titles of the category benchmark
 mention only background and colour, so that a model must see the category: it depends on the subject and, for two pairs
 of categories, on the motion.
 """
@@ -38,7 +38,7 @@ SPLIT_SIZES: dict[str, dict[str, int]] = {
 }
 """Clips per dataset and split at scale 1."""
 SMALL = Encoding(width=96, height=72, fps=8, gop=16, duration_s=2.0)
-"""Clips of the instruction dataset: many, to learn directions from nothing, which are rendered and decoded quickly."""
+"""Clips of the instruction dataset, which are many, and so are small and short."""
 
 SUBJECT_PHRASES = {
     "皮球": ("{}色的皮球", "一只{}色皮球", "{}色大皮球"),

@@ -17,7 +17,7 @@ from model.config.load import load_config
 from model.config.schema import RunConfig
 from model.data.loading.loader import ClipSource, open_split
 from model.errors import DataError, StorageError
-from model.mplug_video.processing import MPlugVideoProcessor
+from model.tasks.base import Task
 from model.tasks.build import build_meta_task
 from model.training.clock import Clock
 from model.training.distributed import ALONE, processes
@@ -45,17 +45,16 @@ def measure_steps(config: RunConfig) -> Measurement:
         memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         if group.device.type == "cuda":
             memory = float(torch.cuda.max_memory_reserved())
-    return Measurement(memory=memory, step_s=min(seconds[1:]), clip_s=_clip_s(config))
+    return Measurement(memory=memory, step_s=min(seconds[1:]), clip_s=_clip_s(task))
 
 
-def _clip_s(config: RunConfig) -> float | None:
-    vision = config.model.vision
+def _clip_s(task: Task) -> float | None:
+    data = task.config.data
     try:
-        reader = open_split(storage.join(config.data.shards, "train"), config.data)
+        reader = open_split(storage.join(data.shards, "train"), data)
     except (StorageError, DataError):  # not written yet
         return None
-    processor = MPlugVideoProcessor(None, image_size=vision.image_size, num_frames=vision.num_frames)
-    clips = ClipSource(reader=reader, processor=processor, augment=config.data)
+    clips = ClipSource(reader=reader, processor=task.processor, augment=data)
     torch.set_num_threads(1)
     start = time.process_time()
     for position in range(min(CLIPS, len(reader))):
