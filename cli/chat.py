@@ -1,20 +1,16 @@
 """`mplug chat MODEL [CLIP]`: talks to a model about videos and images in the terminal."""
 
-import json
 import readline  # noqa: F401  # line editing and history for input()
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from model import manifest
-from model.errors import ConfigError, DataError, UserError
+from model.errors import DataError, UserError
 from model.mplug_owl_video.chat import Chat
 from model.mplug_owl_video.configuration import MplugOwlConfig
-from model.mplug_owl_video.modeling import MplugOwlForConditionalGeneration
-from model.mplug_owl_video.processing import MplugOwlProcessor
+from model.pretrained import load_pretrained
 
 HELP = """\
 /video PATH   show a clip with the next question
@@ -27,12 +23,12 @@ HELP = """\
 def run_chat(model: str, clip: str, num_frames: int | None, max_tokens: int, options: dict[str, Any]) -> None:
     """Answers the lines of the terminal or of a pipe until they end. `options` are those of `generate`."""
     try:
-        chat = _load(model)
+        chat = Chat(*load_pretrained(model, [MplugOwlConfig.model_type]))
         if clip:
             chat.show_video(clip, num_frames)
     except UserError:
         raise
-    except ValueError as error:  # of weights that do not fit, or of the clip
+    except ValueError as error:  # of the clip
         raise DataError(str(error)) from error
     console = Console(highlight=False, markup=False)
     commands: dict[str, Callable[[str], None]] = {
@@ -72,15 +68,3 @@ def _read_line() -> str | None:
 
 def _print_now(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _load(uri: str) -> Chat:
-    folder = manifest.fetch_model(uri)
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != MplugOwlConfig.model_type:
-        raise ConfigError(f"{uri} must be an mPLUG-Owl model, which can talk, but its type is {kind}.")
-    on_gpu = torch.cuda.is_available()
-    model = MplugOwlForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16 if on_gpu else "auto", device_map="cuda" if on_gpu else "cpu"
-    )
-    return Chat(model, MplugOwlProcessor.from_pretrained(folder))

@@ -135,6 +135,10 @@ def evaluate_command(
     shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     preset: Annotated[str, typer.Option(help="Preset of the task, for a converted model.")] = "",
+    zero_shot: Annotated[
+        bool, typer.Option(help="Ask a model that was not fine-tuned for this: category, caption or answer.")
+    ] = False,
+    prompt: Annotated[str, typer.Option(help="Name of the prompt of --zero-shot; a wrong one lists all.")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 32,
     out: Annotated[str, typer.Option(help="Where to write scores and predictions as JSON.")] = "",
     tracking_uri: TrackingUri = "",
@@ -142,7 +146,11 @@ def evaluate_command(
     """Score a model on a benchmark and print its metrics.
 
     Example: `mplug evaluate work/models/tiny-retrieval work/shards/retrieval@… --out scores.json`
+
+    Example: `mplug evaluate mplug-youku-bloomz-7b work/shards/classification@… --zero-shot --prompt video`
     """
+    if (prompt and not zero_shot) or (preset and zero_shot):
+        raise typer.BadParameter("--prompt needs --zero-shot, which takes no --preset.")
     from model.evaluation.results import save_evaluation
     from model.evaluation.runner import evaluate_model
 
@@ -153,7 +161,10 @@ def evaluate_command(
         preset=preset,
         batch_size=batch_size,
         tracking={"uri": tracking_uri, "pipeline": ""},
+        zero_shot=zero_shot,
+        prompt=prompt,
     )
+    print("; ".join(f"{name}: {value}" for name, value in evaluation.protocol.items()), file=sys.stderr)
     if out:
         save_evaluation(evaluation, out)
     print(json.dumps(evaluation.scores, indent=1))

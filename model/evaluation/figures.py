@@ -16,6 +16,8 @@ from model.data.shards.reader import ShardReader
 from model.video import frame_indices, padded
 
 matplotlib.use("Agg")
+LONGEST_LINE = 40
+"""Characters of a text in a figure."""
 INK, ACCENT, MUTED = "#1f2933", "#0b7285", "#868e96"
 
 
@@ -49,10 +51,16 @@ def prediction_figure(strips: Sequence[Image.Image], texts: Sequence[tuple[str, 
         left.imshow(np.asarray(strip))
         for axes in (left, right):
             axes.set_axis_off()
-        right.text(0, 0.68, predicted, font=font(), fontsize=11, color=ACCENT, va="center")
-        right.text(0, 0.28, true, font=font(), fontsize=10, color=MUTED, va="center")
+        for y, text, size, color in ((0.68, predicted, 11, ACCENT), (0.28, true, 10, MUTED)):
+            right.text(0, y, _line(text), font=font(), fontsize=size, color=color, va="center", parse_math=False)
     rows[0, 1].set_title("predicted, and below it the truth", fontsize=9, color=MUTED, loc="left")
     return figure
+
+
+def _line(text: str) -> str:
+    """A text on one line that fits into a figure."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:

@@ -15,6 +15,8 @@ class Evaluation:
     task: str
     model: str
     """URI of the evaluated model."""
+    protocol: dict[str, str]
+    """What the scores must be read with: split, clips, frames, precision; in a zero-shot one prompt and decoding."""
     pretrained: bool
     """Whether fine-tuning started from a pre-trained model."""
     scores: dict[str, float]

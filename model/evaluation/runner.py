@@ -16,8 +16,9 @@ from model.errors import ConfigError, DataError
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
 from model.evaluation.results import Evaluation
 from model.progress import progress
-from model.tasks.base import Prediction, Task
+from model.tasks.base import Evaluator, Prediction
 from model.tasks.build import build_task
+from model.tasks.zero_shot import build_zero_shot, zero_shot_config
 from model.tracking import Run, tracked
 
 SHOWN = 8
@@ -35,27 +36,40 @@ def evaluate_model(
     batch_size: int = 32,
     tracking: dict[str, str] | None = None,
     with_untuned: bool = False,
+    zero_shot: bool = False,
+    prompt: str = "",
 ) -> Evaluation:
     """Scores the model at `model` on <shards>/<split>. Every clip of the split counts exactly once.
 
     A trained model has its configuration with it; a converted one needs `preset`. `with_untuned` also scores the model
-    as it was before its training.
+    as it was before its training. `zero_shot` asks any model by a `prompt` of model/tasks/zero_shot.py.
     Raises DataError if clips of the split are quarantined: scores on the rest would not be comparable.
     """
-    origin = _origin(model, shards, tracking, preset)
-    config = origin.model_copy(update={"model": origin.model.model_copy(update={"init_from": model})})
+    if zero_shot:
+        config = origin = zero_shot_config(model, shards, tracking or {})
+    else:
+        origin = _origin(model, shards, tracking, preset)
+        config = origin.model_copy(update={"model": origin.model.model_copy(update={"init_from": model})})
     reader = open_split(storage.join(shards, split), config.data)
     missing = list(read_quarantine(storage.join(shards, split)))
     if missing:
         raise DataError(f"{shards}/{split} must be complete to be evaluated, {len(missing)} clips are quarantined.")
     untuned = _untuned(origin, reader, batch_size) if with_untuned else {}  # first: one model at a time is in memory
-    task = build_task(config)
+    task = build_zero_shot(config, prompt) if zero_shot else build_task(config)
     with tracked(config.tracking, f"evaluate-{config.name}") as run:
-        run.params({"model": model, "shards": shards, "split": split})
         predictions = _predictions(task, reader, batch_size)
+        protocol = {
+            "split": split,
+            "clips": str(len(reader)),
+            "num_frames": str(task.processor.num_frames),
+            "precision": str(task.model.dtype).removeprefix("torch."),
+            **task.protocol,
+        }
+        run.params({"model": model, "shards": shards, **protocol})
         evaluation = Evaluation(
             task=config.task,
             model=model,
+            protocol=protocol,
             pretrained=bool(origin.model.init_from),
             scores=task.score(predictions, task.categories),
             untuned=untuned,
@@ -91,7 +105,7 @@ def _untuned(origin: RunConfig, reader: ShardReader, batch_size: int) -> dict[st
 
 
 @torch.inference_mode()
-def _predictions(task: Task, reader: ShardReader, batch_size: int) -> list[Prediction]:
+def _predictions(task: Evaluator, reader: ShardReader, batch_size: int) -> list[Prediction]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.model.eval().to(device)
     source = ClipSource(reader=reader, processor=task.processor, read_video=task.reads_video)
@@ -101,11 +115,11 @@ def _predictions(task: Task, reader: ShardReader, batch_size: int) -> list[Predi
     return [
         prediction
         for batch in progress(loader, total=order.steps, desc=f"evaluating {task.config.name}", unit="batch")
-        for prediction in task.network(on_device(batch, device), predict=True)
+        for prediction in task.predict(task.normalize(on_device(batch, device)))
     ]
 
 
-def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Task) -> None:
+def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Evaluator) -> None:
     """Logs the table of predictions, and a figure of the first clips with prediction and truth."""
     rows = [
         {key: value for key, value in row.items() if not isinstance(value, list) or key == "references"}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
+from model.causal_lm import room_for
 from model.mplug_owl_video.configuration import MEDIA_IDS
 from model.mplug_owl_video.modeling import MplugOwlForConditionalGeneration
 from model.mplug_owl_video.processing import (
@@ -55,7 +56,7 @@ class Chat:
         was generated. Raises ValueError if the conversation is too long for the decoder.
         """
         prompt = self._prompt(question)
-        longest = self.model.longest_answer(prompt.shape[1], max_new_tokens)
+        longest = room_for(self.model.config.text_config, prompt.shape[1], max_new_tokens)
         written = _Written(self.processor.tokenizer, show)
         end = self.processor.tokenizer.eos_token_id
         try:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from model.causal_lm import room_for
 from model.losses import losses_at
 from model.mplug_owl_video.abstractor import MplugOwlVisualAbstractorModel
 from model.mplug_owl_video.bloom import prepare_bloom
@@ -163,20 +164,10 @@ class MplugOwlForConditionalGeneration(PreTrainedModel):
         if (longest := options.pop("max_length", None)) is not None:
             options.setdefault("max_new_tokens", longest - 1)
         if "max_new_tokens" in options:
-            options["max_new_tokens"] = self.longest_answer(input_ids.shape[1], options["max_new_tokens"])
+            options["max_new_tokens"] = room_for(self.config.text_config, input_ids.shape[1], options["max_new_tokens"])
         embeddings = self.embed(input_ids, pixel_values, video_pixel_values, media)
         mask = torch.ones_like(input_ids) if attention_mask is None else _whole(attention_mask)
         return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
-
-    def longest_answer(self, length: int, wanted: int) -> int:
-        """Number of tokens to generate after `length`: `wanted`, or as many as the decoder's positions allow.
-
-        Raises ValueError if there is no room. Bloom has no limit.
-        """
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
-        if positions is not None and length >= positions:
-            raise ValueError(f"a conversation must have fewer than {positions} tokens, but this one has {length}.")
-        return wanted if positions is None else min(wanted, positions - length)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

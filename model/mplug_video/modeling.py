@@ -7,7 +7,7 @@ B batch, K queries, L text tokens, D decoder width, Dv vision width, V vocabular
 the right and the decoder is causal, so no real token attends to it, and no attention mask is needed.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.causal_lm import decode_candidates, score_candidates, without_dropout
 from model.losses import losses_at
 from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
 from model.mplug_video.decoding import beam_search
 from model.mplug_video.vision import TimeSformer
-
-CANDIDATES_AT_ONCE = 16
-"""Number of texts of similar length that are decoded together after one clip. Each has a copy of its KV cache."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,10 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(vision_proj|text_proj|classifier)\.",
+        "^temperature$",
+    ]  # other tasks' heads
 
     def __init__(
         self,
@@ -135,31 +137,6 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         states = self.decoder.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return states[:, prefix.shape[1] :]
 
-    @torch.no_grad()
-    def decode_candidates(
-        self, prefix: Tensor, input_ids: Tensor, lengths: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Decodes R texts (R, L), of `lengths` (R,) tokens, that all follow one clip's prefix (1, K, D).
-
-        Yields groups of texts: their rows (r,), token ids (r, l) and decoder states (r, l, D), without common padding.
-        The prefix and the common start of all texts are read once; each text continues from their KV cache.
-        """
-        agreeing = (input_ids == input_ids[:1]).all(dim=0).long().cumprod(dim=0).sum()
-        common = int(torch.minimum(agreeing, lengths.min() - 1))
-        embeddings = self.decoder.get_input_embeddings()(input_ids)  # (R, L, D)
-        cache = DynamicCache(config=self.decoder.config)
-        start = torch.cat((prefix, embeddings[:1, :common]), dim=1)  # (1, K + common, D)
-        read = self.decoder.base_model(inputs_embeds=start, past_key_values=cache, use_cache=True).last_hidden_state
-        for rows in torch.split(lengths.argsort(), CANDIDATES_AT_ONCE):
-            longest = int(lengths[rows[-1]])
-            own = deepcopy(cache)
-            own.batch_repeat_interleave(len(rows))
-            each = self.decoder.base_model(
-                inputs_embeds=embeddings[rows, common:longest], past_key_values=own, use_cache=True
-            )
-            shared = read[:, prefix.shape[1] :].expand(len(rows), -1, -1)
-            yield rows, input_ids[rows, :longest], torch.cat((shared, each.last_hidden_state), dim=1)
-
     def token_losses(self, prefix: Tensor | None, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """Cross entropies (B, L - 1) of tokens 1..L-1 after an optional prefix (B, K, D), fp32. See `losses_of`."""
         return self.losses_of(self.decode(prefix, input_ids), input_ids, loss_mask)
@@ -167,6 +144,15 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
     def losses_of(self, states: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), where `loss_mask` (B, L - 1) is one."""
         return losses_at(states, self.decoder.get_output_embeddings(), input_ids, loss_mask)
+
+    @torch.no_grad()
+    def score_answers(self, prefix: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+        """Log likelihoods (R,) of R texts (R, L) for the clip whose prefix is (1, K, D), summed where `loss_mask` is 1.
+
+        Sums favour short answers, as does the published evaluation (see `mean_answer_scores`).
+        """
+        scores = score_candidates(self.decoder, prefix, input_ids, loss_mask)
+        return scores / loss_mask.sum(dim=1) if self.config.mean_answer_scores else scores
 
     def text_features(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """The state of each row's last real token, (B, L, D) -> (B, D)."""
@@ -287,27 +273,14 @@ class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
     def classify_candidates(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Head logits (R, classes) of R titles (R, L) for the clip whose prefix is (1, K, D)."""
         logits = prefix.new_empty((len(input_ids), len(self.config.class_names or [])))
-        for rows, ids, states in self.decode_candidates(prefix, input_ids, attention_mask.sum(dim=1)):
+        for rows, ids, states in decode_candidates(self.decoder, prefix, input_ids, attention_mask.sum(dim=1)):
             logits[rows] = self.classifier(self.text_features(states, attention_mask[rows, : ids.shape[1]]))
         return logits
-
-    @torch.no_grad()
-    def score_answers(self, prefix: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Log likelihoods (R,) of R texts (R, L) for the clip whose prefix is (1, K, D), summed where `loss_mask` is 1.
-
-        Sums favour short answers, as does the published evaluation (see `mean_answer_scores`).
-        """
-        position = torch.arange(2, input_ids.shape[1] + 1, device=loss_mask.device)
-        lengths = (position * loss_mask.bool()).amax(dim=1).clamp(min=2)  # up to the last scored token
-        scores = prefix.new_empty(len(input_ids), dtype=torch.float32)
-        for rows, ids, states in self.decode_candidates(prefix, input_ids, lengths):
-            scores[rows] = -self.losses_of(states, ids, loss_mask[rows, : ids.shape[1] - 1]).sum(dim=1)
-        return scores / loss_mask.sum(dim=1) if self.config.mean_answer_scores else scores
 
 
 def decoder_config(config: MPlugVideoConfig) -> PreTrainedConfig:
     """The configuration of the decoder. A frozen decoder has no dropout unless `decoder_dropout` is set."""
     text_config = deepcopy(config.text_config)
     if config.freeze_decoder and not config.decoder_dropout:
-        text_config.update({name: 0.0 for name in text_config.to_dict() if "drop" in name})
+        without_dropout(text_config)
     return text_config

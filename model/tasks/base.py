@@ -1,4 +1,4 @@
-"""The interface of all objectives. A task is given its network, which model/tasks/build.py builds."""
+"""The interfaces of evaluations and of objectives. Both are given their network, which model/tasks/build.py builds."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -49,14 +49,10 @@ class VisionPass:
     """Frames per clip."""
 
 
-class Task(ABC):
-    """An objective with its network and processor. The engine trains `network`."""
+class Evaluator(ABC):
+    """Scores a model on a split: from examples to predictions, and from them to metrics."""
 
     reads_video: ClassVar[bool] = True
-    architecture: ClassVar[str] = ""
-    """Class of the model that the task trains; empty: only the decoder."""
-    planned_classes: ClassVar[int] = 0
-    """Outputs of the classification head for planning, before the dataset exists."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of the metrics that `score` returns. A task without metrics is only evaluated by its loss."""
     headline: ClassVar[str] = ""
@@ -66,6 +62,63 @@ class Task(ABC):
         """`processor` is that of the model's family."""
         self.config, self.model, self.processor = config, model, processor
         self.categories: list[str] = list(getattr(model.config, "class_names", None) or [])
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """How a model is asked, which scores must be read with; complete after `read_split`."""
+        return {}
+
+    @abstractmethod
+    def collate_evaluation(self, examples: list[Example]) -> Batch:
+        """Evaluation batch, which also contains the annotations."""
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """One prediction per clip of an evaluation batch with normalised pixels."""
+
+    def read_split(self, annotations: list[Annotation]) -> None:  # noqa: B027  # most tasks need none
+        """Receives all annotations of a split before its first batch, for tasks that compare clips with all texts."""
+
+    @staticmethod
+    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        """The metrics of a split."""
+        return {}
+
+    @staticmethod
+    def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        """The scores of guessing; empty for metrics without a chance level."""
+        return {}
+
+    @staticmethod
+    def captions(predictions: Predictions) -> list[tuple[str, str]]:
+        """(predicted, true) text of each clip, for display."""
+        return []
+
+    @staticmethod
+    def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
+        """For each text, the most similar clips, nearest first; empty for tasks without search."""
+        return []
+
+    def normalize(self, batch: Batch) -> Batch:
+        """Replaces `frames` by `pixel_values` (B, C, T, H, W) float32, computed on the device of the frames."""
+        rest = {name: value for name, value in batch.items() if name != "frames"}
+        return {**rest, "pixel_values": self.processor.normalize(batch["frames"])} if "frames" in batch else rest
+
+    def stack_frames(self, examples: list[Example]) -> Tensor:
+        """The clips of the examples, uint8 (B, T, H, W, C)."""
+        return torch.stack([example.clip for example in examples])
+
+
+class Task(Evaluator):
+    """An objective with its network and processor. The engine trains `network`."""
+
+    architecture: ClassVar[str] = ""
+    """Class of the model that the task trains; empty: only the decoder."""
+    planned_classes: ClassVar[int] = 0
+    """Outputs of the classification head for planning, before the dataset exists."""
+
+    def __init__(self, config: RunConfig, model: "PreTrainedModel", processor: Any) -> None:
+        super().__init__(config, model, processor)
         self.network = TaskNetwork(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,50 +157,16 @@ class Task(ABC):
         (self.processor if self.reads_video else self.processor.tokenizer).save_pretrained(folder)
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
-        """Evaluation batch, which also contains the annotations."""
         return {**self.collate(examples), "annotations": [example.annotation for example in examples]}
 
-    def read_split(self, annotations: list[Annotation]) -> None:  # noqa: B027  # most tasks need none
-        """Receives all annotations of a split before its first batch, for tasks that compare clips with all texts."""
-
     def predict(self, batch: Batch) -> list[Prediction]:
-        """One prediction per clip of an evaluation batch with normalised pixels."""
         raise ConfigError(f"task {self.config.task} has no evaluation. Fine-tune a task that has one.")
-
-    @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """The metrics of a split."""
-        return {}
-
-    @staticmethod
-    def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """The scores of guessing; empty for metrics without a chance level."""
-        return {}
-
-    @staticmethod
-    def captions(predictions: Predictions) -> list[tuple[str, str]]:
-        """(predicted, true) text of each clip, for display."""
-        return []
-
-    @staticmethod
-    def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
-        """For each text, the most similar clips, nearest first; empty for tasks without search."""
-        return []
-
-    def stack_frames(self, examples: list[Example]) -> Tensor:
-        """The clips of the examples, uint8 (B, T, H, W, C)."""
-        return torch.stack([example.clip for example in examples])
 
     def example_frames(self, clips: int) -> Tensor:
         """Frames for `example_batch`: an expanded view of one element, which needs no memory."""
         vision = self.config.model.vision
         shape = (clips, vision.num_frames, vision.image_size, vision.image_size, 3)
         return torch.zeros(1, dtype=torch.uint8).expand(shape)
-
-    def normalize(self, batch: Batch) -> Batch:
-        """Replaces `frames` by `pixel_values` (B, C, T, H, W) float32, computed on the device of the frames."""
-        rest = {name: value for name, value in batch.items() if name != "frames"}
-        return {**rest, "pixel_values": self.processor.normalize(batch["frames"])} if "frames" in batch else rest
 
     def encode_texts(self, examples: list[Example], max_words: int) -> tuple[Tensor, Tensor]:
         """Token IDs and attention mask (B, L) of the cleaned texts of the examples."""

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from model import manifest
+from model.causal_lm import without_dropout
 from model.config.schema import RunConfig
 from model.errors import ConfigError
 from model.mplug_owl_video.configuration import MplugOwlConfig
@@ -115,4 +116,4 @@ def _prepare_decoder(config: RunConfig, text_config: PreTrainedConfig) -> None:
             f"data.max_length must not exceed the decoder's {positions} positions, got {config.data.max_length}."
         )
     if config.model.freeze_decoder and not config.model.decoder_dropout:
-        text_config.update({name: 0.0 for name in text_config.to_dict() if "drop" in name})
+        without_dropout(text_config)

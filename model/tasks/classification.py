@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +19,7 @@ from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores,
 if TYPE_CHECKING:
     from model.mplug_video.modeling import MPlugVideoForClassification
 
-PROMPT = "视频标题：{} 视频类目："  # the prompt of the released models
+PROMPT = "视频标题：{text} 视频类目："  # the prompt of the released models
 PROMPT_RESERVE = 15  # characters by which the title is shortened, for the words of the prompt
 MAX_WORDS = 80
 ACCURACIES = (1, 5)
@@ -41,7 +42,7 @@ class Classification(Task):
 
     def _question(self, example: Example) -> str:
         title = clean_caption(example.annotation.text, MAX_WORDS)
-        return PROMPT.format(title[: self.config.data.max_length - PROMPT_RESERVE])
+        return PROMPT.format(text=title[: self.config.data.max_length - PROMPT_RESERVE])
 
     def _encode(self, examples: list[Example]) -> tuple[Batch, list[int]]:
         names = self.categories
@@ -107,9 +108,8 @@ class Classification(Task):
         labels = np.array([class_names.index(prediction["label"]) for prediction in predictions])
         scores: Scores = {}
         for source, prefix in SOURCES.items():
-            ranks = (-np.array([prediction[source] for prediction in predictions])).argsort(axis=1, kind="stable")
-            for k in ACCURACIES:
-                scores[f"{prefix}top{k}"] = float((ranks[:, :k] == labels[:, None]).any(axis=1).mean())
+            found = accuracies(np.array([prediction[source] for prediction in predictions]), labels)
+            scores |= {prefix + name: value for name, value in found.items()}
         return scores
 
     @staticmethod
@@ -119,6 +119,12 @@ class Classification(Task):
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
         return [(row["prediction"], row["label"]) for row in predictions]
+
+
+def accuracies(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Scores:
+    """Top-1 and top-5 accuracy of class scores (clips, classes)."""
+    ranks = (-scores).argsort(axis=1, kind="stable")
+    return {f"top{k}": float((ranks[:, :k] == labels[:, None]).any(axis=1).mean()) for k in ACCURACIES}
 
 
 def answer_and_head_loss(model: "MPlugVideoForClassification", prefix: Tensor, batch: Batch) -> tuple[Tensor, Logs]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from model.data.annotations import Annotation
-from model.data.conversations import media_of, text_of
+from model.data.conversations import Conversation, media_of, text_of
 from model.data.loading.loader import Batch, Example
 from model.errors import DataError
 from model.mplug_owl_video.configuration import MEDIA_IDS
@@ -44,7 +45,7 @@ class Instruction(Task):
             rows.append(torch.tensor(ids))
             masks.append(torch.tensor(are_answers[1:]).long())
             kept = sum(number < 0 for number in ids) // self.processor.media_length  # a cut row loses its last media
-            media += _with_kinds(example)[:kept]
+            media += _with_kinds(example.annotation.conversation, example)[:kept]
         pad = self.processor.tokenizer.pad_token_id or 0
         ids, mask = pad_sequence(rows, True, pad), pad_sequence(masks, True)
         return {"input_ids": ids, "loss_mask": mask, **self._stacked(media)}
@@ -63,9 +64,16 @@ class Instruction(Task):
             lora.save_adapter(self.model, settings.init_from, folder)
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
-        asked = [example.annotation.conversation[:-1] for example in examples]
-        inputs = self.processor.pad([self.processor.encode_chat(messages) for messages in asked])
-        media = [medium for example in examples for medium in _with_kinds(example)]
+        return self.ask(examples, [example.annotation.conversation[:-1] for example in examples])
+
+    def ask(self, examples: list[Example], questions: list[Conversation]) -> Batch:
+        """Evaluation batch of the examples, with a conversation for each that the model continues."""
+        inputs = self.processor.pad([self.processor.encode_chat(messages) for messages in questions])
+        media = [
+            medium
+            for example, messages in zip(examples, questions, strict=True)
+            for medium in _with_kinds(messages, example)
+        ]
         return {**inputs, **self._stacked(media), "annotations": [example.annotation for example in examples]}
 
     def example_batch(self, clips: int) -> Batch:
@@ -87,11 +95,10 @@ class Instruction(Task):
     def read_split(self, annotations: list[Annotation]) -> None:
         """Sets the longest answer from the references."""
         references = [text_of(annotation.conversation[-1]) for annotation in annotations]
-        lengths = map(len, self.processor.tokenizer(references, add_special_tokens=False).input_ids)
-        self.max_new_tokens = ANSWER_MARGIN * (1 + max(lengths))  # 1 for the end token
+        self.max_new_tokens = longest_answer(self.processor.tokenizer, references)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
-        mask, media = batch["loss_mask"], self._encoded(batch)
+        mask, media = batch["loss_mask"], self.encode_media(batch)
         losses = self.model.token_losses(batch["input_ids"], mask, media)
         return losses.sum() / mask.sum(), {}
 
@@ -100,7 +107,7 @@ class Instruction(Task):
         written = self.model.generate(
             batch["input_ids"],
             batch["attention_mask"],
-            media=self._encoded(batch),
+            media=self.encode_media(batch),
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )
@@ -118,11 +125,13 @@ class Instruction(Task):
 
     @staticmethod
     def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """Share of answers that equal the reference, of all questions and of each type; ROUGE-L of characters."""
+        """Share of answers that equal the reference, of all questions and of each type; ROUGE-L of characters.
+
+        An empty answer is wrong.
+        """
         candidates = [list(row["prediction"]) for row in predictions]
         rouge = rouge_l(candidates, [[list(row["references"][0])] for row in predictions])
-        rights = [(row, _plain(row["prediction"]) == _plain(row["references"][0])) for row in predictions]
-        return {**_by_type(rights), "rouge_l": rouge}
+        return {**_by_type([(row, _is_right(row)) for row in predictions]), "rouge_l": rouge}
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -147,7 +156,7 @@ class Instruction(Task):
             found[name] = torch.cat([none, *own])
         return found
 
-    def _encoded(self, batch: Batch) -> dict[int, Tensor]:
+    def encode_media(self, batch: Batch) -> dict[int, Tensor]:
         """Vectors of the media of a batch with pixels, by their token ID.
 
         All processes must use the same weights: those that are trained, and under ZeRO-3 all of them. A batch without
@@ -166,15 +175,25 @@ class Instruction(Task):
         return vectors
 
 
-def _with_kinds(example: Example) -> list[tuple[str, Tensor]]:
+def longest_answer(tokenizer: PreTrainedTokenizerBase, references: list[str]) -> int:
+    """Number of tokens after which an answer is cut, for a split with these references."""
+    lengths = map(len, tokenizer(references, add_special_tokens=False).input_ids)
+    return ANSWER_MARGIN * (1 + max(lengths))  # 1 for the end token
+
+
+def _with_kinds(messages: Conversation, example: Example) -> list[tuple[str, Tensor]]:
     """The media of a conversation with their kinds, "video" or "image"."""
-    kinds = [kind for kind, _ in media_of(example.annotation.conversation)]
-    return list(zip(kinds, example.media, strict=True))
+    return list(zip([kind for kind, _ in media_of(messages)], example.media, strict=True))
 
 
 def _plain(answer: str) -> str:
     """An answer without spaces around it, case and final punctuation."""
     return answer.strip().rstrip("。.！!").casefold()
+
+
+def _is_right(row: Prediction) -> bool:
+    answer = _plain(row["prediction"])
+    return bool(answer) and answer == _plain(row["references"][0])
 
 
 def _by_type(rights: list[tuple[Prediction, bool]]) -> Scores:

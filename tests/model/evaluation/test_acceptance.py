@@ -33,6 +33,7 @@ def evaluations(
         Evaluation(
             task=task,
             model="m",
+            protocol={},
             pretrained=start and task != "instruction",
             scores=table[task],
             untuned=untuned.get(task, {}),

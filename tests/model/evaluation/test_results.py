@@ -11,6 +11,7 @@ from model.evaluation.results import Evaluation, load_evaluation, save_evaluatio
 SAVED = Evaluation(
     task="retrieval",
     model="m",
+    protocol={},
     pretrained=True,
     scores={"text_to_video_r1": 0.5},
     untuned={},

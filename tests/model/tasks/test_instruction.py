@@ -86,11 +86,11 @@ def test_a_row_is_independent_of_its_batch(settings: list[str]) -> None:
     task = built(settings)
     rows = [*examples(task, 2), Example(annotation=spoken("Human: 红色？\nAI: 小猫"), media=[], seed="")]
     together = task.collate(rows)
-    media = task._encoded(task.normalize(together))
+    media = task.encode_media(task.normalize(together))
     losses = task.model.token_losses(together["input_ids"], together["loss_mask"], media).sum(dim=1)
     for row, loss in zip(rows, losses, strict=True):
         alone = task.normalize(task.collate([row]))
-        own = task.model.token_losses(alone["input_ids"], alone["loss_mask"], task._encoded(alone)).sum()
+        own = task.model.token_losses(alone["input_ids"], alone["loss_mask"], task.encode_media(alone)).sum()
         assert float(own.detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
 
 
