@@ -45,7 +45,9 @@ def convert(
     decoder: Annotated[
         Path | None, typer.Option(help="A trained model's GPT-3 folder: tokenizer, number of heads.")
     ] = None,
-    vision_heads: Annotated[int, typer.Option(min=1, help="Attention heads of the vision encoder.")] = 8,
+    vision_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the vision encoder. Default: 8.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize position embeddings to this image size.")
     ] = None,
@@ -53,29 +55,46 @@ def convert(
     class_names: Annotated[
         Path | None, typer.Option(help="JSON of a head's categories: a list, or name: number.")
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The published mPLUG-Owl that a training checkpoint started from.")
+    ] = None,
+    lora_alpha: Annotated[
+        int | None, typer.Option(min=1, help="Alpha of LoRA. Default: of adapter_config.json, or 32.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Weight files of an mPLUG-Owl: safetensors (default), or bin as published.")
+    ] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Skip tensors of this name or pattern; repeatable.")] = None,
 ) -> None:
     """Convert published weights into a folder that `from_pretrained` can load.
 
     The format of SOURCE is detected from its tensors: a ModelScope GPT-3 folder (also tensor-parallel) becomes a
-    decoder, CLIP or a timm ViT a vision encoder, `1_3B_mp_rank_00_model_states.pt` a whole model. DEST/conversion.json
-    records the conversion of every tensor.
+    decoder, CLIP or a timm ViT a vision encoder, `1_3B_mp_rank_00_model_states.pt` a whole model. A checkpoint of
+    mPLUG-Owl's trainer, of all weights or of LoRA, becomes a folder as published, and such a folder one that the
+    trainer reads (`--format bin`). DEST/conversion.json records the conversion of every tensor.
 
     Example: `mplug convert 1_3B_mp_rank_00_model_states.pt work/mplug-1.3b --decoder nlp_gpt3_text-generation_1.3B`
-    """
-    from model.mplug_video.conversion.convert import convert_to
-    from model.mplug_video.conversion.shapes import read_class_list
 
-    conversion = convert_to(
-        source,
-        dest,
-        decoder=decoder,
-        vision_heads=vision_heads,
-        image_size=image_size,
-        num_frames=num_frames,
-        class_names=read_class_list(class_names) if class_names else None,
-        drop=drop or [],
-    )
+    Example: `mplug convert output/checkpoint-500 work/my-owl --base mplug-youku-bloomz-7b`
+    """
+    from cli.convert import convert_to
+    from model.mplug_video.conversion.shapes import read_class_list
+    from model.weight_files import FORMATS
+
+    if format not in (None, *FORMATS):
+        raise typer.BadParameter(f"must be {' or '.join(FORMATS)}, got {format}.", param_hint="--format")
+    options = {
+        "decoder": decoder,
+        "vision_heads": vision_heads,
+        "image_size": image_size,
+        "num_frames": num_frames,
+        "class_names": read_class_list(class_names) if class_names else None,
+        "base": base,
+        "lora_alpha": lora_alpha,
+        "format": format,
+        "drop": drop,
+    }
+    conversion = convert_to(source, dest, options)
     print(conversion.summary(), file=sys.stderr)
     print(dest)
 

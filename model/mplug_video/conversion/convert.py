@@ -4,24 +4,19 @@ The kind of source is detected from its tensors: a ModelScope GPT-3 folder (also
 (CLIP or a timm ViT), or a trained mPLUG-Video. Every tensor is mapped, dropped with a reason, or an error.
 """
 
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from model import manifest, storage
+from model.conversion import Conversion, Recipe, write_conversion
 from model.errors import ConversionError
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
-from model.mplug_video.conversion.checkpoints import open_checkpoint, write_checkpoint
 from model.mplug_video.conversion.names import (
     BRIDGE_AND_HEADS,
     DECODER,
@@ -49,74 +44,13 @@ from model.mplug_video.modeling import (
 )
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.mplug_video.vision import TimeSformer, resize_frames, resize_positions
+from model.weight_files import open_checkpoint
 
-REPORT = "conversion.json"
 GPT3_PREFIX, GPT3_IN_MODEL = "language_model.", "text_decoder.dist_model.language_model."
 VISION_PREFIX = "visual_encoder."
 PIECES = "mp_rank_*_model_states.pt"
 """Checkpoint file of a tensor-parallel rank, in the folder or, for ModelScope, in its subfolder `model`."""
 KEY_BIAS = "a bias of keys has no effect: it adds the same value to all scores of a query"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Rule for one of our tensors: made from a published tensor, or from its tensor-parallel parts."""
-
-    parts: Sequence[Tensor]
-    dimension: int = 0
-    """Dimension in which the parts are concatenated."""
-    transform: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    def make(self, device: str = "cpu") -> Tensor:
-        """The tensor; on "meta" only its shape and type."""
-        parts = [part.to(device) for part in self.parts]
-        return self.transform(parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dimension))
-
-
-@dataclass
-class Conversion:
-    """The result of converting a source. Tensors are made one at a time, when they are written."""
-
-    config: PreTrainedConfig
-    architecture: type[PreTrainedModel]
-    recipes: dict[str, Recipe] = field(default_factory=dict)
-    mapped: dict[str, str] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    initialised: list[str] = field(default_factory=list)
-    """Tensors that the source does not have, with fresh values."""
-    processor: MPlugVideoProcessor | PreTrainedTokenizerFast | None = None
-
-    def map(self, source: str, target: str | None, recipe: Recipe) -> None:
-        """Without a target the tensor keeps its name, and is reported with all other unknown ones."""
-        self.mapped[source] = target or source
-        self.recipes[target or source] = recipe
-
-    def summary(self) -> str:
-        reasons = {reason: sum(value == reason for value in self.dropped.values()) for reason in self.dropped.values()}
-        lines = [f"{self.architecture.__name__}: {len(self.mapped)} tensors mapped"]
-        vision = getattr(self.config, "vision_config", self.config)
-        if isinstance(vision, TimeSformerConfig):  # settings that cannot be derived from tensors
-            lines.append(
-                f"vision encoder of {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads, "
-                f"for {vision.num_frames} frames of {vision.image_size} pixels"
-            )
-        lines += [f"{count} dropped: {reason}" for reason, count in reasons.items()]
-        if self.initialised:
-            lines.append(f"{len(self.initialised)} missing in the source and initialised: {self.initialised[0]}, …")
-        return "\n".join(lines)
-
-
-def convert_to(source: Path, dest: str, **options: Any) -> Conversion:
-    """Like `convert_weights`, but writes to a folder or an s3:// URI."""
-    if not storage.is_s3(dest):
-        return convert_weights(source, Path(dest), **options)
-    if storage.exists(storage.join(dest, manifest.FILE)):
-        raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Choose another.")
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "converted"
-        conversion = convert_weights(source, local, **options)
-        manifest.upload_folder(local, dest, (local / manifest.FILE).read_bytes())
-    return conversion
 
 
 def convert_weights(
@@ -135,8 +69,6 @@ def convert_weights(
     A trained model needs `decoder`, a GPT-3 folder of ModelScope or a converted one, for its tokenizer and number of
     heads. Tensors whose names match a pattern of `drop` are skipped. Raises ConversionError.
     """
-    if dest.exists():
-        raise ConversionError(f"{dest} must not exist, a conversion writes all of it. Remove it or choose another.")
     pieces = sorted(source.glob(PIECES)) or sorted(source.glob(f"model/{PIECES}"))
     states = [open_checkpoint(piece) for piece in pieces or [source]]
     dropped = {name: "asked for (--drop)" for pattern in drop for name in states[0] if fnmatch(name, pattern)}
@@ -148,7 +80,7 @@ def convert_weights(
     else:
         conversion = _vision(states[0], vision_heads, image_size, num_frames or TimeSformerConfig().num_frames)
     conversion.dropped |= dropped
-    _write(conversion, source, dest)
+    write_conversion(conversion, source, dest)
     return conversion
 
 
@@ -286,42 +218,3 @@ def _map_decoder(conversion: Conversion, name: str, recipe: Recipe, prefix: str,
         heads = conversion.config.get_text_config().num_attention_heads
         recipe = replace(recipe, transform=partial(megatron_to_gpt2, target, num_heads=heads))
     conversion.map(name, target and ours + target, recipe)
-
-
-def _write(conversion: Conversion, source: Path, dest: Path) -> None:
-    """Checks all names and shapes against the network, writes to a temporary folder and moves it to `dest`."""
-    forms = _forms(conversion)
-    unfinished = dest.with_name(f".{dest.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    conversion.config.architectures = [conversion.architecture.__name__]
-    conversion.config.dtype = next(iter(forms.values())).dtype
-    conversion.config.save_pretrained(unfinished)
-    if conversion.processor is not None:
-        conversion.processor.save_pretrained(unfinished)
-    build = {name: recipe.make for name, recipe in conversion.recipes.items()}
-    write_checkpoint(unfinished, forms, build, desc=f"converting {source.name}")
-    facts: dict[str, Any] = {"source": source.name, "mapped": conversion.mapped, "dropped": conversion.dropped}
-    facts["initialised"] = conversion.initialised
-    (unfinished / REPORT).write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    (unfinished / manifest.FILE).write_bytes(manifest.describe_folder(unfinished, source=source.name))
-    unfinished.rename(dest)
-
-
-def _forms(conversion: Conversion) -> dict[str, Tensor]:
-    """A meta tensor per target. Raises ConversionError, one line per unknown, missing or misshapen tensor."""
-    with torch.device("meta"):
-        network = conversion.architecture(conversion.config)
-    expected = {name: parameter.shape for name, parameter in network.named_parameters()}
-    sources = {target: name for name, target in conversion.mapped.items()}
-    forms = {name: recipe.make("meta") for name, recipe in conversion.recipes.items()}
-    problems = [f"{name} is missing in the source." for name in expected if name not in forms]
-    for name, form in forms.items():
-        source = sources.get(name, name)
-        if name not in expected:
-            problems.append(f"{source} is not known. Leave it out with --drop {source}.")
-        elif form.shape != expected[name]:
-            problems.append(f"{source} must be {tuple(expected[name])} as {name}, but it is {tuple(form.shape)}.")
-    if problems:
-        raise ConversionError("\n".join(problems))
-    return forms

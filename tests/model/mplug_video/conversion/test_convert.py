@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
+from cli.convert import convert_to
 from model import manifest
 from model.errors import ConversionError
 from model.mplug_video import MPlugVideoForClassification, MPlugVideoForConditionalGeneration, MPlugVideoProcessor
-from model.mplug_video.conversion.convert import KEY_BIAS, convert_to, convert_weights
+from model.mplug_video.conversion.convert import KEY_BIAS, convert_weights
 from model.mplug_video.conversion.names import OPENAI_CLIP, megatron_to_gpt2, piece_dimension
 from model.mplug_video.tokenization import encode_sentence, load_tokenizer
 from model.mplug_video.vision import TimeSformer
@@ -195,7 +196,7 @@ def test_tensor_parallel_and_single_checkpoints_convert_equally(tmp_path: Path) 
 
 def test_a_large_model_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Recording("pretrain").convert(tmp_path / "whole")
-    monkeypatch.setattr("model.mplug_video.conversion.checkpoints.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("model.weight_files.SHARD_BYTES", 50_000)
     sharded = Recording("pretrain").convert(tmp_path / "sharded")
     assert len(list(sharded.glob("model-*.safetensors"))) > 3
     first, second = (MPlugVideoForConditionalGeneration.from_pretrained(folder) for folder in (whole, sharded))
@@ -204,10 +205,10 @@ def test_a_large_model_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_model_is_written_to_object_storage_completely(s3: str, tmp_path: Path) -> None:
     dest = f"{s3}/converted/clip"
-    convert_to(clip_file(tmp_path), dest, vision_heads=2)
+    convert_to(clip_file(tmp_path), dest, {"vision_heads": 2})
     assert TimeSformer.from_pretrained(manifest.fetch_folder(dest)).config.num_hidden_layers == 2
     with pytest.raises(ConversionError, match="must not exist"):
-        convert_to(clip_file(tmp_path), dest, vision_heads=2)
+        convert_to(clip_file(tmp_path), dest, {"vision_heads": 2})
 
 
 def test_class_names_must_match_the_head(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reads published checkpoint files lazily and without executing code from them; writes ours shard by shard."""
+"""Reads checkpoint files lazily and without executing code from them; writes weights shard by shard."""
 
 import json
 import pickle
@@ -14,6 +14,12 @@ from torch import Tensor
 from model.errors import ConversionError
 from model.progress import progress
 
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
+"""Weight files of a folder. Only those of the first pattern that matches are read."""
+NOT_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt"}
+"""Other files that the trainer of transformers writes next to them."""
+FORMATS = {"safetensors": "model", "bin": "pytorch_model"}
+"""Formats that can be written, and the names of their files in transformers."""
 SHARD_BYTES = 512 * 2**20
 """Size of a shard, which limits the memory needed to write a model."""
 WRAPPERS = ("model", "module", "state_dict")
@@ -23,7 +29,10 @@ WRAPPERS = ("model", "module", "state_dict")
 def open_checkpoint(path: Path) -> dict[str, Tensor]:
     """The named tensors of a file, or of all weight files of a folder. They are read from disk on use."""
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) or sorted(path.glob("*.pt"))
+        found = (
+            sorted(file for file in path.glob(pattern) if file.name not in NOT_WEIGHTS) for pattern in WEIGHT_FILES
+        )
+        files = next(filter(None, found), None)
         if not files:
             raise ConversionError(f"{path} must hold .safetensors, .bin or .pt files, but it holds none.")
         return {name: tensor for file in files for name, tensor in open_checkpoint(file).items()}
@@ -61,21 +70,31 @@ def _unpickle(path: Path) -> Any:
 
 
 def write_checkpoint(
-    folder: Path, forms: Mapping[str, Tensor], build: Mapping[str, Callable[[], Tensor]], desc: str
+    folder: Path,
+    forms: Mapping[str, Tensor],
+    build: Mapping[str, Callable[[], Tensor]],
+    desc: str,
+    format: str = "safetensors",
 ) -> None:
-    """Writes model.safetensors, or shards and an index, in the format of transformers.
+    """Writes one weight file, or shards and an index, in a format of transformers: safetensors or bin.
 
     `forms` maps each name to a meta tensor of its shape. `build` makes a tensor when it is written.
     """
+    stem = FORMATS[format]
     plan = split_state_dict_into_shards_factory(
         dict(forms),
         get_storage_size=lambda form: form.nbytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=f"{stem}{{suffix}}.{format}",
         max_shard_size=SHARD_BYTES,
     )
     bar = progress(plan.filename_to_tensors.items(), total=len(plan.filename_to_tensors), desc=desc, unit="file")
     for filename, names in bar:
-        save_file({name: build[name]().contiguous() for name in names}, folder / filename, metadata={"format": "pt"})
+        tensors = {name: build[name]().contiguous() for name in names}
+        if format == "bin":
+            # a view would be saved with the whole file that it is mapped to
+            torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / filename)
+        else:
+            save_file(tensors, folder / filename, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{stem}.{format}.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
