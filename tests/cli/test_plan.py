@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cli.main import main
 from model.config.load import PRESETS, load_config
 from model.training.attempts import saved_steps
-from model.training.planning.estimate import plan_run
+from model.training.planning.estimate import _growth, activation_bytes, plan_run
 from tests.helpers.killing import MPLUG
 
 WIDE = [
@@ -99,3 +99,14 @@ def test_an_invalid_plan_is_a_one_line_error(
     assert ended.value.code == 2
     assert f"error: {message}" in stderr or message in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("preset", ["tiny_pretraining", "tiny_instruction"])
+def test_memory_does_not_need_the_values_of_products(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "model.text={model_type: gpt2, n_embd: 128, n_layer: 4, n_head: 4, n_positions: 128, vocab_size: 448}"
+    settings = ["model.decoder=none", "data.shards=none", *([text] if preset == "tiny_pretraining" else [])]
+    config = load_config(preset, settings)
+    estimated = activation_bytes(config, 4, on_cpu=True)
+    monkeypatch.setattr("model.training.planning.peak_memory.PRODUCTS", set())
+    _growth.cache_clear()
+    assert activation_bytes(config, 4, on_cpu=True) == estimated

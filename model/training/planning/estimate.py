@@ -12,6 +12,7 @@ import torch
 
 from model.config.schema import RunConfig, micro_batch_size
 from model.losses import ROWS_AT_ONCE
+from model.progress import progress
 from model.tasks.build import build_meta_task
 from model.tasks.decoders import decoder_shape
 from model.training.flops import step_flops
@@ -126,11 +127,15 @@ def _growth(config_json: str, on_cpu: bool) -> tuple[float, float]:
     dtype = torch.bfloat16 if on_cpu and _width(config) == 2 else torch.float32
     scale = 0.5 if not on_cpu and _width(config) == 2 else 1.0
     few, many = CLIPS
-    one = _peak(config, dtype, (1, 1), few)
-    per_clip = (_peak(config, dtype, (1, 1), many) - one) / (many - few)
-    constant = one - few * per_clip
-    vision = 0.0 if config.task == "language_modeling" else (_peak(config, dtype, (2, 1), few) - one) / few
-    text = (_peak(config, dtype, (1, 2), few) - one) / few
+    cases = [((1, 1), few), ((1, 1), many), ((1, 2), few)]
+    if config.task != "language_modeling":
+        cases.append(((2, 1), few))
+    measured = progress(cases, total=len(cases), desc="measuring activations", unit="case")
+    base, larger, deeper, *with_vision = [_peak(config, dtype, layers, clips) for layers, clips in measured]
+    per_clip = (larger - base) / (many - few)
+    constant = base - few * per_clip
+    text = (deeper - base) / few
+    vision = sum(peak - base for peak in with_vision) / few
     per_clip += (config.model.vision.num_hidden_layers - 1) * vision + (text_layers - 1) * text
     return scale * constant, scale * per_clip
 
