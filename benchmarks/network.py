@@ -8,14 +8,7 @@ in beam search. Sizes are those of the only published timing of the original cod
 new process, and the two implementations are interleaved. Memory excludes weights and program.
 """
 
-import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from benchmarks.interleaved import compare, run, write_report
 from model.layers import Linear
 from model.mplug_video import (
     MPlugVideoConfig,
@@ -61,9 +55,6 @@ TEXT = {
     "eos_token_id": 7,
     "pad_token_id": 7,
 }
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
-"""Makes glibc return freed memory, so that the peak is that of live tensors. Slower, so not used for timing."""
-RESULTS = Path(__file__).parent / "results"
 Model = MPlugVideoForConditionalGeneration | MPlugVideoForClassification
 
 
@@ -226,85 +217,13 @@ JOBS = {
 }
 
 
-def measure(job: str, path: str, device: str) -> None:
-    """Prints one measurement as JSON."""
-    torch.set_num_threads(2 if device == "cpu" else torch.get_num_threads())
-    torch.manual_seed(1)
-    run, repeats = JOBS[job](path, device)
-    before = _resident_mib(device)
-    run()  # warm-up: allocations and caches
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    found = {"s": statistics.median(seconds), "peak_mib": _peak_mib(device), "before_mib": before, "result": result}
-    print(json.dumps(found))
-
-
-def _resident_mib(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.memory_allocated() / 2**20
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-def _peak_mib(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _measured(job: str, path: str, device: str, environment: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.network", "--measure", job, path, "--device", device]
-    environment = {**os.environ, **environment}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-
-
-def _summary(seconds: list[float], memory: dict[str, Any]) -> dict[str, Any]:
-    step_mib = memory["peak_mib"] - memory["before_mib"]
-    return {"s": statistics.median(seconds), "step_mib": step_mib, "result": memory["result"]}
-
-
-def compare(rounds: int, device: str) -> None:
-    rows = {}
-    for job in JOBS:
-        seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-        for _ in range(rounds):
-            for path, found in seconds.items():
-                found.append(_measured(job, path, device, {})["s"])
-        memory = {path: _measured(job, path, device, RETURN_FREED) for path in seconds}
-        plain, ours = (_summary(seconds[path], _measured(job, path, device, RETURN_FREED)) for path in seconds)
-        faster, memory = plain["s"] / ours["s"], ours["step_mib"] / plain["step_mib"]
-        rows[job] = {"plain": plain, "ours": ours, "times_faster": faster, "memory": memory}
-        times = f"{plain['s']:7.3f} s -> {ours['s']:7.3f} s   {faster:5.2f} x"
-        mib = f"{plain['step_mib']:6.0f} MiB -> {ours['step_mib']:6.0f} MiB   {memory:.2f} x"
-        print(f"{job:32} {times}   {mib}", flush=True)
+def report(rounds: int, device: str) -> None:
+    rows = compare("benchmarks.network", JOBS, rounds, device)
     scores = [rows["scores of 45 classes, 1 clip"][path]["result"] for path in ("ours", "plain")]
     difference = max(abs(a - b) / abs(b) for a, b in zip(*scores, strict=True))
     print(f"largest relative difference of a class's score: {difference:.1e}")
-    for row in rows.values():
-        del row["plain"]["result"], row["ours"]["result"]
-    machine = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    report = {"machine": machine, "torch": torch.__version__, "rounds": rounds, "score_difference": difference}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"model-{device}.json").write_text(json.dumps({**report, "jobs": rows}, indent=1) + "\n")
-
-
-def _processor() -> str:
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return f"{model.partition(': ')[2]}, 2 threads"
+    write_report("model", rows, device, rounds=rounds, score_difference=difference)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each path")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--measure", nargs=2, metavar=("JOB", "PATH"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        measure(*arguments.measure, arguments.device)
-    else:
-        compare(arguments.rounds, arguments.device)
+    run(__doc__ or "", JOBS, report)

@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.causal_lm import room_for
+from model.layers import use_linear
 from model.losses import losses_at
 from model.mplug_owl_video.abstractor import MplugOwlVisualAbstractorModel
 from model.mplug_owl_video.bloom import prepare_bloom
@@ -45,6 +46,7 @@ class MplugOwlForConditionalGeneration(PreTrainedModel):
         self.temporal_query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.abstractor = MplugOwlVisualAbstractorModel(config.visual_abstractor_config, config.text_config.hidden_size)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        use_linear(self.language_model)
         self.abstractor_checkpointing = False
         if config.text_config.model_type == "bloom":
             prepare_bloom(self.language_model)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from model.layers import (
     Apply,
@@ -21,11 +20,10 @@ from model.layers import (
     embed_patches,
     keep_intermediate,
     linear,
+    quick_gelu,
     recompute_intermediate,
 )
 from model.mplug_owl_video.configuration import MplugOwlVisionConfig
-
-quick_gelu = ACT2FN["quick_gelu"]
 
 
 class PointwiseConv(nn.Conv3d):
