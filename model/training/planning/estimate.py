@@ -94,7 +94,7 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
         gradients=trained * width * (part if stage >= 2 else 1.0) + under_way,
         optimizer=4 * copies * trained * (part if stage else 1.0),
         activations=activation_bytes(config, micro_batch, on_cpu=on_cpu),
-        logits=ROWS_AT_ONCE * vocabulary * (4 + 2 * width) if passes[0].scored else 0.0,
+        logits=_logits_bytes(config, passes[0].scored, vocabulary),
         host=12 * trained * (part if stage else 1.0),
     )
     return RunPlan(
@@ -107,6 +107,13 @@ def plan_run(config: RunConfig, processes: int, *, on_cpu: bool = False) -> RunP
         model_bytes=width * (trained + frozen),
         step_flops=step_flops(task, reads, passes).total * share,
     )
+
+
+def _logits_bytes(config: RunConfig, scored: int, vocabulary: int) -> float:
+    """Logits and their gradients; those of a trained decoder are kept for the backward pass."""
+    width = _width(config)
+    kept = 0 if config.model.freeze_decoder else scored
+    return float(min(ROWS_AT_ONCE, scored) * vocabulary * (4 + 2 * width) + kept * vocabulary * width)
 
 
 def activation_bytes(config: RunConfig, clips: int, *, on_cpu: bool) -> float:
