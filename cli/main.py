@@ -40,7 +40,7 @@ def presets() -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="GPT-3 folder, image encoder, or trained model, as published.")],
+    source: Annotated[Path, typer.Argument(help="GPT-3 folder, image encoder, trained model, or checkpoint.")],
     dest: Annotated[str, typer.Argument(help="Folder or s3:// URI to write; must not exist.")],
     decoder: Annotated[
         Path | None, typer.Option(help="A trained model's GPT-3 folder: tokenizer, number of heads.")
