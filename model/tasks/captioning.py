@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.data.annotations import Annotation
 from model.data.loading.loader import Batch, Example
 from model.tasks import metrics
 from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
@@ -46,14 +47,8 @@ class Captioning(Task):
             do_sample=False,
             max_new_tokens=RELEASED_NEW_TOKENS if released else self.config.data.max_length,
         )
-        return [
-            {
-                "video": annotation.video,
-                "prediction": text,
-                "references": list(annotation.references or [annotation.text]),
-            }
-            for annotation, text in zip(batch["annotations"], self.processor.captions(written), strict=True)
-        ]
+        texts = self.processor.captions(written)
+        return [captioned(annotation, text) for annotation, text in zip(batch["annotations"], texts, strict=True)]
 
     @staticmethod
     def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -62,3 +57,9 @@ class Captioning(Task):
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
         return [(row["prediction"], row["references"][0]) for row in predictions]
+
+
+def captioned(annotation: Annotation, text: str) -> Prediction:
+    """The prediction of a clip's caption."""
+    references = list(annotation.references or [annotation.text])
+    return {"video": annotation.video, "prediction": text, "references": references}

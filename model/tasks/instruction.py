@@ -112,16 +112,7 @@ class Instruction(Task):
             max_new_tokens=self.max_new_tokens,
         )
         answers = self.processor.batch_decode(written, skip_special_tokens=True)
-        return [
-            {
-                "video": annotation.video,
-                "question": text_of(annotation.conversation[-2]),
-                "question_type": annotation.label,
-                "prediction": answer.strip(),
-                "references": [text_of(annotation.conversation[-1])],
-            }
-            for annotation, answer in zip(batch["annotations"], answers, strict=True)
-        ]
+        return [answered(row, answer.strip()) for row, answer in zip(batch["annotations"], answers, strict=True)]
 
     @staticmethod
     def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -173,6 +164,18 @@ class Instruction(Task):
             elif is_partitioned or (is_trained and name == "videos"):
                 vectors[number] = self.model.encode_media(pixels.new_zeros(1, *pixels.shape[1:]))[:0]
         return vectors
+
+
+def answered(annotation: Annotation, answer: str) -> Prediction:
+    """The prediction for the last question of a conversation."""
+    question, reference = annotation.conversation[-2:]
+    return {
+        "video": annotation.video,
+        "question": text_of(question),
+        "question_type": annotation.label,
+        "prediction": answer,
+        "references": [text_of(reference)],
+    }
 
 
 def longest_answer(tokenizer: PreTrainedTokenizerBase, references: list[str]) -> int:

@@ -22,9 +22,9 @@ from model.mplug_video.processing import clean_caption
 from model.pretrained import load_pretrained
 from model.tasks import classification
 from model.tasks.base import Evaluator, Prediction, Predictions, Scores
-from model.tasks.captioning import MAX_WORDS, NUM_BEAMS, Captioning
+from model.tasks.captioning import MAX_WORDS, NUM_BEAMS, Captioning, captioned
 from model.tasks.families import Family, MplugOwlFamily, MPlugVideoFamily, Prompts
-from model.tasks.instruction import Instruction, longest_answer
+from model.tasks.instruction import Instruction, answered, longest_answer
 
 PROMPTS: dict[str, dict[str, dict[str, str]]] = {
     MPlugVideoConfig.model_type: {
@@ -188,8 +188,7 @@ class ZeroShotCaptioning(ZeroShot):
         return [text for annotation in annotations for text in annotation.references or [annotation.text]]
 
     def prediction(self, annotation: Annotation, answer: str) -> Prediction:
-        references = list(annotation.references or [annotation.text])
-        return {"video": annotation.video, "prediction": answer, "references": references}
+        return captioned(annotation, answer)
 
 
 class ZeroShotInstruction(ZeroShot):
@@ -215,14 +214,7 @@ class ZeroShotInstruction(ZeroShot):
         return [text_of(annotation.conversation[-1]) for annotation in annotations]
 
     def prediction(self, annotation: Annotation, answer: str) -> Prediction:
-        question, reference = annotation.conversation[-2:]
-        return {
-            "video": annotation.video,
-            "question": text_of(question),
-            "question_type": annotation.label,
-            "prediction": answer,
-            "references": [text_of(reference)],
-        }
+        return answered(annotation, answer)
 
 
 BENCHMARKS: dict[str, type[ZeroShot]] = {

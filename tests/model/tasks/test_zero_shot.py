@@ -119,7 +119,7 @@ def test_every_benchmark_is_scored(family: str, models: dict[str, str], shards: 
 
 def test_the_command_prints_scores_and_protocol(instructed: str, shards: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
-    options = ["--zero-shot", "--prompt", "brief", "--split", "val", "--out", str(out)]
+    options = ["--zero-shot", "--prompt", "brief", "--split", "val", "--out", str(out), "--tracking-uri", ""]
     command = [MPLUG, "evaluate", instructed, shards["instruction"], *options]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
