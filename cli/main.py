@@ -115,10 +115,12 @@ def train_command(
     Example: `mplug train tiny_pretraining --processes 2 data.shards=work/shards/pretrain@… model.decoder=work/models/…`
     """
     from model.config.load import load_config
+    from model.config.schema import micro_batch_size
     from model.training.launch import launch
 
     settings = [*(overrides or []), *(["training.profile=true"] if profile else [])]
-    load_config(config, settings)  # fails before any process starts
+    loaded = load_config(config, settings)  # fails before any process starts
+    micro_batch_size(loaded, processes or 1)
     sys.exit(launch(config, settings, processes))
 
 
