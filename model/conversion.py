@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,19 @@ class Conversion:
     """Processor or tokenizer, if the source's files are not used."""
     files: list[Path] = field(default_factory=list)
     """Files that are copied as they are."""
-    tied: dict[str, str] = field(default_factory=dict)
-    """Other names of a tensor, which only the format bin repeats, and its own name."""
+
+    @cached_property
+    def network(self) -> PreTrainedModel:
+        """The network without memory, for names and shapes. The configuration must be complete."""
+        with torch.device("meta"):
+            return self.architecture(self.config)
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Other names of tied weights, which only the format bin repeats, and their own names."""
+        own = {id(weights): name for name, weights in self.network.named_parameters()}
+        every = self.network.named_parameters(remove_duplicate=False)
+        return {name: own[id(weights)] for name, weights in every if own[id(weights)] != name}
 
     def map(self, source: str, target: str | None, recipe: Recipe) -> None:
         """Without a target the tensor keeps its name, and is reported with all other unknown ones."""
@@ -107,9 +119,7 @@ def write_conversion(conversion: Conversion, source: Path, dest: Path, format: s
 
 def _forms(conversion: Conversion) -> dict[str, Tensor]:
     """A meta tensor per target. Raises ConversionError, one line per unknown, missing or misshapen tensor."""
-    with torch.device("meta"):
-        network = conversion.architecture(conversion.config)
-    expected = {name: parameter.shape for name, parameter in network.named_parameters()}
+    expected = {name: parameter.shape for name, parameter in conversion.network.named_parameters()}
     sources = {target: name for name, target in conversion.mapped.items()}
     forms = {name: recipe.make("meta") for name, recipe in conversion.recipes.items()}
     problems = [f"{name} is missing in the source." for name in expected if name not in forms]

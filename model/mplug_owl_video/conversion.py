@@ -62,7 +62,7 @@ def convert_mplug_owl(
     """
     files = _files(source, base)
     config = MplugOwlConfig.from_pretrained(files[CONFIG].parent)
-    conversion = Conversion(config, MplugOwlForConditionalGeneration, files=list(files.values()), tied=_tied(config))
+    conversion = Conversion(config, MplugOwlForConditionalGeneration, files=list(files.values()))
     updates: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for name, tensor in open_checkpoint(source).items():
         own = PREFIX.sub("", name).replace(".base_layer.", ".")
@@ -132,15 +132,6 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, transposed: bool
     """The weight (out, in) with the update b (out, r) · a (r, in), computed in fp32."""
     update = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
     return (weight.float() + (update.T if transposed else update)).to(weight.dtype)
-
-
-def _tied(config: MplugOwlConfig) -> dict[str, str]:
-    """Other names of tied weights, and their own names."""
-    with torch.device("meta"):
-        network = MplugOwlForConditionalGeneration(config)
-    own = {id(weights): name for name, weights in network.named_parameters()}
-    every = network.named_parameters(remove_duplicate=False)
-    return {name: own[id(weights)] for name, weights in every if own[id(weights)] != name}
 
 
 def _drop_tied(conversion: Conversion) -> None:

@@ -7,6 +7,7 @@ B batch, K queries, L text tokens, D decoder width, Dv vision width, V vocabular
 the right and the decoder is causal, so no real token attends to it, and no attention mask is needed.
 """
 
+import re
 from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
 from model.mplug_video.decoding import beam_search
 from model.mplug_video.vision import TimeSformer
+
+HEADS = ("vision_proj.", "text_proj.", "temperature", "classifier.")
+"""Starts of the names of weights that a task adds. A model of another task has none, or others."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,7 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     _supports_sdpa = True
-    _keys_to_ignore_on_load_unexpected = [
-        r"^(vision_proj|text_proj|classifier)\.",
-        "^temperature$",
-    ]  # other tasks' heads
+    _keys_to_ignore_on_load_unexpected = [f"^{re.escape(head)}" for head in HEADS]
 
     def __init__(
         self,

@@ -17,8 +17,6 @@ from model.tasks import build_mplug_owl, task_class
 from model.tasks.base import Task
 from model.tasks.decoders import decoder_shape, fresh_decoder_config, validate_sizes
 
-FRESH_HEADS = ("vision_proj.", "text_proj.", "temperature", "classifier.")
-"""Parameters that a task may add to the model that it starts from. Any other missing weight is an error."""
 NOT_SIZES = {"initializer_range"}
 """Settings of the vision encoder that existing weights need not match."""
 MPLUG_OWL = "MplugOwlForConditionalGeneration"
@@ -120,7 +118,7 @@ def _continued(config: RunConfig, task: type[Task]) -> Built:
     model, report = getattr(modeling, task.architecture).from_pretrained(
         folder, config=model_config, dtype=torch.float32, output_loading_info=True
     )
-    missing = [name for name in report["missing_keys"] if not name.startswith(FRESH_HEADS)]
+    missing = [name for name in report["missing_keys"] if not name.startswith(modeling.HEADS)]
     if missing or report["mismatched_keys"]:
         found = ", ".join([*missing, *(str(key[0]) for key in report["mismatched_keys"])][:3])
         raise ConfigError(f"{uri} must hold every weight but the task's head; missing or of another shape: {found}.")
