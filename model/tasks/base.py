@@ -104,7 +104,8 @@ class Evaluator(ABC):
         rest = {name: value for name, value in batch.items() if name != "frames"}
         return {**rest, "pixel_values": self.processor.normalize(batch["frames"])} if "frames" in batch else rest
 
-    def stack_frames(self, examples: list[Example]) -> Tensor:
+    @staticmethod
+    def stack_frames(examples: list[Example]) -> Tensor:
         """The clips of the examples, uint8 (B, T, H, W, C)."""
         return torch.stack([example.clip for example in examples])
 

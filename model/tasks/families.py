@@ -15,6 +15,7 @@ from model.config.schema import RunConfig
 from model.data.conversations import Conversation, media_of, text_of
 from model.data.loading.loader import Batch, Example
 from model.errors import DataError
+from model.tasks.base import Evaluator
 from model.tasks.instruction import Instruction
 
 
@@ -46,11 +47,8 @@ class Family(ABC):
         """Token IDs (B, L) of the questions, padded on the left, with their mask, the media and the annotations."""
 
     @abstractmethod
-    def normalize(self, batch: Batch) -> Batch:
-        """The batch with normalised pixels."""
-
-    @abstractmethod
-    def embed(self, batch: Batch) -> Prompts: ...
+    def embed(self, batch: Batch) -> Prompts:
+        """The prompts of a batch that `Evaluator.normalize` has seen."""
 
     def texts(self, written: Tensor) -> list[str]:
         return [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
@@ -80,14 +78,11 @@ class MPlugVideoFamily(Family):
     def ask(self, examples: list[Example], questions: list[Conversation]) -> Batch:
         rows = [torch.tensor(self._encode(messages)) for messages in questions]
         return {
-            "frames": torch.stack([example.clip for example in examples]),
+            "frames": Evaluator.stack_frames(examples),
             "input_ids": pad_sequence(rows, True, self.processor.tokenizer.pad_token_id, "left"),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
             "annotations": [example.annotation for example in examples],
         }
-
-    def normalize(self, batch: Batch) -> Batch:
-        return {**batch, "pixel_values": self.processor.normalize(batch["frames"])}
 
     def embed(self, batch: Batch) -> Prompts:
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -116,10 +111,7 @@ class MplugOwlFamily(Family):
     def ask(self, examples: list[Example], questions: list[Conversation]) -> Batch:
         return self.task.ask(examples, questions)
 
-    def normalize(self, batch: Batch) -> Batch:
-        return self.task.normalize(batch)
-
     def embed(self, batch: Batch) -> Prompts:
         ids = batch["input_ids"]
-        embeddings = self.model.embed(ids, media=self.task.encode_media(batch))
+        embeddings = self.model.embed(ids, media=self.task.encode_media(self.task.normalize(batch)))
         return Prompts(embeddings, batch["attention_mask"], ids[:, -1])

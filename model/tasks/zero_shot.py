@@ -95,9 +95,6 @@ class ZeroShot(Evaluator):
     def collate_evaluation(self, examples: list[Example]) -> Batch:
         return self.family.ask(examples, [self.question(example.annotation) for example in examples])
 
-    def normalize(self, batch: Batch) -> Batch:
-        return self.family.normalize(batch)
-
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
         return self.answer(self.family.embed(batch), batch["annotations"])
