@@ -172,7 +172,7 @@ def fetched(split: str) -> None:
     clips = source(split)
     order = BatchSampler(size=600, seed=1, batch_size=24, steps=25)
     nothing = DataConfig(workers=0, read_ahead=CONFIG.read_ahead)
-    object.__setattr__(clips, "example", lambda draw, record: Example(annotation=record.annotation, clip=None, seed=""))
+    object.__setattr__(clips, "example", lambda draw, record: Example(annotation=record.annotation, media=[], seed=""))
     for _ in training_batches(clips, order, lambda examples: {}, nothing):
         pass
 

@@ -178,13 +178,15 @@ def classes(path: str, device: str) -> tuple[Callable[[], object], int]:
     lengths = torch.tensor([[len(name) + 1] for name in json.loads(CLASS_NAMES.read_text())], device=device)
     position = torch.arange(1, TOKENS, device=device)  # of the token that a column's loss refers to
     mask = ((position >= PROMPT_TOKENS) & (position < PROMPT_TOKENS + lengths)).float()
+    texts = [row[: PROMPT_TOKENS + int(length)].tolist() for row, length in zip(ids, lengths, strict=True)]
+    starts = [PROMPT_TOKENS] * CLASSES
 
     @torch.no_grad()
     def score() -> list[float]:
         prefix = model.encode_video(clip).prefix
         if path == "plain":
             return (-plain_losses(model, prefix.expand(CLASSES, -1, -1), ids, mask).sum(dim=1)).tolist()
-        return model.score_answers(prefix, ids, mask).tolist()
+        return model.score_answers(model.read_prefixes(prefix), [texts], [starts])[0].tolist()
 
     return score, 3
 

@@ -39,11 +39,11 @@ from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from model.data.synthetic.corpus import synthesize_corpus
+from model.distributed import ALONE, Processes, processes
 from model.tasks.build import build_task
 from model.tasks.language_modeling import publish_tokenizer
 from model.tracking import tracked
 from model.training.checkpoint import Checkpoints
-from model.training.distributed import ALONE, Processes, processes
 from model.training.engine import Engine
 from model.training.exporter import Exporter
 from model.training.loop import Training, seed_step

@@ -35,7 +35,6 @@ def run_demo(folder: Path, *, scale: float, overrides: list[str]) -> int:
     validate_arguments({"root": ROOT, "overrides": overrides})
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLUG_CACHE", str(folder / "cache"))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two stages at a time: their threads would compete for two cores
     started = time.monotonic()
     with _interruptible():
         source = _corpus(folder, scale)

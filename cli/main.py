@@ -1,6 +1,5 @@
 """The command line `mplug`: the main commands, and the groups data, pipeline and job."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -152,43 +151,52 @@ def plan(
 
 @app.command("evaluate")
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help="Folder or URI of a trained model.")],
+    model: Annotated[str, typer.Argument(help="Folder or URI of a model, trained here, converted or published.")],
     shards: Annotated[str, typer.Argument(help="Folder or URI of a sharded benchmark.")],
-    split: Annotated[str, typer.Option(help="val or test.")] = "test",
-    preset: Annotated[str, typer.Option(help="Preset of the task, for a converted model.")] = "",
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="val or test.")] = "val",
     zero_shot: Annotated[
         bool, typer.Option(help="Ask a model that was not fine-tuned for this: category, caption or answer.")
     ] = False,
     prompt: Annotated[str, typer.Option(help="Name of the prompt of --zero-shot; a wrong one lists all.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 32,
-    out: Annotated[str, typer.Option(help="Where to write scores and predictions as JSON.")] = "",
+    rerank: Annotated[
+        str, typer.Option(help="A model of task matching, which orders the best results of a retrieval model anew.")
+    ] = "",
+    top_k: Annotated[int, typer.Option(min=1, help="Results per query that --rerank compares.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch of a process.")] = 32,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine. Default: one per GPU, or one.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder or URI for scores.json and predictions.jsonl.")] = "",
     tracking_uri: TrackingUri = "",
 ) -> None:
-    """Score a model on a benchmark and print its metrics.
+    """Score a model on a benchmark, with confidence intervals, and print its metrics.
 
-    Example: `mplug evaluate work/models/tiny-retrieval work/shards/retrieval@… --out scores.json`
+    The model's own configuration applies, except for settings such as `data.workers=4`, `model.vision.num_frames=8` or
+    `task=matching`. In a pod of a PyTorchJob, this machine is one of its nodes.
+
+    Example: `mplug evaluate work/models/tiny-retrieval work/shards/retrieval@… --out work/evaluations/tiny-retrieval`
 
     Example: `mplug evaluate mplug-youku-bloomz-7b work/shards/classification@… --zero-shot --prompt video`
     """
-    if (prompt and not zero_shot) or (preset and zero_shot):
-        raise typer.BadParameter("--prompt needs --zero-shot, which takes no --preset.")
-    from model.evaluation.results import save_evaluation
-    from model.evaluation.runner import evaluate_model
+    if prompt and not zero_shot:
+        raise typer.BadParameter("--prompt needs --zero-shot.")
+    from cli.evaluate import run_evaluation
+    from model.evaluation.runner import Request
 
-    evaluation = evaluate_model(
-        model,
+    request = Request(
+        model=model,
         shards=shards,
         split=split,
-        preset=preset,
+        overrides=overrides or (),
         batch_size=batch_size,
-        tracking={"uri": tracking_uri, "pipeline": ""},
+        tracking={"uri": tracking_uri},
         zero_shot=zero_shot,
         prompt=prompt,
+        rerank=rerank,
+        top_k=top_k,
     )
-    print("; ".join(f"{name}: {value}" for name, value in evaluation.protocol.items()), file=sys.stderr)
-    if out:
-        save_evaluation(evaluation, out)
-    print(json.dumps(evaluation.scores, indent=1))
+    sys.exit(run_evaluation(request, out, processes))
 
 
 @app.command("chat")

@@ -1,4 +1,4 @@
-"""Scores a trained model on the test split of a benchmark."""
+"""Scores a trained model on one split of a benchmark."""
 
 from kfp.dsl import Metrics, Output
 
@@ -10,6 +10,8 @@ def evaluate(
     trained: str,
     config: str,
     shards: dict[str, str],
+    split: str,
+    cpu: str,
     tracking: dict[str, str],
     code_version: str,
     baseline: str,
@@ -17,7 +19,8 @@ def evaluate(
 ) -> str:
     """Returns the URI of the evaluation: scores, chance levels and every prediction.
 
-    With the `baseline` "untuned", the model as it was before its training is scored as well.
+    With the `baseline` "untuned", the model as it was before its training is scored as well. `cpu` is that of the step,
+    from which the number of threads follows.
     """
     import json
     from pathlib import Path
@@ -26,13 +29,20 @@ def evaluate(
     from model.errors import exit_codes
     from model.evaluation.results import save_evaluation
     from model.evaluation.runner import evaluate_model
+    from model.threads import use_threads
 
     with exit_codes():
+        workers = use_threads(cpu) - 1
         evaluation = evaluate_model(
-            trained, shards=shards[preset_dataset(config)], tracking=tracking, with_untuned=baseline == "untuned"
+            trained,
+            shards=shards[preset_dataset(config)],
+            split=split,
+            overrides=[f"data.workers={workers}"],
+            tracking=tracking,
+            with_untuned=baseline == "untuned",
         )
         for name, value in evaluation.scores.items():
             metrics.log_metric(name, value)
         # without a file the local runner does not cache the artifact, and would repeat the evaluation
         Path(metrics.path).write_text(json.dumps(evaluation.scores))
-        return save_evaluation(evaluation, f"{trained}.test.json")
+        return save_evaluation(evaluation, f"{trained}.{split}")

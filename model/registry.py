@@ -97,13 +97,13 @@ def promote_model(uri: str, name: str, version: str) -> None:
 
 
 @_one_line
-def champion_scores(uri: str, name: str) -> dict[str, float]:
-    """Test metrics of the champion; empty if there is no champion."""
+def champion_scores(uri: str, name: str, split: str) -> dict[str, float]:
+    """Metrics of the champion on a split; empty if there is no champion."""
     server = mlflow_client(uri)
     if not any(CHAMPION in model.aliases for model in server.search_registered_models(f"name = '{name}'")):
         return {}
     tags = server.get_model_version_by_alias(name, CHAMPION).tags
-    return {key.removeprefix("test."): float(value) for key, value in tags.items() if key.startswith("test.")}
+    return {key.removeprefix(f"{split}."): float(value) for key, value in tags.items() if key.startswith(f"{split}.")}
 
 
 @_one_line

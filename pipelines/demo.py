@@ -82,6 +82,7 @@ def benchmarks(
                 trained=tuned.output,
                 config=benchmark.config,
                 baseline=benchmark.baseline,
+                split="test",
                 **given,
             ),
             p,

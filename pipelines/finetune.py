@@ -24,6 +24,8 @@ class FinetuneParameters(JobParameters):
     """Presets, one for each task."""
     decoder: str = ""
     """Folder or URI of another language model; empty: that of the pre-trained model."""
+    split: str = "val"
+    """Split that the models are evaluated on."""
     minimum: dict[str, float] = {}
     """Minimum score by task, such as {"classification": 0.75}."""
     tolerance: float = 0.0
@@ -31,7 +33,7 @@ class FinetuneParameters(JobParameters):
     promote: bool = False
     """Promote the models to champions if all of them pass the gate."""
     evaluate_cpu: str = "8"
-    """CPU of each evaluation."""
+    """CPU of each evaluation, as a Kubernetes quantity; its number of threads follows from it."""
     evaluate_memory: str = "48Gi"
     """Memory of each evaluation."""
     gpus: int = 1
@@ -49,7 +51,7 @@ def finetune_tasks(p: FinetuneParameters, shards: dict[str, str], tracking: dict
     with dsl.ParallelFor(p.configs, name="tasks") as config:
         tuned = call_step(train, p, config=config, tokenizers={}, init="pretrained", **given)
         set_resources(place(tuned, p.cpu_image), cpu=p.train_cpu, memory=p.train_memory)
-        judged = call_step(evaluate, p, trained=tuned.output, config=config, baseline="", **given)
+        judged = call_step(evaluate, p, trained=tuned.output, config=config, baseline="", cpu=p.evaluate_cpu, **given)
         set_resources(place(judged, p.image), cpu=p.evaluate_cpu, memory=p.evaluate_memory, gpus=p.gpus)
         set_nodes(judged, p.node_selector, p.tolerations)
     passed = call_step(gate, p, evaluations=dsl.Collected(judged.outputs["Output"]), tracking=tracking)

@@ -29,6 +29,7 @@ def run_pipeline(name: str, folder: Path, given: Mapping[str, Any]) -> None:
     known = pipeline_parameters(name)
     values = {
         **{key: value for key, value in LOCAL_DEFAULTS.items() if key in known},
+        **_share_of_cores(known, given),
         "code_version": code_version(),
         **given,
     }
@@ -55,6 +56,14 @@ def run_pipeline(name: str, folder: Path, given: Mapping[str, Any]) -> None:
             raise pipeline_failure(error, [json.loads(line) for line in failures]) from error
         finally:
             del os.environ[FAILURES]
+
+
+def _share_of_cores(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """Evaluations run side by side, one for each of `configs`."""
+    if "evaluate_cpu" not in known:
+        return {}
+    configs = given.get("configs") or known["configs"]["defaultValue"]
+    return {"evaluate_cpu": str(max(1, len(os.sched_getaffinity(0)) // len(configs)))}
 
 
 def pipeline_failure(error: RuntimeError, noted: Sequence[tuple[int, str]]) -> ProcessFailedError:

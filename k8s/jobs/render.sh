@@ -21,4 +21,4 @@ for task in classification retrieval captioning; do
   job "$task" train "$task" 'model.init_from=$(PRETRAINED)' "data.shards=\$(${task^^}_SHARDS)"
 done
 job instruction train instruction_bloomz_7b 'model.init_from=$(BLOOMZ_7B)' 'data.shards=$(INSTRUCTION_SHARDS)'
-job evaluate evaluate '$(FINETUNED)' '$(CLASSIFICATION_SHARDS)' --out '$(MPLUG_ROOT)/evaluations/classification.json'
+job evaluate evaluate '$(FINETUNED)' '$(CLASSIFICATION_SHARDS)' --out '$(MPLUG_ROOT)/evaluations/classification'

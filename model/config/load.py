@@ -28,9 +28,13 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> RunCo
 
     Raises ConfigError with one line per problem.
     """
-    tree = _read(source)
+    return override_config(read_config(source), overrides or [])
+
+
+def override_config(tree: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """Applies `dotted.key=value` overrides to a configuration, and checks everything."""
     problems: list[str] = []
-    for override in overrides or []:
+    for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
             problems.append(f"override must be dotted.key=value, got {override!r}.")
@@ -65,7 +69,8 @@ YamlLoader.add_implicit_resolver(
 )
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The settings of a preset or a YAML file, before they are checked."""
     path = Path(source)
     if path.suffix not in {".yaml", ".yml"}:
         path = PRESETS / f"{source}.yaml"

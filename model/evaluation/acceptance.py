@@ -7,6 +7,7 @@ from model.evaluation.results import Evaluation
 
 CHANCE_FACTORS = {
     ("classification", "top1"): 4.0,
+    ("classification", "generation_top1"): 2.0,
     ("retrieval", "text_to_video_r1"): 10.0,
     ("retrieval", "video_to_text_r1"): 10.0,
     ("instruction", "accuracy"): 1.25,

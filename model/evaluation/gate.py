@@ -41,7 +41,11 @@ def compare_with_champions(
     found = []
     for evaluation in evaluations:
         metric = evaluation.headline
-        known = champion_scores(where["uri"], registered_name(evaluation.task)) if where["uri"] else {}
+        known = (
+            champion_scores(where["uri"], registered_name(evaluation.task), evaluation.protocol["split"])
+            if where["uri"]
+            else {}
+        )
         champion = known.get(metric)
         bounds = [minimum.get(evaluation.task, 0.0), *([] if champion is None else [champion - tolerance])]
         value, required = evaluation.scores[metric], max(bounds)

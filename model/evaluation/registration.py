@@ -26,7 +26,9 @@ def register_candidates(
             continue
         name = registered_name(evaluation.task)
         tags = {"task": evaluation.task, "code_version": code_version}
-        tags |= {f"test.{metric}": f"{value:.4f}" for metric, value in evaluation.scores.items()}
+        tags |= {
+            f"{evaluation.protocol['split']}.{metric}": f"{value:.4f}" for metric, value in evaluation.scores.items()
+        }
         version = registry.register_model(where["uri"], name, evaluation.model, tags)
         if promote:
             registry.promote_model(where["uri"], name, version)

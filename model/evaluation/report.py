@@ -17,6 +17,7 @@ from model.evaluation.pages import figure_uri, image_uri, render_page
 from model.evaluation.results import Evaluation, load_evaluation
 from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts
+from model.tasks.metrics import confusion_matrix
 
 SHOWN = 8
 """Clips per task."""
@@ -44,8 +45,9 @@ def publish_report(uris: Sequence[str], shards: Mapping[str, str], root: str, wh
 def render_report(evaluations: Sequence[Evaluation], results: Sequence[Requirement], shards: Mapping[str, str]) -> str:
     """The page as text."""
     found = compared(evaluations)
-    readers = {task: ShardReader(storage.join(shards[task], "test")) for task in found}
     by_task = {task: evaluation for task, (evaluation, _) in found.items()}
+    splits = {task: evaluation.protocol["split"] for task, evaluation in by_task.items()}
+    readers = {task: ShardReader(storage.join(shards[task], split)) for task, split in splits.items()}
     values = {
         "results": results,
         "tasks": [
@@ -103,16 +105,15 @@ def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, obj
     """Texts with their most similar clips."""
     return [
         {
-            "text": evaluation.predictions[query]["text"],
-            "clips": [(image_uri(frame_strip(reader, clip, 4, height=54)), clip == query) for clip in found[:NEAREST]],
+            "text": row["text"],
+            "clips": [
+                (image_uri(frame_strip(reader, clip, 4, height=54)), clip == query)
+                for clip in row["nearest_clips"][:NEAREST]
+            ],
         }
-        for query, found in enumerate(evaluation.nearest_clips[:SHOWN])
+        for query, row in enumerate(evaluation.predictions[:SHOWN])
     ]
 
 
 def _confusion(evaluation: Evaluation) -> Figure:
-    names = evaluation.class_names
-    counts = [[0] * len(names) for _ in names]
-    for row in evaluation.predictions:
-        counts[names.index(row["label"])][names.index(row["prediction"])] += 1
-    return confusion_figure(counts, names)
+    return confusion_figure(confusion_matrix(evaluation.predictions, evaluation.class_names), evaluation.class_names)

@@ -1,11 +1,17 @@
-"""The stored result of an evaluation."""
+"""The stored result of an evaluation: FOLDER/scores.json and FOLDER/predictions.jsonl."""
 
 import json
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from model import storage
 from model.errors import DataError
+from model.evaluation.bootstrap import Interval
+from model.tasks.metrics import Measures, Prediction
+
+SCORES, PREDICTIONS = "scores.json", "predictions.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,32 +22,58 @@ class Evaluation:
     model: str
     """URI of the evaluated model."""
     protocol: dict[str, str]
-    """What the scores must be read with: split, clips, frames, precision; in a zero-shot one prompt and decoding."""
+    """What the scores must be read with: data, split, clips, frames, precision, prompt, decoding, rules."""
     pretrained: bool
     """Whether fine-tuning started from a pre-trained model."""
     scores: dict[str, float]
+    intervals: dict[str, Interval]
+    """95 % confidence interval of each score."""
     untuned: dict[str, float]
     """Scores of the model before it was tuned; empty if it was not evaluated."""
     chance: dict[str, float]
-    predictions: list[dict[str, Any]]
     class_names: list[str]
     headline: str
     """The score that the paper's tables lead with."""
-    captions: list[tuple[str, str]]
-    """(predicted, true) text of each clip, for display."""
-    nearest_clips: list[list[int]]
-    """For each text, the most similar clips, nearest first; empty for tasks without search."""
+    predictions: list[Prediction]
+    """One for each row of the split, in its order, with `measures`, `shown` and the frames that were read."""
+
+    @property
+    def protocol_line(self) -> str:
+        return "; ".join(f"{name}: {value}" for name, value in self.protocol.items())
+
+    @property
+    def videos(self) -> list[str]:
+        """The clip of each prediction."""
+        return [row["video"] for row in self.predictions]
+
+    @property
+    def measures(self) -> Measures:
+        names = dict.fromkeys(name for row in self.predictions for name in row["measures"])
+        return {name: np.array([row["measures"].get(name, np.nan) for row in self.predictions]) for name in names}
+
+    @property
+    def captions(self) -> list[tuple[str, str]]:
+        """(predicted, true) text of each prediction, for display."""
+        return [(row["shown"]["predicted"], row["shown"]["true"]) for row in self.predictions]
 
 
-def save_evaluation(evaluation: Evaluation, uri: str) -> str:
-    """Writes an evaluation as JSON; returns its URI."""
-    storage.write(uri, json.dumps(vars(evaluation), ensure_ascii=False).encode())
-    return uri
+def save_evaluation(evaluation: Evaluation, folder: str) -> str:
+    """Writes an evaluation, the scores last; returns the URI of the folder."""
+    facts = {key: value for key, value in vars(evaluation).items() if key != "predictions"}
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions)
+    storage.write(storage.join(folder, PREDICTIONS), lines.encode())
+    storage.write(storage.join(folder, SCORES), json.dumps(facts, ensure_ascii=False, indent=1).encode())
+    return folder
 
 
-def load_evaluation(uri: str) -> Evaluation:
+def load_evaluation(folder: str) -> Evaluation:
     """Reads a stored evaluation. Raises DataError if an earlier version wrote it."""
-    tree = json.loads(storage.read(uri))
-    if missing := {field.name for field in fields(Evaluation)} - tree.keys():
-        raise DataError(f"{uri} must hold {', '.join(sorted(missing))}: an earlier version wrote it. Evaluate again.")
-    return Evaluation(**{**tree, "captions": [(predicted, true) for predicted, true in tree["captions"]]})
+    tree: dict[str, Any] = json.loads(storage.read(storage.join(folder, SCORES)))
+    wanted = {field.name for field in fields(Evaluation)} - {"predictions"}
+    if missing := wanted - tree.keys():
+        raise DataError(
+            f"{folder} must hold {', '.join(sorted(missing))}: an earlier version wrote it. Evaluate again."
+        )
+    lines = storage.read(storage.join(folder, PREDICTIONS)).decode().rstrip("\n").split("\n")
+    tree["intervals"] = {name: (low, high) for name, (low, high) in tree["intervals"].items()}
+    return Evaluation(**tree, predictions=[json.loads(line) for line in lines])

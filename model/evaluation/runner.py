@@ -1,134 +1,241 @@
-"""Evaluates a published model on one split: `mplug evaluate MODEL SHARDS`."""
+"""Evaluates a published model on one split: `mplug evaluate MODEL SHARDS`, on one or many processes."""
 
+import logging
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from model import manifest, storage
-from model.config.load import load_config, parse_config
-from model.config.schema import RunConfig
+from model import storage
+from model.config.schema import RunConfig, TrackingConfig
 from model.data.loading.loader import ClipSource, evaluation_batches, on_device, open_split
 from model.data.loading.sampler import EverySample
 from model.data.shards.build import read_quarantine
-from model.data.shards.reader import ShardReader
+from model.data.shards.reader import ShardReader, read_dataset_info
+from model.data.synthetic.corpus import VIDEO
+from model.distributed import Processes
 from model.errors import ConfigError, DataError
+from model.evaluation.bootstrap import intervals
+from model.evaluation.configuration import evaluation_config, trained_config
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
 from model.evaluation.results import Evaluation
 from model.progress import progress
-from model.tasks.base import Evaluator, Prediction
-from model.tasks.build import build_task
+from model.tasks import metrics
+from model.tasks.base import Evaluator
+from model.tasks.build import build_task, build_trained
+from model.tasks.metrics import Measures, Prediction
+from model.tasks.reranking import Reranking
 from model.tasks.zero_shot import build_zero_shot, zero_shot_config
 from model.tracking import Run, tracked
 
+log = logging.getLogger("mplug")
+UNRELIABLE = "unreliable"
+"""Entry of a protocol whose scores must not decide anything."""
+WRONG_TEXTS = (
+    "the released test texts of Youku-mPLUG's retrieval benchmark do not belong to their videos, as its authors say: "
+    "use the split val"
+)
 SHOWN = 8
 """Number of clips in the figure of predictions."""
-NEAREST = 10
-"""Number of clips that are stored for each text."""
+Row = tuple[Prediction, dict[str, Any]]
+"""A prediction, and the frames that were read for it."""
 
 
-def evaluate_model(
-    model: str,
-    *,
-    shards: str,
-    split: str = "test",
-    preset: str = "",
-    batch_size: int = 32,
-    tracking: dict[str, str] | None = None,
-    with_untuned: bool = False,
-    zero_shot: bool = False,
-    prompt: str = "",
-) -> Evaluation:
-    """Scores the model at `model` on <shards>/<split>. Every clip of the split counts exactly once.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to evaluate, and how."""
 
-    A trained model has its configuration with it; a converted one needs `preset`. `with_untuned` also scores the model
-    as it was before its training. `zero_shot` asks any model by a `prompt` of model/tasks/zero_shot.py.
-    Raises DataError if clips of the split are quarantined: scores on the rest would not be comparable.
+    model: str
+    """URI of a model that was trained here, converted or published."""
+    shards: str
+    split: str = "val"
+    overrides: Sequence[str] = ()
+    """`dotted.key=value` settings, such as data.workers=4 or model.vision.num_frames=8."""
+    batch_size: int = 32
+    tracking: Mapping[str, str] = field(default_factory=dict)
+    with_untuned: bool = False
+    """Also score the model as it was before its training."""
+    zero_shot: bool = False
+    """Ask any model by a prompt of model/tasks/zero_shot.py."""
+    prompt: str = ""
+    rerank: str = ""
+    """URI of a model of task matching, which orders the `top_k` results of each query anew."""
+    top_k: int = 10
+
+
+def evaluate_model(model: str, **options: Any) -> Evaluation:
+    """Evaluates on this process alone; the options are those of a request."""
+    (found,) = evaluate(Request(model=model, **options), Processes.alone())
+    return found
+
+
+def evaluate(request: Request, group: Processes) -> list[Evaluation]:
+    """Scores a model on <shards>/<split>, each row exactly once. The first process returns the evaluation.
+
+    The processes share the batches, so the results do not depend on their number. Raises DataError if clips of the
+    split are quarantined: scores on the rest would not be comparable.
     """
-    if zero_shot:
-        config = origin = zero_shot_config(model, shards, tracking or {})
-    else:
-        origin = _origin(model, shards, tracking, preset)
-        config = origin.model_copy(update={"model": origin.model.model_copy(update={"init_from": model})})
-    reader = open_split(storage.join(shards, split), config.data)
-    missing = list(read_quarantine(storage.join(shards, split)))
-    if missing:
-        raise DataError(f"{shards}/{split} must be complete to be evaluated, {len(missing)} clips are quarantined.")
-    untuned = _untuned(origin, reader, batch_size) if with_untuned else {}  # first: one model at a time is in memory
-    task = build_zero_shot(config, prompt) if zero_shot else build_task(config)
-    with tracked(config.tracking, f"evaluate-{config.name}") as run:
-        predictions = _predictions(task, reader, batch_size)
-        protocol = {
-            "split": split,
-            "clips": str(len(reader)),
-            "num_frames": str(task.processor.num_frames),
-            "precision": str(task.model.dtype).removeprefix("torch."),
-            **task.protocol,
-        }
-        run.params({"model": model, "shards": shards, **protocol})
+    config, origin = _config(request), trained_config(request.model)
+    if request.rerank and config.task != "retrieval":
+        raise ConfigError(f"--rerank needs a retrieval model, but {request.model} is evaluated for {config.task}.")
+    reader = open_split(storage.join(request.shards, request.split), config.data)
+    if missing := list(read_quarantine(reader.uri)):
+        raise DataError(f"{reader.uri} must be complete to be evaluated, {len(missing)} clips are quarantined.")
+    untuned = (
+        _untuned(request, reader, group) if request.with_untuned else {}
+    )  # first: one model at a time is in memory
+    task = build_zero_shot(config, request.prompt) if request.zero_shot else build_trained(config)
+    with tracked(config.tracking if group.is_main else TrackingConfig(), f"evaluate-{config.name}") as run:
+        rows = _predictions(task, reader, config, request.batch_size, group)
+        if request.rerank:
+            task = _second_stage(request, task, rows, group)
+            rows = _predictions(task, reader, config, request.batch_size, group)
+        if not group.is_main:
+            return []
+        predictions = task.finish([prediction for prediction, _ in rows])
+        measures = task.measure(predictions, task.categories)
         evaluation = Evaluation(
             task=config.task,
-            model=model,
-            protocol=protocol,
-            pretrained=bool(origin.model.init_from),
-            scores=task.score(predictions, task.categories),
+            model=request.model,
+            protocol=_protocol(request, task, reader, predictions),
+            pretrained=bool(not request.zero_shot and origin and origin.model.init_from),
+            scores=metrics.score(measures),
+            intervals=intervals(measures, [row["video"] for row in predictions]),
             untuned=untuned,
             chance=task.chance(predictions, task.categories),
-            predictions=predictions,
             class_names=task.categories,
             headline=task.headline,
-            captions=task.captions(predictions),
-            nearest_clips=task.nearest_clips(predictions, NEAREST),
+            predictions=_complete(predictions, task.captions(predictions), measures, [frames for _, frames in rows]),
         )
-        run.metrics({f"{split}/{name}": value for name, value in evaluation.scores.items()})
-        _log_pictures(run, evaluation, reader, task)
-    return evaluation
+        _log(run, request, evaluation, reader, task)
+    return [evaluation]
 
 
-def _origin(model: str, shards: str, tracking: dict[str, str] | None, preset: str) -> RunConfig:
-    """The configuration that the model was trained with, with the URI of the data; or that of `preset`."""
-    tree = None if preset else manifest.read_manifest(model).get("config")
-    if tree is None:
-        if not preset:
-            raise ConfigError(f"{model} was converted, not trained here: --preset must name its task's configuration.")
-        tree = load_config(preset, [f"model.init_from={model}", f"data.shards={shards}"]).model_dump(mode="json")
-    tree["data"] |= {"shards": shards}
-    tree["tracking"] |= tracking or {"uri": ""}
-    return parse_config(tree)
+def _config(request: Request) -> RunConfig:
+    make = zero_shot_config if request.zero_shot else evaluation_config
+    return make(request.model, request.shards, request.overrides, request.tracking)
 
 
-def _untuned(origin: RunConfig, reader: ShardReader, batch_size: int) -> dict[str, float]:
+def _untuned(request: Request, reader: ShardReader, group: Processes) -> dict[str, float]:
     """The scores of the model that training started from, with the same fresh weights."""
+    origin, config = trained_config(request.model), _config(request)
+    if not origin:
+        raise ConfigError(f"{request.model} must have been trained here to be compared with its untuned model.")
     torch.manual_seed(origin.seed)
-    task = build_task(origin)
-    return task.score(_predictions(task, reader, batch_size), task.categories)
+    task = build_task(origin.model_copy(update={"data": config.data}))
+    rows = _predictions(task, reader, config, request.batch_size, group)
+    return task.score(task.finish([row for row, _ in rows]), task.categories) if group.is_main else {}
+
+
+def _second_stage(request: Request, first: Evaluator, rows: list[Row], group: Processes) -> Reranking:
+    """The matching model, with the predictions of the retrieval model on every process."""
+    overrides = [*(item for item in request.overrides if not item.startswith("model.")), "task=matching"]
+    config = evaluation_config(request.rerank, request.shards, overrides, request.tracking)
+    second = build_trained(config)
+    found = group.from_main(lambda: [prediction for prediction, _ in rows])
+    return Reranking(config, second.model, second.processor, found, request.top_k, first.protocol)
 
 
 @torch.inference_mode()
-def _predictions(task: Evaluator, reader: ShardReader, batch_size: int) -> list[Prediction]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task.model.eval().to(device)
-    source = ClipSource(reader=reader, processor=task.processor, read_video=task.reads_video)
-    order = EverySample(size=len(reader), batch_size=batch_size)
-    loader = evaluation_batches(source, order, task.collate_evaluation)
+def _predictions(
+    task: Evaluator, reader: ShardReader, config: RunConfig, batch_size: int, group: Processes
+) -> list[Row]:
+    """The predictions of all processes in the order of the split, on the first process."""
+    task.model.eval().to(group.device)
     task.read_split(list(reader.annotations()))
-    return [
-        prediction
-        for batch in progress(loader, total=order.steps, desc=f"evaluating {task.config.name}", unit="batch")
-        for prediction in task.predict(task.normalize(on_device(batch, device)))
+    source = ClipSource(reader=reader, processor=task.processor, read_video=task.reads_video)
+    order = EverySample(size=len(reader), batch_size=batch_size, rank=group.rank, world_size=group.world_size)
+    loader = evaluation_batches(
+        source,
+        order,
+        task.collate_evaluation,
+        workers=config.data.workers,
+        read_ahead=config.data.read_ahead,
+        with_origins=True,
+    )
+    own = [
+        list(zip(task.predict(task.normalize(on_device(batch, group.device))), batch["frames_read"], strict=True))
+        for batch in progress(
+            loader, total=order.steps, desc=f"evaluating {config.name}", unit="batch", show=group.is_main
+        )
     ]
+    parts = group.collected(own)
+    rows = list(chain.from_iterable(chain.from_iterable(zip_longest(*parts, fillvalue=[]))))
+    if group.is_main and len(rows) != len(reader):
+        raise DataError(f"{reader.uri} has {len(reader)} rows, but {len(rows)} were evaluated.")
+    return rows
 
 
-def _log_pictures(run: Run, evaluation: Evaluation, reader: ShardReader, task: Evaluator) -> None:
-    """Logs the table of predictions, and a figure of the first clips with prediction and truth."""
+def _protocol(
+    request: Request, task: Evaluator, reader: ShardReader, predictions: Sequence[Prediction]
+) -> dict[str, str]:
+    """How the scores came about, in the order of a sentence."""
+    described = read_dataset_info(request.shards)
+    processor = task.processor
+    return {
+        "data": f"{described['dataset']}@{described['sha256'][request.split][:12]}",
+        "split": request.split,
+        "clips": str(len({row["video"] for row in predictions})),
+        "rows": str(len(predictions)),
+        "frames": f"{processor.num_frames}, the middle ones of equal intervals",
+        "image_size": str(processor.image_size),
+        "precision": str(task.model.dtype).removeprefix("torch."),
+        **task.protocol,
+        **_reservations(described["dataset"], request.split, predictions[0]["video"]),
+    }
+
+
+def _reservations(dataset: str, split: str, video: str) -> dict[str, str]:
+    is_synthetic = video == VIDEO.format(dataset=dataset, split=split, index=0)
+    if (dataset, split) != ("retrieval", "test") or is_synthetic:
+        return {}
+    log.warning(WRONG_TEXTS)
+    return {UNRELIABLE: WRONG_TEXTS}
+
+
+def _complete(
+    predictions: Sequence[Prediction],
+    captions: Sequence[tuple[str, str]],
+    measures: Measures,
+    frames: Sequence[dict[str, Any]],
+) -> list[Prediction]:
+    """The predictions as they are stored."""
+    columns = {name: values.tolist() for name, values in measures.items()}
+    rows = []
+    for number, (prediction, (predicted, true), read) in enumerate(zip(predictions, captions, frames, strict=True)):
+        own = {name: values[number] for name, values in columns.items() if values[number] == values[number]}  # not NaN
+        rows.append({**prediction, "shown": {"predicted": predicted, "true": true}, "measures": own, **read})
+    return rows
+
+
+def _log(run: Run, request: Request, evaluation: Evaluation, reader: ShardReader, task: Evaluator) -> None:
+    """Logs protocol, metrics with their intervals, tables, and a figure of the first clips."""
+    run.params({"model": request.model, "shards": request.shards, **evaluation.protocol})
+    run.metrics({f"{request.split}/{name}": value for name, value in evaluation.scores.items()})
     rows = [
-        {key: value for key, value in row.items() if not isinstance(value, list) or key == "references"}
+        {key: value for key, value in row.items() if key == "references" or not isinstance(value, list | dict)}
         for row in evaluation.predictions
     ]
     run.table(rows, "predictions")
-    run.table([{"metric": key, "value": value} for key, value in evaluation.scores.items()], "metrics")
-    positions = range(min(SHOWN, len(reader)))
-    strips = [frame_strip(reader, position, task.processor.num_frames) for position in positions]
+    run.table(
+        [
+            {
+                "metric": name,
+                "value": value,
+                "low": evaluation.intervals[name][0],
+                "high": evaluation.intervals[name][1],
+            }
+            for name, value in evaluation.scores.items()
+        ],
+        "metrics",
+    )
+    if evaluation.class_names and "label" in evaluation.predictions[0]:
+        run.table(metrics.category_table(evaluation.predictions, evaluation.class_names), "categories")
+    strips = [frame_strip(reader, row, task.processor.num_frames) for row in range(min(SHOWN, len(reader)))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "predictions.png"
         save_figure(prediction_figure(strips, evaluation.captions[:SHOWN]), path)

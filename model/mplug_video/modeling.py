@@ -8,7 +8,7 @@ the right and the decoder is causal, so no real token attends to it, and no atte
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.causal_lm import decode_candidates, score_candidates, without_dropout
+from model.causal_lm import ReadPrompts, Texts, without_dropout
 from model.losses import losses_at
 from model.mplug_video.abstractor import VisualAbstractor
 from model.mplug_video.configuration import MPlugVideoConfig
@@ -146,14 +146,22 @@ class MPlugVideoPreTrainedModel(PreTrainedModel):
         """Cross entropies (B, L - 1) of tokens 1..L-1 from states (B, L, D), where `loss_mask` (B, L - 1) is one."""
         return losses_at(states, self.decoder.get_output_embeddings(), input_ids, loss_mask)
 
-    @torch.no_grad()
-    def score_answers(self, prefix: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Log likelihoods (R,) of R texts (R, L) for the clip whose prefix is (1, K, D), summed where `loss_mask` is 1.
+    def read_prefixes(self, prefix: Tensor) -> ReadPrompts:
+        """Visual prefixes (B, K, D) in the decoder's cache."""
+        return ReadPrompts(self.decoder, prefix)
+
+    def score_answers(self, prefixes: ReadPrompts, texts: Texts, starts: Sequence[Sequence[int]]) -> Tensor:
+        """Log likelihoods (B, N) of N texts for each clip, over the tokens of the answers, from number `starts` on.
 
         Sums favour short answers, as does the published evaluation (see `mean_answer_scores`).
         """
-        scores = score_candidates(self.decoder, prefix, input_ids, loss_mask)
-        return scores / loss_mask.sum(dim=1) if self.config.mean_answer_scores else scores
+        scores = prefixes.log_likelihoods(texts, starts)
+        if not self.config.mean_answer_scores:
+            return scores
+        lengths = [
+            [len(text) - start for text, start in zip(*own, strict=True)] for own in zip(texts, starts, strict=True)
+        ]
+        return scores / torch.tensor(lengths, device=scores.device)
 
     def text_features(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """The state of each row's last real token, (B, L, D) -> (B, D)."""
@@ -270,13 +278,9 @@ class MPlugVideoForClassification(MPlugVideoPreTrainedModel):
         """Head logits (B, classes) from the state at the end of prefix + title."""
         return self.classifier(self.text_features(self.decode(prefix, input_ids), attention_mask))
 
-    @torch.no_grad()
-    def classify_candidates(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Head logits (R, classes) of R titles (R, L) for the clip whose prefix is (1, K, D)."""
-        logits = prefix.new_empty((len(input_ids), len(self.config.class_names or [])))
-        for rows, ids, states in decode_candidates(self.decoder, prefix, input_ids, attention_mask.sum(dim=1)):
-            logits[rows] = self.classifier(self.text_features(states, attention_mask[rows, : ids.shape[1]]))
-        return logits
+    def classify_texts(self, prefixes: ReadPrompts, texts: Texts) -> Tensor:
+        """Head logits (B, N, classes) of N titles for each clip."""
+        return self.classifier(prefixes.last_states(texts))
 
 
 def decoder_config(config: MPlugVideoConfig) -> PreTrainedConfig:

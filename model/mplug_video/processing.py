@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.mplug_video import configuration  # noqa: F401  # AutoTokenizer must know the model type
-from model.mplug_video.tokenization import encode_pair, encode_sentence
+from model.mplug_video.tokenization import encode_choices, encode_pair, encode_sentence
 from model.pixels import MEAN, STD, normalized, resized
 
 FILE = "preprocessor_config.json"
@@ -66,13 +66,22 @@ class MPlugVideoProcessor:
 
     def texts(self, texts: Sequence[str], max_length: int = 80) -> tuple[Tensor, Tensor]:
         """Token IDs and attention mask (B, L) of sentences, with begin and end tokens."""
-        return self.pad([encode_sentence(self.tokenizer, text, max_length) for text in texts])
+        return self.pad(self.sentences(texts, max_length))
+
+    def sentences(self, texts: Sequence[str], max_length: int = 80) -> list[list[int]]:
+        """Token IDs of sentences, with begin and end tokens."""
+        return [encode_sentence(self.tokenizer, text, max_length) for text in texts]
 
     def pairs(self, pairs: Iterable[tuple[str, str]], max_length: int = 80) -> tuple[Tensor, Tensor]:
         """Token IDs (B, L) of (prompt, answer) pairs, and the loss mask (B, L - 1) of the answers."""
         encoded = [encode_pair(self.tokenizer, *pair, max_length) for pair in pairs]
         ids, mask = self.pad([row for row, _ in encoded])
         return ids, answer_mask(mask, [prompt_length for _, prompt_length in encoded])
+
+    def choices(self, prompt: str, answers: list[str], max_length: int = 80) -> tuple[list[list[int]], list[int]]:
+        """Token IDs of a prompt with each of N answers, and in each the number of the answer's first token."""
+        rows, lengths = encode_choices(self.tokenizer, prompt, answers, max_length)
+        return rows, [length + 1 for length in lengths]
 
     def pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Token IDs and attention mask (B, L), padded on the right to the longest row."""

@@ -59,16 +59,26 @@ def encode_sentence(tokenizer: PreTrainedTokenizerFast, text: str, max_length: i
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str, max_length: int) -> tuple[list[int], int]:
-    """begin + prompt + answer + end, and the number of prompt tokens.
+    """begin + prompt + answer + end, and the number of prompt tokens; see `encode_choices`."""
+    (ids,), (length,) = encode_choices(tokenizer, prompt, [answer], max_length)
+    return ids, length
+
+
+def encode_choices(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, answers: list[str], max_length: int
+) -> tuple[list[list[int]], list[int]]:
+    """begin + prompt + answer + end for each answer, and the numbers of prompt tokens.
 
     If the pair is too long, the end of the prompt is cut off. The answer is only cut if it would not fit alone.
     """
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    answer_ids = tokenizer.encode(answer, add_special_tokens=False)
-    room = max_length - 2
-    if len(answer_ids) <= room:
-        prompt_ids = prompt_ids[: room - len(answer_ids)]
-    else:
-        prompt_ids = prompt_ids[:room]
-        answer_ids = answer_ids[: room - len(prompt_ids)]
-    return [tokenizer.bos_token_id, *prompt_ids, *answer_ids, tokenizer.eos_token_id], len(prompt_ids)
+    whole_prompt, *encoded = tokenizer([prompt, *answers], add_special_tokens=False).input_ids
+    rows, lengths, room = [], [], max_length - 2
+    for answer_ids in encoded:
+        if len(answer_ids) <= room:
+            prompt_ids = whole_prompt[: room - len(answer_ids)]
+        else:
+            prompt_ids = whole_prompt[:room]
+            answer_ids = answer_ids[: room - len(prompt_ids)]
+        rows.append([tokenizer.bos_token_id, *prompt_ids, *answer_ids, tokenizer.eos_token_id])
+        lengths.append(len(prompt_ids))
+    return rows, lengths

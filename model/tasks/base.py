@@ -14,15 +14,12 @@ from model.data.annotations import Annotation
 from model.data.loading.loader import Batch, Example
 from model.errors import ConfigError
 from model.mplug_video.processing import clean_caption
+from model.tasks import metrics
+from model.tasks.metrics import Measures, Prediction, Predictions, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Prediction = dict[str, Any]
-"""One evaluated clip in JSON types: `video`, and fields of the task."""
-Predictions = Sequence[Prediction]
-Scores = dict[str, float]
-"""Metrics by name."""
 Logs = dict[str, Tensor]
 """Scalars of one step, by metric name, kept on the device until they are logged."""
 
@@ -63,6 +60,10 @@ class Evaluator(ABC):
         self.config, self.model, self.processor = config, model, processor
         self.categories: list[str] = list(getattr(model.config, "class_names", None) or [])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The part that loader processes receive: enough to collate, without weights."""
+        return {name: value for name, value in self.__dict__.items() if name not in {"model", "network"}}
+
     @property
     def protocol(self) -> dict[str, str]:
         """How a model is asked, which scores must be read with; complete after `read_split`."""
@@ -80,9 +81,19 @@ class Evaluator(ABC):
         """Receives all annotations of a split before its first batch, for tasks that compare clips with all texts."""
 
     @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """The metrics of a split."""
+    def finish(predictions: list[Prediction]) -> list[Prediction]:
+        """Completes the predictions of a whole split by what compares clips with each other, in JSON types."""
+        return predictions
+
+    @staticmethod
+    def measure(predictions: Predictions, class_names: Sequence[str]) -> Measures:
+        """The measures of finished predictions, from which the metrics follow."""
         return {}
+
+    @classmethod
+    def score(cls, predictions: Predictions, class_names: Sequence[str]) -> Scores:
+        """The metrics of a split."""
+        return metrics.score(cls.measure(predictions, class_names))
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -92,11 +103,6 @@ class Evaluator(ABC):
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
         """(predicted, true) text of each clip, for display."""
-        return []
-
-    @staticmethod
-    def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
-        """For each text, the most similar clips, nearest first; empty for tasks without search."""
         return []
 
     def normalize(self, batch: Batch) -> Batch:
@@ -121,10 +127,6 @@ class Task(Evaluator):
     def __init__(self, config: RunConfig, model: "PreTrainedModel", processor: Any) -> None:
         super().__init__(config, model, processor)
         self.network = TaskNetwork(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The part of a task that loader processes receive: enough to collate, without weights."""
-        return {name: value for name, value in self.__dict__.items() if name not in {"model", "network"}}
 
     @classmethod
     def class_names(cls, config: RunConfig) -> list[str] | None:

@@ -1,5 +1,7 @@
 """Builds the network of a task: from weights, or on the meta device for planning."""
 
+import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from model import manifest
 from model.config.schema import RunConfig
 from model.errors import ConfigError
+from model.mplug_owl_video.configuration import MplugOwlConfig
 from model.mplug_video import modeling
 from model.mplug_video.configuration import MPlugVideoConfig, TimeSformerConfig
 from model.mplug_video.processing import MPlugVideoProcessor
@@ -24,20 +27,38 @@ MPLUG_OWL = "MplugOwlForConditionalGeneration"
 Built = tuple[PreTrainedModel, Any]
 
 
-def build_task(config: RunConfig) -> Task:
-    """The task of a configuration, built on `model.decoder` or from the weights of `model.init_from`."""
+def build_task(config: RunConfig, *, is_trained: bool = False) -> Task:
+    """The task of a configuration, built on `model.decoder` or from the weights of `model.init_from`.
+
+    If the model `is_trained` for the task, no weight may be missing.
+    """
     task = task_class(config.task)
     try:
+        if is_trained:
+            _validate_head(config, task)
         if task.architecture == MPLUG_OWL:
             model, processor = build_mplug_owl.build_model(config)
         elif not task.architecture:
             model, processor = _fresh_decoder(config)
         else:
-            model, processor = (_continued if config.model.init_from else _fresh)(config, task)
+            build = partial(_continued, is_trained=is_trained) if config.model.init_from else _fresh
+            model, processor = build(config, task)
             model.checkpoint_activations(config.training.activation_checkpointing)
     except ValueError as error:  # transformers rejects a shape of the configuration
         raise ConfigError(f"model cannot be built: {' '.join(str(error).split())}") from error
     return task(config, model, processor)
+
+
+def build_trained(config: RunConfig) -> Task:
+    """The task to evaluate, with all weights of `model.init_from`: in bf16 on a GPU if it was trained so, else in fp32.
+
+    Raises ConfigError if the model lacks the task's head, which `build_task` would make anew.
+    """
+    is_half = torch.cuda.is_available() and config.training.precision == "bf16"
+    training = config.training.model_copy(update={"precision": "bf16" if is_half else "fp32"})
+    task = build_task(config.model_copy(update={"training": training}), is_trained=True)
+    task.model.to(torch.bfloat16 if is_half else torch.float32)
+    return task
 
 
 def build_meta_task(
@@ -108,17 +129,39 @@ def _vision_encoder(config: RunConfig) -> TimeSformer:
     return encoder
 
 
-def _continued(config: RunConfig, task: type[Task]) -> Built:
+def _validate_head(config: RunConfig, task: type[Task]) -> None:
+    """The model must be of the task's family, and its classes those of the dataset."""
+    uri, names = config.model.init_from, task.class_names(config)
+    described = json.loads((manifest.fetch_model(uri) / "config.json").read_text(encoding="utf-8"))
+    family = MplugOwlConfig.model_type if task.architecture == MPLUG_OWL else MPlugVideoConfig.model_type
+    if (kind := described.get("model_type")) != family:
+        raise ConfigError(
+            f"task {config.task} needs a model of type {family}, but {uri} is of type {kind}. --zero-shot asks any."
+        )
+    own = described.get("class_names") or []
+    if own and names and set(own) != set(names):
+        others = ", ".join(sorted(set(names) ^ set(own))[:5])
+        raise ConfigError(f"the classes of {uri} must be those of {config.data.shards}; only one of them has {others}.")
+
+
+def _continued(config: RunConfig, task: type[Task], *, is_trained: bool) -> Built:
     uri, vision = config.model.init_from, config.model.vision
-    folder = manifest.fetch_folder(uri)
+    folder = manifest.fetch_model(uri)
     model_config = MPlugVideoConfig.from_pretrained(folder)
     _validate_length(config, model_config.num_queries, model_config.text_config)
     names = task.class_names(config)
-    model_config.update({**_freezing(config), **({"class_names": names} if names else {})})
+    if not (is_trained and model_config.class_names):  # a trained head has an order of its own
+        model_config.update({"class_names": names} if names else {})
+    model_config.update(_freezing(config))
     model, report = getattr(modeling, task.architecture).from_pretrained(
         folder, config=model_config, dtype=torch.float32, output_loading_info=True
     )
-    missing = [name for name in report["missing_keys"] if not name.startswith(modeling.HEADS)]
+    head = [name for name in report["missing_keys"] if name.startswith(modeling.HEADS)]
+    if head and is_trained:
+        raise ConfigError(
+            f"{uri} has no head for task {config.task}: {sorted(head)[0]} is missing. Fine-tune it, or use --zero-shot."
+        )
+    missing = sorted(set(report["missing_keys"]) - set(head))
     if missing or report["mismatched_keys"]:
         found = ", ".join([*missing, *(str(key[0]) for key in report["mismatched_keys"])][:3])
         raise ConfigError(f"{uri} must hold every weight but the task's head; missing or of another shape: {found}.")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 Words = Sequence[str]
 LONGEST = 4
@@ -21,32 +22,41 @@ SMALL, TINY = 1e-9, 1e-15
 """Added to denominators and numerators of BLEU, which can be 0 for short texts."""
 
 
-def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """BLEU-1 to 4 of a corpus with several references per candidate, of which the closest in length counts."""
-    matched, total = [0] * LONGEST, [0] * LONGEST
-    length = reference_length = 0
+def bleu_counts(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> NDArray[np.float64]:
+    """Counts from whose sums BLEU follows, (texts, 10): matched and all 1- to 4-grams, own and reference length.
+
+    Of several references, the closest in length counts.
+    """
+    rows = []
     for candidate, accepted in zip(candidates, references, strict=True):
         most: Counter[Words] = Counter()
         for reference in accepted:
             most |= _ngrams(reference)
+        matched = [0] * LONGEST
         for ngram, count in (_ngrams(candidate) & most).items():
             matched[len(ngram) - 1] += count
-        for n in range(LONGEST):
-            total[n] += max(0, len(candidate) - n)
-        length += len(candidate)
+        total = [max(0, len(candidate) - n) for n in range(LONGEST)]
         gaps = [(abs(len(reference) - len(candidate)), len(reference)) for reference in accepted]
-        reference_length += min(gaps)[1]
-    ratio = (length + TINY) / (reference_length + SMALL)
-    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for n in range(LONGEST):
-        product *= (matched[n] + TINY) / (total[n] + SMALL)
-        scores.append(product ** (1 / (n + 1)) * brevity)
-    return scores
+        rows.append([*matched, *total, len(candidate), min(gaps)[1]])
+    return np.array(rows, dtype=float)
 
 
-def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """Mean F-measure of the longest common subsequence, from the best precision and the best recall of a candidate."""
+def bleu_scores(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """BLEU-1 to 4 (S, 4) of S corpora, from the sums of their counts (S, 10)."""
+    scores = []
+    for *ngrams, length, reference_length in counts.tolist():
+        ratio = (length + TINY) / (reference_length + SMALL)
+        brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+        product, own = 1.0, []
+        for n in range(LONGEST):
+            product *= (ngrams[n] + TINY) / (ngrams[LONGEST + n] + SMALL)
+            own.append(product ** (1 / (n + 1)) * brevity)
+        scores.append(own)
+    return np.array(scores)
+
+
+def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> NDArray[np.float64]:
+    """F-measure of the longest common subsequence of each candidate, from its best precision and its best recall."""
     scores = []
     for candidate, accepted in zip(candidates, references, strict=True):
         # an empty text counts as one empty word
@@ -56,11 +66,11 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
         recall = max(found / len(text) for found, text in zip(common, texts, strict=True))
         weighted = recall + ROUGE_BETA**2 * precision
         scores.append((1 + ROUGE_BETA**2) * precision * recall / weighted if precision and recall else 0.0)
-    return float(np.mean(scores))
+    return np.array(scores)
 
 
-def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """CIDEr-D: mean over clips of 10 x the clipped cosine similarity of TF-IDF weighted n-grams.
+def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> NDArray[np.float64]:
+    """CIDEr-D of each candidate: 10 x the clipped cosine similarity of TF-IDF weighted n-grams.
 
     IDF is taken from the references of the evaluated clips, so a single clip always scores 0.
     """
@@ -84,7 +94,7 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
             pairs = zip(own, weigh(reference), strict=True)
             similarity += np.array([_clipped_cosine(ours, theirs) * penalty for ours, theirs in pairs])
         scores.append(np.mean(similarity) / len(accepted) * 10.0)
-    return float(np.mean(scores))
+    return np.array(scores)
 
 
 def _clipped_cosine(ours: dict[Words, float], theirs: dict[Words, float]) -> float:

@@ -8,7 +8,8 @@ from torch import Tensor
 from model.data.annotations import Annotation
 from model.data.loading.loader import Batch, Example
 from model.tasks import metrics
-from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
+from model.tasks.base import DecoderPass, Logs, Task
+from model.tasks.metrics import Measures, Prediction, Predictions
 
 MAX_WORDS = 80
 NUM_BEAMS = 5
@@ -22,6 +23,16 @@ class Captioning(Task):
     architecture = "MPlugVideoForConditionalGeneration"
     metrics = metrics.CAPTION_METRICS
     headline = "cider"
+
+    @property
+    def max_new_tokens(self) -> int:
+        return RELEASED_NEW_TOKENS if self.model.config.released_beam_search else self.config.data.max_length
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        released = ", released search" if self.model.config.released_beam_search else ""
+        decoding = f"{NUM_BEAMS} beams{released}, at most {self.max_new_tokens} tokens"
+        return {"decoding": decoding, **metrics.CAPTION_PROTOCOL}
 
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
@@ -39,20 +50,20 @@ class Captioning(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        pixels, released = batch["pixel_values"], self.model.config.released_beam_search
+        pixels = batch["pixel_values"]
         written = self.model.generate(
             pixels,
             self.processor.begin(len(pixels)).to(pixels.device),
             num_beams=NUM_BEAMS,
             do_sample=False,
-            max_new_tokens=RELEASED_NEW_TOKENS if released else self.config.data.max_length,
+            max_new_tokens=self.max_new_tokens,
         )
         texts = self.processor.captions(written)
         return [captioned(annotation, text) for annotation, text in zip(batch["annotations"], texts, strict=True)]
 
     @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        return metrics.caption_scores(predictions)
+    def measure(predictions: Predictions, class_names: Sequence[str]) -> Measures:
+        return metrics.caption_measures(predictions)
 
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:

@@ -14,7 +14,9 @@ from model.data.loading.loader import Batch, Example
 from model.data.shards.reader import read_dataset_info
 from model.errors import ConfigError, DataError
 from model.mplug_video.processing import clean_caption
-from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
+from model.tasks import metrics
+from model.tasks.base import DecoderPass, Logs, Task
+from model.tasks.metrics import Measures, Prediction, Predictions, Scores
 
 if TYPE_CHECKING:
     from model.mplug_video.modeling import MPlugVideoForClassification
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 PROMPT = "视频标题：{text} 视频类目："  # the prompt of the released models
 PROMPT_RESERVE = 15  # characters by which the title is shortened, for the words of the prompt
 MAX_WORDS = 80
-ACCURACIES = (1, 5)
 SOURCES = {"head_scores": "", "generation_scores": "generation_"}
 """Scores of a prediction, and the prefix of the metrics computed from them."""
 
@@ -30,7 +31,7 @@ SOURCES = {"head_scores": "", "generation_scores": "generation_"}
 class Classification(Task):
     architecture = "MPlugVideoForClassification"
     planned_classes = 45  # the paper's categories
-    metrics = tuple(f"{prefix}top{k}" for prefix in SOURCES.values() for k in ACCURACIES)
+    metrics = tuple(f"{prefix}top{k}" for prefix in SOURCES.values() for k in metrics.ACCURACIES)
     headline = "top1"
 
     @classmethod
@@ -40,36 +41,40 @@ class Classification(Task):
             raise ConfigError(f"data.shards must be a classification dataset, {config.data.shards} has no classes.")
         return names
 
-    def _question(self, example: Example) -> str:
-        title = clean_caption(example.annotation.text, MAX_WORDS)
-        return PROMPT.format(text=title[: self.config.data.max_length - PROMPT_RESERVE])
+    @property
+    def protocol(self) -> dict[str, str]:
+        way = "mean" if self.model.config.mean_answer_scores else "sum"
+        return {"prompt_text": PROMPT, "likelihood": f"{way} of the tokens of a category", "head": "prefix and title"}
 
-    def _encode(self, examples: list[Example]) -> tuple[Batch, list[int]]:
-        names = self.categories
-        unknown = {example.annotation.label for example in examples} - set(names)
-        if unknown:
-            raise DataError(f"label must be one of the {len(names)} class names, got {sorted(unknown)}.")
-        titles, mask = self.encode_texts(examples, MAX_WORDS)
-        labels = [names.index(example.annotation.label) for example in examples]
-        batch = {"frames": self.stack_frames(examples), "title_ids": titles, "title_mask": mask}
-        return batch, labels
+    def _question(self, example: Example) -> str:
+        return PROMPT.format(text=self._title(example)[: self.config.data.max_length - PROMPT_RESERVE])
+
+    def _title(self, example: Example) -> str:
+        return clean_caption(example.annotation.text, MAX_WORDS)
+
+    def _validate_labels(self, examples: list[Example]) -> None:
+        if unknown := {example.annotation.label for example in examples} - set(self.categories):
+            raise DataError(f"label must be one of the {len(self.categories)} class names, got {sorted(unknown)}.")
 
     def collate(self, examples: list[Example]) -> Batch:
-        batch, labels = self._encode(examples)
+        self._validate_labels(examples)
+        titles, mask = self.encode_texts(examples, MAX_WORDS)
         pairs = [(self._question(item), item.annotation.label) for item in examples]
         ids, loss_mask = self.processor.pairs(pairs, self.config.data.max_length)
-        return {**batch, "labels": torch.tensor(labels), "input_ids": ids, "loss_mask": loss_mask}
+        labels = [self.categories.index(example.annotation.label) for example in examples]
+        frames = self.stack_frames(examples)
+        texts = {"title_ids": titles, "title_mask": mask, "input_ids": ids, "loss_mask": loss_mask}
+        return {"frames": frames, **texts, "labels": torch.tensor(labels)}
 
     def collate_evaluation(self, examples: list[Example]) -> Batch:
-        batch, _ = self._encode(examples)
-        names = self.categories
-        pairs = [(self._question(item), name) for item in examples for name in names]
-        ids, loss_mask = self.processor.pairs(pairs, self.config.data.max_length)
-        shape = (len(examples), len(names), -1)
+        self._validate_labels(examples)
+        length = self.config.data.max_length
+        choices = [self.processor.choices(self._question(item), self.categories, length) for item in examples]
         return {
-            **batch,
-            "answer_ids": ids.view(shape),
-            "answer_mask": loss_mask.view(shape),
+            "frames": self.stack_frames(examples),
+            "titles": [[ids] for ids in self.processor.sentences(list(map(self._title, examples)), length)],
+            "answers": [rows for rows, _ in choices],
+            "answer_starts": [starts for _, starts in choices],
             "annotations": [example.annotation for example in examples],
         }
 
@@ -84,47 +89,42 @@ class Classification(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
-        prefix = self.model.encode_video(batch["pixel_values"]).prefix
-        head = self.model.classify(prefix, batch["title_ids"], batch["title_mask"])
-        names = self.categories
-        predictions = []
-        for row, annotation in enumerate(batch["annotations"]):
-            answers = batch["answer_ids"][row], batch["answer_mask"][row]
-            predictions.append(
-                {
-                    "video": annotation.video,
-                    "text": annotation.text,
-                    "label": annotation.label,
-                    "prediction": names[int(head[row].argmax())],
-                    "generation_scores": self.model.score_answers(prefix[row, None], *answers).float().tolist(),
-                    "head_scores": head[row].float().tolist(),
-                }
-            )
-        return predictions
+        prefixes = self.model.read_prefixes(self.model.encode_video(batch["pixel_values"]).prefix)
+        head = self.model.classify_texts(prefixes, batch["titles"])[:, 0]
+        answers = self.model.score_answers(prefixes, batch["answers"], batch["answer_starts"])
+        return [
+            {
+                "video": annotation.video,
+                "text": annotation.text,
+                "label": annotation.label,
+                "prediction": self.categories[int(head[row].argmax())],
+                "generation_scores": answers[row].tolist(),
+                "head_scores": head[row].float().tolist(),
+            }
+            for row, annotation in enumerate(batch["annotations"])
+        ]
 
     @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+    def measure(predictions: Predictions, class_names: Sequence[str]) -> Measures:
         """Top-1 and top-5 accuracy of the head, and of the answer likelihoods (`generation_`)."""
-        labels = np.array([class_names.index(prediction["label"]) for prediction in predictions])
-        scores: Scores = {}
+        labels = label_numbers(predictions, class_names)
+        found: Measures = {}
         for source, prefix in SOURCES.items():
-            found = accuracies(np.array([prediction[source] for prediction in predictions]), labels)
-            scores |= {prefix + name: value for name, value in found.items()}
-        return scores
+            found |= metrics.top_measures(metrics.column(predictions, source), labels, prefix)
+        return found
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        return {f"{prefix}top{k}": min(k / len(class_names), 1) for prefix in SOURCES.values() for k in ACCURACIES}
+        levels = {k: min(k / len(class_names), 1) for k in metrics.ACCURACIES}
+        return {f"{prefix}top{k}": level for prefix in SOURCES.values() for k, level in levels.items()}
 
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
         return [(row["prediction"], row["label"]) for row in predictions]
 
 
-def accuracies(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Scores:
-    """Top-1 and top-5 accuracy of class scores (clips, classes)."""
-    ranks = (-scores).argsort(axis=1, kind="stable")
-    return {f"top{k}": float((ranks[:, :k] == labels[:, None]).any(axis=1).mean()) for k in ACCURACIES}
+def label_numbers(predictions: Predictions, class_names: Sequence[str]) -> NDArray[np.int64]:
+    return np.array([class_names.index(prediction["label"]) for prediction in predictions])
 
 
 def answer_and_head_loss(model: "MPlugVideoForClassification", prefix: Tensor, batch: Batch) -> tuple[Tensor, Logs]:

@@ -34,6 +34,10 @@ class Family(ABC):
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The part that loader processes receive, as of the evaluator."""
+        return {name: value for name, value in self.__dict__.items() if name != "model"}
+
     @property
     @abstractmethod
     def decoder(self) -> Any: ...

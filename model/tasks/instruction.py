@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -17,8 +18,10 @@ from model.data.conversations import Conversation, media_of, text_of
 from model.data.loading.loader import Batch, Example
 from model.errors import DataError
 from model.mplug_owl_video.configuration import MEDIA_IDS
-from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task, VisionPass
+from model.tasks import metrics
+from model.tasks.base import DecoderPass, Logs, Task, VisionPass
 from model.tasks.caption_metrics import rouge_l
+from model.tasks.metrics import Measures, Prediction, Predictions, Scores
 
 ANSWER_MARGIN = 2
 """An answer is cut when it is this many times as long as the longest reference of its split, in tokens."""
@@ -26,10 +29,18 @@ MEDIA = {"videos": MEDIA_IDS["video"], "images": MEDIA_IDS["image"]}
 """Fields of a batch, uint8 (n, T, H, W, C), and the token IDs in their places."""
 
 
+ANSWER_PROTOCOL = {"right": "equal but for case, spaces around it and final punctuation"}
+
+
 class Instruction(Task):
     architecture = "MplugOwlForConditionalGeneration"
     metrics = ("accuracy", "rouge_l")
     headline = "accuracy"
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        decoding = f"greedy, at most {self.max_new_tokens} tokens"
+        return {"question": "the last one of a conversation", "decoding": decoding, **ANSWER_PROTOCOL}
 
     def collate(self, examples: list[Example]) -> Batch:
         rows, masks, media = [], [], []
@@ -115,14 +126,14 @@ class Instruction(Task):
         return [answered(row, answer.strip()) for row, answer in zip(batch["annotations"], answers, strict=True)]
 
     @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """Share of answers that equal the reference, of all questions and of each type; ROUGE-L of characters.
+    def measure(predictions: Predictions, class_names: Sequence[str]) -> Measures:
+        """Whether an answer equals the reference, of all questions and of each type; ROUGE-L of characters.
 
         An empty answer is wrong.
         """
         candidates = [list(row["prediction"]) for row in predictions]
         rouge = rouge_l(candidates, [[list(row["references"][0])] for row in predictions])
-        return {**_by_type([(row, _is_right(row)) for row in predictions]), "rouge_l": rouge}
+        return {**_by_type(predictions, list(map(_is_right, predictions))), "rouge_l": rouge}
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -131,7 +142,8 @@ class Instruction(Task):
         for row in predictions:
             counts[row["question_type"]][_plain(row["references"][0])] += 1
         usual = {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
-        return _by_type([(row, usual[row["question_type"]] == _plain(row["references"][0])) for row in predictions])
+        rights = [usual[row["question_type"]] == _plain(row["references"][0]) for row in predictions]
+        return metrics.score(_by_type(predictions, rights))
 
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
@@ -199,10 +211,9 @@ def _is_right(row: Prediction) -> bool:
     return bool(answer) and answer == _plain(row["references"][0])
 
 
-def _by_type(rights: list[tuple[Prediction, bool]]) -> Scores:
-    """Share of right answers, of all questions and of each type."""
-    groups: dict[str, list[bool]] = {"accuracy": [right for _, right in rights]}
-    for row, right in rights:
-        if row["question_type"]:
-            groups.setdefault(f"accuracy_{row['question_type']}", []).append(right)
-    return {name: sum(group) / len(group) for name, group in groups.items()}
+def _by_type(predictions: Predictions, rights: Sequence[bool]) -> Measures:
+    """Whether answers are right, of all questions and of each type."""
+    found = {"accuracy": np.array(rights, dtype=float)}
+    for kind in dict.fromkeys(row["question_type"] for row in predictions if row["question_type"]):
+        found[f"accuracy_{kind}"] = np.where([row["question_type"] == kind for row in predictions], rights, np.nan)
+    return found

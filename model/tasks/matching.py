@@ -17,8 +17,9 @@ from model.data.loading.loader import Batch, Example
 from model.mplug_video.configuration import MATCHING_CLASSES
 from model.mplug_video.processing import clean_caption
 from model.tasks import metrics
-from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
+from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.classification import SOURCES, answer_and_head_loss, answer_and_head_passes, example_answers
+from model.tasks.metrics import Measures, Prediction, Predictions, Scores
 
 PROMPT = "标题：{} 这个视频与标题匹配吗？"  # the prompt of the released models
 PROMPT_RESERVE = 20  # characters by which the title is shortened, for the words of the prompt
@@ -36,6 +37,10 @@ class Matching(Task):
     @classmethod
     def class_names(cls, config: RunConfig) -> list[str]:
         return MATCHING_CLASSES
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        return {"prompt_text": PROMPT, "similarity": "of all pairs, by the head", **metrics.SEARCH_PROTOCOL}
 
     def collate(self, examples: list[Example]) -> Batch:
         pairs = [(row, row, 1) for row in range(len(examples))]  # (clip, title, whether they match)
@@ -71,37 +76,44 @@ class Matching(Task):
         return {"frames": self.stack_frames(examples), "annotations": annotations}
 
     def read_split(self, annotations: list[Annotation]) -> None:
+        length = self.config.data.max_length
         titles = [self._title(annotation) for annotation in annotations]
-        self.candidates = self._questions(titles, [MATCHING_CLASSES[1]] * len(titles))
+        questions = [self.processor.choices(self._question(title), MATCHING_CLASSES[1:], length) for title in titles]
+        self.titles = self.processor.sentences(titles, length)
+        self.answers, self.answer_starts = [row for (row,), _ in questions], [start for _, (start,) in questions]
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:
         """Scores of every title of the split for each clip: the likelihood of 是, and the probability of the head."""
-        every = {name: tensor.to(self.model.device) for name, tensor in self.candidates.items()}
-        prefixes, predictions = self.model.encode_video(batch["pixel_values"]).prefix, []
+        visual, predictions = self.model.encode_video(batch["pixel_values"]).prefix, []
         for row, annotation in enumerate(batch["annotations"]):
-            prefix = prefixes[row, None]
-            answers = self.model.score_answers(prefix, every["input_ids"], every["loss_mask"])
-            head = self.model.classify_candidates(prefix, every["title_ids"], every["title_mask"])
+            prefix = self.model.read_prefixes(visual[row, None])
+            answers = self.model.score_answers(prefix, [self.answers], [self.answer_starts])[0]
+            head = self.model.classify_texts(prefix, [self.titles])[0]
             predictions.append(
                 {
                     "video": annotation.video,
                     "text": annotation.text,
-                    "generation_scores": answers.float().tolist(),
-                    "head_scores": head.float().softmax(dim=1)[:, 1].tolist(),
+                    "generation_scores": answers.float().cpu().numpy(),
+                    "head_scores": head.float().softmax(dim=1)[:, 1].cpu().numpy(),
                 }
             )
         return predictions
 
     @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """Recalls as in retrieval, by the head's probabilities and by the answers' likelihoods (`generation_`)."""
-        scores: Scores = {}
+    def finish(predictions: list[Prediction]) -> list[Prediction]:
+        """Replaces the scores of all titles by ranks, for the head's probabilities and the likelihoods of 是."""
+        ranks = []
         for source, prefix in SOURCES.items():
-            similarity = np.array([prediction[source] for prediction in predictions])  # (clips, texts)
-            found = metrics.recall_scores(predictions, similarity.T, similarity)
-            scores |= {prefix + name: value for name, value in found.items()}
-        return scores
+            scores = np.stack([row[source] for row in predictions])  # (clips, texts)
+            ways = (lambda block, scores=scores.T: scores[block]), (lambda block, scores=scores: scores[block])
+            ranks.append(metrics.ranked(predictions, *ways, prefix=prefix))
+        return [head | answer for head, answer in zip(*ranks, strict=True)]
+
+    @staticmethod
+    def measure(predictions: Predictions, class_names: Sequence[str]) -> Measures:
+        """Ranks as in retrieval, by the head's probabilities and by the answers' likelihoods (`generation_`)."""
+        return metrics.rank_measures(predictions, tuple(SOURCES.values()))
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -109,19 +121,17 @@ class Matching(Task):
 
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
-        return metrics.nearest_texts(predictions, np.array([row["head_scores"] for row in predictions]))
-
-    @staticmethod
-    def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
-        return metrics.nearest_columns(np.array([row["head_scores"] for row in predictions]).T, count)
+        return metrics.nearest_texts(predictions)
 
     def _title(self, annotation: Annotation) -> str:
         return clean_caption(annotation.text, MAX_WORDS)
 
+    def _question(self, title: str) -> str:
+        return PROMPT.format(title[: self.config.data.max_length - PROMPT_RESERVE])
+
     def _questions(self, titles: list[str], answers: list[str]) -> Batch:
         """Token IDs of prompts with answers, and of the titles, which the head reads."""
         length = self.config.data.max_length
-        questions = [PROMPT.format(title[: length - PROMPT_RESERVE]) for title in titles]
-        ids, loss_mask = self.processor.pairs(zip(questions, answers, strict=True), length)
+        ids, loss_mask = self.processor.pairs(zip(map(self._question, titles), answers, strict=True), length)
         title_ids, title_mask = self.processor.texts(titles, length)
         return {"input_ids": ids, "loss_mask": loss_mask, "title_ids": title_ids, "title_mask": title_mask}

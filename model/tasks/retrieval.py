@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from model.data.loading.loader import Batch, Example
 from model.tasks import metrics
-from model.tasks.base import DecoderPass, Logs, Prediction, Predictions, Scores, Task
+from model.tasks.base import DecoderPass, Logs, Task
 from model.tasks.gathering import gather
+from model.tasks.metrics import Measures, Prediction, Predictions, Scores, Similarities
 
 MAX_WORDS = 80
 
@@ -21,6 +21,10 @@ class Retrieval(Task):
     architecture = "MPlugVideoForRetrieval"
     metrics = metrics.RECALL_METRICS
     headline = "text_to_video_r1"
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        return {"similarity": "cosine, no dual softmax", **metrics.SEARCH_PROTOCOL}
 
     def collate(self, examples: list[Example]) -> Batch:
         ids, mask = self.encode_texts(examples, MAX_WORDS)
@@ -54,17 +58,21 @@ class Retrieval(Task):
             {
                 "video": annotation.video,
                 "text": annotation.text,
-                "video_embedding": video[row].tolist(),
-                "text_embedding": text[row].tolist(),
+                "video_embedding": video[row].cpu().numpy(),
+                "text_embedding": text[row].cpu().numpy(),
             }
             for row, annotation in enumerate(batch["annotations"])
         ]
 
     @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
-        """Recall at 1, 5 and 10 from text to video and back."""
-        videos, texts = embeddings(predictions)
-        return metrics.recall_scores(predictions, texts @ videos.T, videos @ texts.T)
+    def finish(predictions: list[Prediction]) -> list[Prediction]:
+        """Replaces the embeddings by ranks. The similarities of all pairs are never in memory together."""
+        return list(metrics.ranked(predictions, *similarities(predictions)))
+
+    @staticmethod
+    def measure(predictions: Predictions, class_names: Sequence[str]) -> Measures:
+        """Ranks from text to video and back, from which recall at 1, 5 and 10 and mean and median rank follow."""
+        return metrics.rank_measures(predictions)
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -72,19 +80,13 @@ class Retrieval(Task):
 
     @staticmethod
     def captions(predictions: Predictions) -> list[tuple[str, str]]:
-        videos, texts = embeddings(predictions)
-        return metrics.nearest_texts(predictions, videos @ texts.T)
-
-    @staticmethod
-    def nearest_clips(predictions: Predictions, count: int) -> list[list[int]]:
-        videos, texts = embeddings(predictions)
-        return metrics.nearest_columns((videos @ texts.T).T, count)
+        return metrics.nearest_texts(predictions)
 
 
-def embeddings(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Unit vectors of the clips and of the texts, each (rows, E)."""
-    videos, texts = (np.array([row[f"{kind}_embedding"] for row in predictions]) for kind in ("video", "text"))
-    return videos, texts
+def similarities(predictions: Predictions) -> tuple[Similarities, Similarities]:
+    """The cosines of texts with all clips, and of clips with all texts, from their unit vectors."""
+    videos, texts = (np.stack([row[f"{kind}_embedding"] for row in predictions]) for kind in ("video", "text"))
+    return (lambda block: texts[block] @ videos.T), (lambda block: videos[block] @ texts.T)
 
 
 def matching_loss(video: Tensor, text: Tensor, match_ids: Tensor, temperature: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """Zero-shot evaluation: a model answers a prompt about each clip of a benchmark that it was not fine-tuned for."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from model.causal_lm import room_for, score_candidates
+from model.causal_lm import ReadPrompts, room_for
+from model.config.load import override_config
 from model.config.schema import RunConfig
 from model.data.annotations import Annotation
 from model.data.conversations import Conversation, text_of
@@ -20,11 +20,12 @@ from model.mplug_owl_video import MplugOwlConfig
 from model.mplug_video import MPlugVideoConfig
 from model.mplug_video.processing import clean_caption
 from model.pretrained import load_pretrained
-from model.tasks import classification
-from model.tasks.base import Evaluator, Prediction, Predictions, Scores
+from model.tasks import classification, metrics
+from model.tasks.base import Evaluator
 from model.tasks.captioning import MAX_WORDS, NUM_BEAMS, Captioning, captioned
 from model.tasks.families import Family, MplugOwlFamily, MPlugVideoFamily, Prompts
-from model.tasks.instruction import Instruction, answered, longest_answer
+from model.tasks.instruction import ANSWER_PROTOCOL, Instruction, answered, longest_answer
+from model.tasks.metrics import Measures, Prediction, Predictions, Scores
 
 PROMPTS: dict[str, dict[str, dict[str, str]]] = {
     MPlugVideoConfig.model_type: {
@@ -48,6 +49,8 @@ class ZeroShot(Evaluator):
     """What the benchmarks have in common: a question per clip, and a written answer."""
 
     num_beams: ClassVar[int] = 1
+    rules: ClassVar[dict[str, str]] = {}
+    """The part of the protocol that is that of fine-tuned models."""
 
     def __init__(self, config: RunConfig, model: Any, processor: Any, prompt: str = "") -> None:
         """`prompt` is a name of PROMPTS; empty: the first of the family and the dataset. Raises ConfigError."""
@@ -68,7 +71,7 @@ class ZeroShot(Evaluator):
     def protocol(self) -> dict[str, str]:
         search = f"{self.num_beams} beams" if self.num_beams > 1 else "greedy"
         decoding = f"{search}, at most {self.max_new_tokens} tokens"
-        return {"prompt": self.prompt, "prompt_text": self.template, "decoding": decoding}
+        return {"prompt": self.prompt, "prompt_text": self.template, "decoding": decoding, **self.rules}
 
     @abstractmethod
     def references(self, annotations: list[Annotation]) -> list[str]:
@@ -122,7 +125,7 @@ class ZeroShotClassification(ZeroShot):
         self.categories = read_dataset_info(config.data.shards)["class_names"]
         end = processor.tokenizer.eos_token_id
         names = processor.tokenizer(self.categories, add_special_tokens=False).input_ids
-        self.answers = [torch.tensor([*ids, end]) for ids in names]
+        self.answers = [[*ids, end] for ids in names]
         self.by_mean: bool = getattr(model.config, "mean_answer_scores", False)
 
     @property
@@ -133,21 +136,16 @@ class ZeroShotClassification(ZeroShot):
         return self.categories
 
     def answer(self, prompts: Prompts, annotations: list[Annotation]) -> list[Prediction]:
-        rows = zip(
-            super().answer(prompts, annotations), prompts.embeddings, prompts.mask, prompts.last_ids, strict=True
-        )
-        return [
-            {**row, "generation_scores": self._likelihoods(prompt[mask.bool()][None], last).tolist()}
-            for row, prompt, mask, last in rows
-        ]
+        scores = self._likelihoods(prompts).tolist()
+        rows = zip(super().answer(prompts, annotations), scores, strict=True)
+        return [{**row, "generation_scores": own} for row, own in rows]
 
-    def _likelihoods(self, prompt: Tensor, last: Tensor) -> Tensor:
-        """Scores of all categories after a prompt (1, S, D), of which `last` is the last token."""
-        answers = [answer.to(last.device) for answer in self.answers]
-        ids = pad_sequence([torch.cat((last[None], answer)) for answer in answers], True)
-        mask = pad_sequence([torch.ones_like(answer) for answer in answers], True)
-        scores = score_candidates(self.family.decoder, prompt[:, :-1], ids, mask)
-        return scores / mask.sum(dim=1) if self.by_mean else scores
+    def _likelihoods(self, prompts: Prompts) -> Tensor:
+        """Scores (B, N) of all categories after each prompt."""
+        read = ReadPrompts(self.family.decoder, prompts.embeddings[:, :-1], prompts.mask[:, :-1])
+        texts = [[[last, *answer] for answer in self.answers] for last in prompts.last_ids.tolist()]
+        scores = read.log_likelihoods(texts, [[1] * len(self.answers)] * len(texts))
+        return scores / torch.tensor(list(map(len, self.answers)), device=scores.device) if self.by_mean else scores
 
     def prediction(self, annotation: Annotation, answer: str) -> Prediction:
         return {
@@ -159,12 +157,11 @@ class ZeroShotClassification(ZeroShot):
         }
 
     @staticmethod
-    def score(predictions: Predictions, class_names: Sequence[str]) -> Scores:
+    def measure(predictions: Predictions, class_names: Sequence[str]) -> Measures:
         """Top-1 and top-5 accuracy of the likelihoods, and the share of answers that name the right category."""
-        labels = np.array([class_names.index(row["label"]) for row in predictions])
-        ranked = classification.accuracies(np.array([row["generation_scores"] for row in predictions]), labels)
-        written = float(np.mean([row["prediction"] == row["label"] for row in predictions]))
-        return {**{f"generation_{name}": value for name, value in ranked.items()}, "written_top1": written}
+        labels = classification.label_numbers(predictions, class_names)
+        ranked = metrics.top_measures(metrics.column(predictions, "generation_scores"), labels, "generation_")
+        return {**ranked, "written_top1": np.array([float(row["prediction"] == row["label"]) for row in predictions])}
 
     @staticmethod
     def chance(predictions: Predictions, class_names: Sequence[str]) -> Scores:
@@ -177,9 +174,9 @@ class ZeroShotClassification(ZeroShot):
 
 
 class ZeroShotCaptioning(ZeroShot):
-    num_beams = NUM_BEAMS
+    num_beams, rules = NUM_BEAMS, metrics.CAPTION_PROTOCOL
     metrics, headline = Captioning.metrics, Captioning.headline
-    score, captions = staticmethod(Captioning.score), staticmethod(Captioning.captions)
+    measure, captions = staticmethod(Captioning.measure), staticmethod(Captioning.captions)
 
     def references(self, annotations: list[Annotation]) -> list[str]:
         return [text for annotation in annotations for text in annotation.references or [annotation.text]]
@@ -191,8 +188,9 @@ class ZeroShotCaptioning(ZeroShot):
 class ZeroShotInstruction(ZeroShot):
     """Question answering."""
 
+    rules = ANSWER_PROTOCOL
     metrics, headline = Instruction.metrics, Instruction.headline
-    score, chance = staticmethod(Instruction.score), staticmethod(Instruction.chance)
+    measure, chance = staticmethod(Instruction.measure), staticmethod(Instruction.chance)
     captions = staticmethod(Instruction.captions)
 
     def question(self, annotation: Annotation) -> Conversation:
@@ -222,18 +220,21 @@ BENCHMARKS: dict[str, type[ZeroShot]] = {
 """Datasets that can be evaluated without fine-tuning."""
 
 
-def zero_shot_config(model: str, shards: str, tracking: dict[str, str]) -> RunConfig:
+def zero_shot_config(
+    model: str, shards: str, overrides: Sequence[str] = (), tracking: Mapping[str, str] | None = None
+) -> RunConfig:
     """The configuration of a zero-shot evaluation. Raises ConfigError if the dataset has none."""
     dataset = read_dataset_info(shards)["dataset"]
     if dataset not in BENCHMARKS:
         raise ConfigError(f"--zero-shot needs shards of {', '.join(BENCHMARKS)}, but {shards} are of {dataset}.")
-    return RunConfig(
-        name=f"zero-shot-{dataset}",
-        task=dataset,
-        model={"init_from": model},
-        data={"shards": shards},
-        tracking=tracking,
-    )
+    tree = {
+        "name": f"zero-shot-{dataset}",
+        "task": dataset,
+        "model": {"init_from": model},
+        "data": {"shards": shards},
+        "tracking": {**(tracking or {})},
+    }
+    return override_config(tree, overrides)
 
 
 def build_zero_shot(config: RunConfig, prompt: str) -> ZeroShot:

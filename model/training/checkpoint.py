@@ -22,9 +22,9 @@ from torch import nn
 
 from model import manifest, storage
 from model.config.schema import CheckpointConfig
+from model.distributed import Processes, as_lost_process
 from model.errors import ConfigError, DataError, LostProcessError, NotFoundError, StorageError
 from model.training.attempts import saved_steps
-from model.training.distributed import Processes, as_lost_process
 from model.training.engine import Engine
 from model.training.snapshot import Snapshot
 

@@ -13,10 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from model.config.schema import RunConfig, micro_batch_size
 from model.data.loading.loader import Batch, on_device
+from model.distributed import Processes
 from model.mplug_video.modeling import compile_layers
-from model.tasks.base import Prediction, TaskNetwork
+from model.tasks.base import TaskNetwork
+from model.tasks.metrics import Prediction
 from model.training.clock import Clock
-from model.training.distributed import Processes
 from model.training.optim import ClippingAdamW, parameter_groups
 from model.training.zero import prepare_start, refresh_weights, trained_state
 

@@ -38,8 +38,7 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
 
     An attempt that ends with a restartable code is started again and resumes from its last checkpoint.
     """
-    count = ["--nproc-per-node", str(processes)] if processes else []
-    command = [sys.executable, "-m", "model.training.launch", *count, "-m", "model.training", config, *overrides]
+    command = _command("model.training", [config, *overrides], processes)
     failed, resolved, cause = 0, load_config(config, overrides), ""
     while True:
         start, kills = time.monotonic(), memory_kills()
@@ -55,6 +54,16 @@ def launch(config: str, overrides: list[str], processes: int | None = None) -> i
         wait_s = exponential_s(max(failed, 1), policy.FIRST_WAIT_S, policy.LONGEST_WAIT_S)
         print(f"training ended with code {code}, restarting in {wait_s:g} s", file=sys.stderr, flush=True)
         time.sleep(wait_s)
+
+
+def run_together(module: str, arguments: list[str], processes: int | None = None) -> int:
+    """Runs a module on `processes` processes of this machine, with those of other nodes, and returns the exit code."""
+    return _attempt(_command(module, arguments, processes))[0]
+
+
+def _command(module: str, arguments: list[str], processes: int | None) -> list[str]:
+    count = ["--nproc-per-node", str(processes)] if processes else []
+    return [sys.executable, "-m", "model.training.launch", *count, "-m", module, *arguments]
 
 
 def _counted(config: RunConfig, cause: str) -> tuple[int, bool] | None:
@@ -197,7 +206,7 @@ def _torchrun(arguments: list[str]) -> int:
         # a permanent code is the cause; processes that only lost a peer have a transient one
         ends = [(_shell_code(failure.exitcode), failure.timestamp, rank) for rank, failure in error.failures.items()]
         code, _, rank = min(ends, key=lambda end: (policy.is_restartable(end[0]), end[1:]))
-        print(f"training process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
+        print(f"process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
         return code
     except SignalException as error:
         return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)

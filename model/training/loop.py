@@ -22,6 +22,7 @@ from model.config.schema import RunConfig, TrackingConfig, count_in_steps, micro
 from model.data.loading.loader import Batch, Batches, ClipSource, open_split, start_fork_server, training_batches
 from model.data.loading.sampler import BatchSampler
 from model.data.shards.reader import ShardReader
+from model.distributed import Processes, mean_over_processes, processes
 from model.errors import TERMINATED, StageError
 from model.progress import progress
 from model.tasks.base import Task
@@ -31,7 +32,6 @@ from model.training import attempts
 from model.training.attempts import Attempt, run_folder
 from model.training.checkpoint import HISTORY, Checkpoints, frozen_sha256
 from model.training.clock import Clock
-from model.training.distributed import Processes, mean_over_processes, processes
 from model.training.engine import Engine, StepResult
 from model.training.exporter import Exporter
 from model.training.flops import step_flops

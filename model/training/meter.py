@@ -8,8 +8,8 @@ import psutil
 import torch
 
 from model.data.loading.loader import Batch
+from model.distributed import Processes
 from model.training.clock import Clock
-from model.training.distributed import Processes
 from model.training.flops import peak_flops
 
 SECTIONS = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")

@@ -10,7 +10,7 @@ from torch.profiler import profile, schedule
 
 from model import storage
 from model.config.schema import RunConfig
-from model.training.distributed import Processes
+from model.distributed import Processes
 
 log = logging.getLogger("mplug")
 WAIT, WARM_UP, ACTIVE = 5, 1, 3

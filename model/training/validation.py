@@ -8,9 +8,10 @@ from model import storage
 from model.config.schema import RunConfig
 from model.data.loading.loader import Batches, BatchStream, ClipSource, evaluation_batches, open_split
 from model.data.loading.sampler import BatchSampler, EverySample
+from model.distributed import Processes, mean_over_processes
 from model.errors import ConfigError
 from model.tasks.base import Task
-from model.training.distributed import Processes, mean_over_processes
+from model.tasks.metrics import lower_is_better
 from model.training.engine import Engine
 
 
@@ -28,7 +29,7 @@ class Validation:
                 f"{settings.split} has only {self.clips}. Lower data.batch_size, or raise evaluation.clips."
             )
         self.metric = settings.metric or "loss"
-        self.lower_is_better = self.metric == "loss"
+        self.lower_is_better = lower_is_better(self.metric)
         known = ("loss", *task.metrics)
         if self.metric not in known:
             raise ConfigError(f"evaluation.metric must be one of {', '.join(known)}, got {self.metric}.")
@@ -74,4 +75,5 @@ class Validation:
         own = [engine.predict(batch) for batch in evaluation_batches(self.source, order, self.task.collate_evaluation)]
         parts = [own] if engine.stage == 3 else self.group.gathered(own)
         batches = chain.from_iterable(zip_longest(*parts, fillvalue=[]))  # restores the order of the split
-        return self.task.score(list(chain.from_iterable(batches)), self.task.categories)
+        predictions = self.task.finish(list(chain.from_iterable(batches)))
+        return self.task.score(predictions, self.task.categories)

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from model.config.schema import WatchdogConfig
+from model.distributed import Processes, as_lost_process
 from model.errors import LOST, LostProcessError, exit_code
 from model.parent import PARENT_PID
-from model.training.distributed import Processes, as_lost_process
 
 log = logging.getLogger("mplug")
 INTERVAL_S, ON_EXIT_S, EXIT_WITHIN_S = 1.0, 10.0, 30.0

@@ -9,9 +9,9 @@ import torch
 
 from model.config.load import load_config
 from model.config.schema import WatchdogConfig
+from model.distributed import Processes, processes
 from model.tasks.build import build_task
 from model.training.clock import Clock
-from model.training.distributed import Processes, processes
 from model.training.engine import Engine
 from model.training.zero import missing_attributes
 

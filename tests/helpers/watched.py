@@ -7,8 +7,8 @@ import sys
 import time
 
 from model.config.schema import WatchdogConfig
+from model.distributed import Processes, processes
 from model.errors import DataError, exit_codes
-from model.training.distributed import Processes, processes
 from model.training.watchdog import Watchdog
 
 LIMITS = WatchdogConfig(setup_s=60, first_step_s=60, step_s=3, checkpoint_s=60, evaluation_s=60, silence_s=4)

@@ -4,13 +4,14 @@ Every loader process computes which clips its batches need and reads them ahead.
 (seed, epoch, position), so the numbers of processes and workers do not matter.
 """
 
+import hashlib
 import logging
 import pickle
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
 from multiprocessing import forkserver, get_context, resource_tracker
 from pathlib import Path
@@ -28,7 +29,7 @@ from model.data.cache import open_cache
 from model.data.loading.sampler import BatchSampler, Draw, EverySample
 from model.data.loading.transforms import training_transform
 from model.data.prefetch import in_order
-from model.data.shards.format import Record
+from model.data.shards.format import Record, StoredMedium
 from model.data.shards.reader import ShardReader
 from model.errors import ConfigError, DataError, ProcessFailedError, RemoteError
 from model.manifest import cache_folder
@@ -53,6 +54,8 @@ class Example:
     """Frames of the model's size, uint8 (T, H, W, C) each; an image has one. Empty for tasks that only read text."""
     seed: str
     """Keys all randomness of this example, independent of worker and process."""
+    frames: list[list[int]] = field(default_factory=list)
+    """For each medium, the numbers of its frames in the source."""
 
     @property
     def clip(self) -> Tensor:
@@ -89,18 +92,23 @@ class ClipSource:
         if isinstance(fetched, Annotation):
             return Example(annotation=fetched, media=[], seed=seed)
         rng = random.Random(seed) if self.augment else None
-        media = [self._frames(fetched, number, rng) for number in range(len(fetched.media))]
-        return Example(annotation=fetched.annotation, media=media, seed=seed)
+        indices = [self._indices(medium, rng) for medium in fetched.media]
+        media = [self._frames(fetched, number, wanted, rng) for number, wanted in enumerate(indices)]
+        numbers = map(self.reader.frame_numbers, fetched.media, indices)
+        return Example(annotation=fetched.annotation, media=media, seed=seed, frames=list(numbers))
 
-    def _frames(self, record: Record, number: int, rng: random.Random | None) -> Tensor:
+    def _indices(self, medium: StoredMedium, rng: random.Random | None) -> list[int]:
+        if medium.kind == "image":
+            return [0]
+        count = self.processor.num_frames
+        return padded(frame_indices(medium.num_frames, count, rng), count)
+
+    def _frames(self, record: Record, number: int, indices: list[int], rng: random.Random | None) -> Tensor:
         """Frames (T, H, W, C) of a medium; one of an image."""
-        medium, count = record.media[number], self.processor.num_frames
-        is_image = medium.kind == "image"
-        indices = [0] if is_image else padded(frame_indices(medium.num_frames, count, rng), count)
         frames = torch.from_numpy(np.stack(self.reader.frames(record, indices, number)))
         if self.augment and rng:
             return training_transform(frames, self.processor.image_size, self.augment, rng)
-        if is_image:  # only conversations have images
+        if record.media[number].kind == "image":  # only conversations have images
             return self.processor.crop(frames)  # type: ignore[union-attr]
         return self.processor.resize(frames)
 
@@ -114,10 +122,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class BatchStream(IterableDataset[Loaded]):
-    """Collated batches in the given order. With n workers, each makes every n-th batch."""
+    """Collated batches in the given order. With n workers, each makes every n-th batch.
 
-    def __init__(self, source: ClipSource, order: Order, collate: Collate, read_ahead: int) -> None:
+    `with_origins` adds the origin of each row: its position in the split, and which frames it consists of.
+    """
+
+    def __init__(
+        self, source: ClipSource, order: Order, collate: Collate, read_ahead: int, *, with_origins: bool = False
+    ) -> None:
         self.source, self.order, self.collate, self.read_ahead = source, order, collate, read_ahead
+        self.with_origins = with_origins
         self.last: list[Example] = []
         """The last readable clip, or none yet: it replaces all clips of a batch without one."""
 
@@ -157,8 +171,9 @@ class BatchStream(IterableDataset[Loaded]):
 
     def _batch(self, fetched: Iterable[tuple[Draw, Fetched]]) -> tuple[Batch, int, list[str]]:
         examples: list[Example | None] = []
-        failures = []
+        failures, positions = [], []
         for draw, item in fetched:
+            positions.append(draw[1])
             try:
                 examples.append(self.source.example(draw, item))
             except VideoError as error:
@@ -171,7 +186,19 @@ class BatchStream(IterableDataset[Loaded]):
         self.last = read[-1:]
         # processes exchange features of equal shape, so every batch must be full
         following = cycle(read[1:] + read[:1])
-        return self.collate([example or next(following) for example in examples]), len(examples), failures
+        batch = self.collate([example or next(following) for example in examples])
+        if self.with_origins:  # of readable clips: an evaluation ends at the first other one
+            batch["positions"] = positions
+            batch["frames_read"] = [_frames_read(example) for example in examples if example]
+        return batch, len(examples), failures
+
+
+def _frames_read(example: Example) -> dict[str, Any]:
+    """The numbers of the frames of each medium, and a hash of the pixels that the model sees."""
+    digest = hashlib.sha256()
+    for medium in example.media:
+        digest.update(medium.numpy().tobytes())
+    return {"frames": example.frames, "frames_sha256": digest.hexdigest()}
 
 
 def _shared(batch: Batch) -> Batch:
@@ -276,6 +303,15 @@ def training_batches(source: ClipSource, order: BatchSampler, collate: Collate, 
     return Batches(stream, workers=config.workers, max_failures=config.max_read_failures)
 
 
-def evaluation_batches(source: ClipSource, order: EverySample, collate: Collate, read_ahead: int = 32) -> Batches:
+def evaluation_batches(
+    source: ClipSource,
+    order: EverySample,
+    collate: Collate,
+    *,
+    workers: int = 0,
+    read_ahead: int = 32,
+    with_origins: bool = False,
+) -> Batches:
     """Every example once, in the order of the split. An unreadable clip ends the evaluation."""
-    return Batches(BatchStream(source, order, collate, read_ahead), workers=0, max_failures=0)
+    stream = BatchStream(source, order, collate, read_ahead, with_origins=with_origins)
+    return Batches(stream, workers=workers, max_failures=0)

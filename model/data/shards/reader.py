@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from model import storage
 from model.data.annotations import Annotation
 from model.data.cache import Cache
-from model.data.shards.format import BLOCK, DATASET, INDEX, Record, shard_name
+from model.data.shards.format import BLOCK, DATASET, INDEX, Record, StoredMedium, shard_name
 from model.errors import DataError, NotFoundError
 from model.progress import progress
 from model.video import DEADLINE_S, Pixels, VideoError, open_clip, open_image
@@ -89,9 +89,14 @@ class ShardReader:
             if medium.kind == "image":
                 return [open_image(data)]
             return list(open_clip(data, self.decoder, self.deadline_s).frames(indices))
-        nearest = [min(range(medium.files), key=lambda n: abs(medium.frames[n] - index)) for index in indices]
+        nearest = [_nearest(medium, index) for index in indices]
         decoded = {found: _pixels(record.file(first + found)) for found in set(nearest)}
         return [decoded[found] for found in nearest]
+
+    @staticmethod
+    def frame_numbers(medium: StoredMedium, indices: list[int]) -> list[int]:
+        """The numbers in the source of the frames that `frames` returns."""
+        return [medium.frames[_nearest(medium, index)] for index in indices] if medium.frames else indices
 
     def _place(self, position: int) -> tuple[int, int, int]:
         """Shard, offset and length of a clip."""
@@ -110,6 +115,11 @@ class ShardReader:
         if self.cache is None:
             return _in_pieces(uri, start, length)
         return self.cache.get(f"{uri}@{start}+{length}", lambda: _in_pieces(uri, start, length))
+
+
+def _nearest(medium: StoredMedium, index: int) -> int:
+    """The number, among the stored frames of a medium, of the nearest one."""
+    return min(range(medium.files), key=lambda n: abs(medium.frames[n] - index))
 
 
 def _in_pieces(uri: str, start: int, length: int) -> bytes:

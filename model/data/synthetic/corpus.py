@@ -24,6 +24,7 @@ from model.data.synthetic.rendering import BACKGROUNDS, COLOURS, MOTIONS, SUBJEC
 from model.errors import DataError, LostProcessError
 from model.progress import progress
 
+VIDEO = "videos/{dataset}_{split}_{index:05d}.mp4"
 SIZES = ((320, 180), (320, 240), (352, 288), (426, 240), (240, 320))
 FPS = (6, 8, 10, 12, 24)
 GOPS = (8, 12, 24, 48)
@@ -138,7 +139,7 @@ def plan_corpus(dataset: str, split: str, count: int, seed: int) -> Iterator[Syn
         while split != "train" and scene in seen:
             scene = _scene(rng, category)
         seen.add(scene)
-        video = f"videos/{dataset}_{split}_{index:05d}.mp4"
+        video = VIDEO.format(dataset=dataset, split=split, index=index)
         yield SyntheticClip(
             video=video,
             scene=scene,

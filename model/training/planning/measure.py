@@ -16,11 +16,11 @@ from model import storage
 from model.config.load import load_config
 from model.config.schema import RunConfig
 from model.data.loading.loader import ClipSource, open_split
+from model.distributed import ALONE, processes
 from model.errors import DataError, StorageError
 from model.tasks.base import Task
 from model.tasks.build import build_meta_task
 from model.training.clock import Clock
-from model.training.distributed import ALONE, processes
 from model.training.engine import Engine
 from model.training.optim import lr_at
 from model.training.planning.estimate import Measurement

@@ -5,7 +5,7 @@ from model.evaluation.results import Evaluation
 
 TYPES = ("accuracy", "accuracy_what", "accuracy_colour", "accuracy_where")
 CHANCE = {
-    "classification": {"top1": 0.125},
+    "classification": {"top1": 0.125, "generation_top1": 0.125},
     "retrieval": {"text_to_video_r1": 0.01, "video_to_text_r1": 0.01},
     "captioning": {},
     "instruction": dict.fromkeys(TYPES, 0.2),
@@ -15,6 +15,7 @@ CHANCE = {
 def evaluations(
     *,
     top1: float = 0.6,
+    generation: float = 0.4,
     recall: float = 0.2,
     cider: float = 1.0,
     cider_without: float = 0.5,
@@ -22,7 +23,7 @@ def evaluations(
     where_untuned: float = 0.0,
 ) -> list:
     scores = {
-        "classification": {"top1": top1},
+        "classification": {"top1": top1, "generation_top1": generation},
         "retrieval": {"text_to_video_r1": recall, "video_to_text_r1": 0.3},
         "captioning": {"cider": cider},
         "instruction": {**dict.fromkeys(TYPES, 0.9), "accuracy_what": what},
@@ -41,8 +42,7 @@ def evaluations(
             predictions=[],
             class_names=[],
             headline="",
-            captions=[],
-            nearest_clips=[],
+            intervals={},
         )
         for start, table in ((True, scores), (False, without))
         for task in CHANCE
@@ -62,6 +62,7 @@ def test_a_run_that_meets_all_requirements_passes() -> None:
     ("values", "metric"),
     [
         ({"top1": 0.49}, "top1"),
+        ({"generation": 0.24}, "generation_top1"),
         ({"recall": 0.099}, "text_to_video_r1"),
         ({"cider": 0.5}, "cider"),
         ({"what": 0.24}, "accuracy_what"),

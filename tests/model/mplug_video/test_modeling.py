@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model import causal_lm
 from model.layers import Linear
 from model.mplug_video import (
     MPlugVideoConfig,
@@ -123,14 +124,30 @@ def test_sampling_is_seeded_and_beams_find_likelier_texts(model: MPlugVideoForPr
 def test_answers_are_scored_by_the_sum_of_their_tokens() -> None:
     model = MPlugVideoForClassification(config()).eval()
     ids = torch.randint(8, 100, (2, 3, 7))
-    mask = (torch.rand(2, 3, 6) > 0.4).long()
+    ids[:, :, :3] = ids[:, :1, :3]  # a common question is read once
+    ids[0, 1] = ids[0, 0]  # so are equal texts
+    starts, lengths = [[2, 3, 1], [3, 4, 6]], [[7, 5, 7], [4, 6, 7]]
+    texts = [[row[:end].tolist() for row, end in zip(*own, strict=True)] for own in zip(ids, lengths, strict=True)]
     prefix = model.encode_video(clips()).prefix
-    ids[:, :, :3] = ids[:, :1, :3]  # a common question is processed once
-    for row in range(2):
-        scores = model.score_answers(prefix[row, None], ids[row], mask[row])
-        for answer in range(3):
-            losses = model.token_losses(prefix[row : row + 1], ids[row, answer][None], mask[row, answer][None])
-            torch.testing.assert_close(scores[answer], -losses.sum())
+    scores = model.score_answers(model.read_prefixes(prefix), texts, starts)
+    states = model.read_prefixes(prefix).last_states(texts)
+    for row, own in enumerate(texts):
+        for answer, text in enumerate(own):
+            whole = torch.tensor(text)[None]
+            mask = (torch.arange(1, len(text)) >= starts[row][answer]).long()[None]
+            losses = model.token_losses(prefix[row, None], whole, mask)
+            torch.testing.assert_close(scores[row, answer], -losses.sum())
+            torch.testing.assert_close(states[row, answer], model.decode(prefix[row, None], whole)[0, -1])
+
+
+def test_texts_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MPlugVideoForClassification(config()).eval()
+    texts = torch.randint(8, 100, (2, 9, 5)).tolist()
+    prefixes = model.read_prefixes(model.encode_video(clips()).prefix)
+    together = prefixes.log_likelihoods(texts, [[1] * 9] * 2), prefixes.last_states(texts)
+    monkeypatch.setattr(causal_lm, "TOKENS_AT_ONCE", 13)
+    monkeypatch.setattr(causal_lm, "WORDS_AT_ONCE", 7)
+    torch.testing.assert_close((prefixes.log_likelihoods(texts, [[1] * 9] * 2), prefixes.last_states(texts)), together)
 
 
 def test_a_frozen_decoder_has_no_gradient_or_dropout(model: MPlugVideoForPreTraining) -> None:

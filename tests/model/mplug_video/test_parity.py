@@ -147,6 +147,20 @@ def test_pretraining(name: str, tmp_path: Path) -> None:
     check_gradients(recording, model, tmp_path / "converted")
 
 
+def unpadded(recording: dict[str, Tensor], name: str, clips: int) -> list[list[list[int]]]:
+    """The texts of each clip, as token IDs without padding."""
+    ids, mask = recording[f"{name}.input_ids"], recording[f"{name}.attention_mask"]
+    rows = [row[: int(own.sum())].tolist() for row, own in zip(ids, mask, strict=True)]
+    count = len(rows) // clips
+    return [rows[clip * count : (clip + 1) * count] for clip in range(clips)]
+
+
+def texts_and_starts(recording: dict[str, Tensor], clips: int) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """The texts of an evaluation, and in each the number of the answer's first token."""
+    starts = 1 + recording["in/eval_text.prompt_lengths"].view(clips, -1)
+    return unpadded(recording, "in/eval_text", clips), starts.tolist()
+
+
 def test_classification(tmp_path: Path) -> None:
     recording, model = load("cls", tmp_path)
     generation = losses_and_masks(recording, model, "")
@@ -161,13 +175,8 @@ def test_classification(tmp_path: Path) -> None:
     (generation + head).backward()
     check_gradients(recording, model, tmp_path / "converted")
 
-    ids = recording["in/eval_text.input_ids"].unflatten(0, (len(prefix), -1))
-    mask = answer_mask(recording["in/eval_text.attention_mask"], recording["in/eval_text.prompt_lengths"].tolist())
-    mask = mask.unflatten(0, (len(prefix), -1))
-    with torch.no_grad():
-        scores = torch.stack(
-            [model.score_answers(prefix[row, None], ids[row], mask[row]) for row in range(len(prefix))]
-        )
+    texts, starts = texts_and_starts(recording, len(prefix))
+    scores = model.score_answers(model.read_prefixes(prefix), texts, starts)
     close(scores, recording["out/eval.scores"])
     close(scores.softmax(dim=1), recording["out/eval.generation_logits"])
     close(model.classify(prefix, *title), recording["out/eval.cls_logits"])
@@ -189,16 +198,12 @@ def test_matching(tmp_path: Path) -> None:
     (generation + head).backward()
     check_gradients(recording, model, tmp_path / "converted")
 
-    ids, attention = recording["in/eval_text.input_ids"], recording["in/eval_text.attention_mask"]
-    mask = answer_mask(attention, recording["in/eval_text.prompt_lengths"].tolist())
-    title_ids, title_mask = recording["in/eval_prompt_text.input_ids"], recording["in/eval_prompt_text.attention_mask"]
-    count = len(ids) // len(images)
+    prefixes = model.read_prefixes(prefix)
+    scores = model.score_answers(prefixes, *texts_and_starts(recording, len(images)))
+    close(scores, recording["out/eval.generation_logits"])
+    titles = unpadded(recording, "in/eval_prompt_text", len(images))
     with torch.no_grad():
-        for clip in range(len(images)):
-            own, of_clip = slice(clip * count, (clip + 1) * count), prefix[clip, None]
-            close(model.score_answers(of_clip, ids[own], mask[own]), recording["out/eval.generation_logits"][clip])
-            head_logits = model.classify_candidates(of_clip, title_ids[own], title_mask[own])
-            close(head_logits.softmax(dim=1)[:, 1], recording["out/eval.cls_logits"][clip])
+        close(model.classify_texts(prefixes, titles).softmax(dim=2)[..., 1], recording["out/eval.cls_logits"])
 
 
 def test_retrieval(tmp_path: Path) -> None:

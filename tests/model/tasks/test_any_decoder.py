@@ -11,6 +11,7 @@ from model import manifest
 from model.config.load import load_config
 from model.data.loading.loader import ClipSource, Example
 from model.data.shards.reader import ShardReader
+from model.mplug_video.processing import answer_mask
 from model.tasks.build import build_task
 from tests.helpers.upstream import GPT3
 
@@ -83,8 +84,11 @@ def test_candidates_share_a_common_prefix(family: str, shards: dict[str, str], t
     with torch.no_grad():
         prefix = task.model.encode_video(task.normalize(batch)["pixel_values"]).prefix
         for row in range(2):
-            ids, mask = batch["answer_ids"][row], batch["answer_mask"][row]
-            scores = task.model.score_answers(prefix[row, None], ids, mask)
+            read = task.model.read_prefixes(prefix[row, None])
+            texts, starts = batch["answers"][row], batch["answer_starts"][row]
+            scores = task.model.score_answers(read, [texts], [starts])[0]
+            ids, attention = task.processor.pad(texts)
+            mask = answer_mask(attention, [start - 1 for start in starts])
             repeated = prefix[row, None].expand(len(ids), -1, -1)
             torch.testing.assert_close(
                 scores, -task.model.token_losses(repeated, ids, mask).sum(dim=1), rtol=1e-5, atol=1e-4

@@ -160,12 +160,14 @@ def test_lora_alone_is_published_as_an_adapter_too(settings: list[str], instruct
 
 
 def test_an_evaluated_model_is_registered(tuned: str, shards: dict[str, str], tmp_path: Path) -> None:
-    evaluation = evaluate_model(tuned, shards=shards["instruction"], with_untuned=True)
+    evaluation = evaluate_model(
+        tuned, shards=shards["instruction"], split="test", overrides=["data.workers=0"], with_untuned=True
+    )
     assert len(evaluation.predictions) == len(ShardReader(shards["instruction"] + "/test"))
     assert evaluation.untuned.keys() == evaluation.scores.keys()
     assert {row["question_type"] for row in evaluation.predictions} >= {"what", "colour", "where", "direction"}
     assert all(row["question"] and row["references"][0] for row in evaluation.predictions)
     where = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "test", "pipeline": ""}
-    uri = save_evaluation(evaluation, str(tmp_path / "evaluation.json"))
+    uri = save_evaluation(evaluation, str(tmp_path / "evaluation"))
     assert register_candidates([uri], where, "1") == ["mplug-video-instruction/1"]
-    assert champion_scores(where["uri"], "mplug-video-instruction") == {}
+    assert champion_scores(where["uri"], "mplug-video-instruction", "test") == {}

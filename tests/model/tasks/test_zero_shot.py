@@ -40,7 +40,7 @@ def models(pretrained: str, instructed: str) -> dict[str, str]:
 
 def asked(model: str, shards: str, prompt: str = "", split: str = "test") -> tuple[ZeroShot, ShardReader]:
     task, reader = (
-        build_zero_shot(zero_shot_config(model, shards, {"uri": ""}), prompt),
+        build_zero_shot(zero_shot_config(model, shards), prompt),
         ShardReader(f"{shards}/{split}"),
     )
     task.model.float()
@@ -81,7 +81,7 @@ def test_likelihoods_are_those_of_the_whole_text(family: str, models: dict[str, 
         task.max_new_tokens = 1
         (row,) = task.answer(prompts, batch["annotations"])
         decoder = task.family.decoder
-        for answer, score in zip(task.answers, row["generation_scores"], strict=True):
+        for answer, score in zip(map(torch.tensor, task.answers), row["generation_scores"], strict=True):
             whole = torch.cat((prompts.embeddings, decoder.get_input_embeddings()(answer[None])), dim=1)
             logits = decoder(inputs_embeds=whole).logits[0, -1 - len(answer) : -1].log_softmax(dim=-1)
             expected = float(logits.gather(1, answer[:, None]).sum())
@@ -109,7 +109,7 @@ def test_a_question_reaches_the_chat_model_as_in_training(instructed: str, shard
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_benchmark_is_scored(family: str, models: dict[str, str], shards: dict[str, str]) -> None:
     for dataset, prompts in PROMPTS[family].items():
-        found = evaluate_model(models[family], shards=shards[dataset], split="val", zero_shot=True)
+        found = evaluate_model(models[family], shards=shards[dataset], overrides=["data.workers=0"], zero_shot=True)
         assert found.scores.keys() >= set(BENCHMARKS[dataset].metrics)
         assert found.chance.keys() <= found.scores.keys()
         assert len(found.predictions) == len(found.captions) == len(ShardReader(f"{shards[dataset]}/val"))
@@ -118,15 +118,19 @@ def test_every_benchmark_is_scored(family: str, models: dict[str, str], shards: 
 
 
 def test_the_command_prints_scores_and_protocol(instructed: str, shards: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "scores.json"
-    options = ["--zero-shot", "--prompt", "brief", "--split", "val", "--out", str(out), "--tracking-uri", ""]
+    out = tmp_path / "evaluation"
+    options = ["--zero-shot", "--prompt", "brief", "--out", str(out), "--tracking-uri", "", "data.workers=0"]
     command = [MPLUG, "evaluate", instructed, shards["instruction"], *options]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(out.read_text(encoding="utf-8"))
+    found = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert found["scores"] == json.loads(ended.stdout)
-    line = next(line for line in ended.stderr.splitlines() if line.startswith("split: val; "))
-    assert "; num_frames: 4; precision: float32; prompt: brief; prompt_text: {text}请用一个词回答。; decoding: " in line
+    line = next(line for line in ended.stderr.splitlines() if line.startswith("data: instruction@"))
+    assert "; split: val; " in line
+    assert (
+        "; frames: 4, the middle ones of equal intervals; image_size: 64; precision: float32; prompt: brief; " in line
+    )
+    assert "; prompt_text: {text}请用一个词回答。; decoding: greedy, at most " in line
 
 
 def test_wrong_requests_are_refused(pretrained: str, decoder: str, shards: dict[str, str]) -> None:
@@ -177,7 +181,7 @@ def test_missing_weights_are_an_error(pretrained: str, shards: dict[str, str], t
     with pytest.raises(
         ConfigError, match=r"must hold every weight of its config\.json, abstractor\.queries is missing"
     ):
-        build_zero_shot(zero_shot_config(str(folder), shards["captioning"], {"uri": ""}), "")
+        build_zero_shot(zero_shot_config(str(folder), shards["captioning"]), "")
 
 
 NAMES = ["电影", "电影剪辑", "动漫"]

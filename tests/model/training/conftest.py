@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from model.config.schema import WatchdogConfig
-from model.training.distributed import ALONE, Processes, processes
+from model.distributed import ALONE, Processes, processes
 
 
 @pytest.fixture(scope="module")

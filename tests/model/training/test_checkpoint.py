@@ -8,11 +8,11 @@ import pytest
 
 from model import manifest, storage
 from model.config.schema import CheckpointConfig
+from model.distributed import Processes
 from model.errors import ConfigError, DataError
 from model.tasks.build import build_task
 from model.training.attempts import run_folder, saved_steps
 from model.training.checkpoint import Checkpoints, frozen_sha256
-from model.training.distributed import Processes
 from model.training.engine import Engine
 from model.training.state import Progress
 from tests.helpers.running import pretraining_config

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from model.config.load import load_config
+from model.distributed import Processes
 from model.errors import ConfigError
 from model.evaluation.runner import evaluate_model
 from model.tasks.build import build_task
 from model.training.attempts import saved_steps
-from model.training.distributed import Processes
 from model.training.validation import Validation
 from tests.helpers.copying import copied
 from tests.helpers.killing import Outcome, Training

@@ -17,10 +17,10 @@ from model.data.cache import Cache
 from model.data.loading.loader import Batch, ClipSource, Example, evaluation_batches, training_batches
 from model.data.loading.sampler import BatchSampler, EverySample
 from model.data.shards.reader import ShardReader
+from model.distributed import as_lost_process
 from model.errors import DATA, FAILED, LOST, OUTAGE, DataError, StorageError, exit_code
 from model.mplug_video.processing import MPlugVideoProcessor
 from model.mplug_video.tokenization import load_tokenizer
-from model.training.distributed import as_lost_process
 from tests.helpers.collating import ERRORS, Chosen, FailingReader, Unloadable, collate, killed, with_a_lambda
 from tests.helpers.copying import copied
 from tests.helpers.paths import FIXTURES

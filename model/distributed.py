@@ -27,8 +27,13 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
-    control: dist.ProcessGroup
-    """Process group for agreements, always on the CPU."""
+    control: dist.ProcessGroup | None = None
+    """Process group for agreements, always on the CPU. None: this process is alone, and no group was joined."""
+
+    @classmethod
+    def alone(cls) -> "Processes":
+        """This process, without a process group."""
+        return cls(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -36,6 +41,8 @@ class Processes:
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Calls `make` on the first process and returns its result on all processes."""
+        if not self.control:
+            return make()
         box = [make() if self.is_main else None]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]  # type: ignore[return-value]
@@ -51,6 +58,14 @@ class Processes:
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values  # type: ignore[return-value]
+
+    def collected(self, value: T) -> list[T]:
+        """The values of all processes, on the first process; an empty list on the others."""
+        if not self.control:
+            return [value]
+        values: list[T | None] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []  # type: ignore[return-value]
 
     def table(self, values: dict[str, float]) -> dict[str, list[float]]:
         """The numbers of all processes by name. All processes must pass the same names."""
