@@ -1,4 +1,4 @@
-"""The command line `mplug`: the main commands, and the groups data, pipeline and job."""
+"""The command line `mplug`: the main commands, and the groups data, pipeline, job and models."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from cli.data import TrackingUri, data
 from cli.job import job
+from cli.models import models
 from cli.pipeline import pipeline
 from model.errors import exit_codes
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(pipeline, name="pipeline")
 app.add_typer(job, name="job")
+app.add_typer(models, name="models")
 
 Config = Annotated[str, typer.Argument(help="Preset (`mplug presets` lists them) or a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as dotted.key=value.")]

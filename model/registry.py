@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -12,13 +13,27 @@ from mlflow.exceptions import MlflowException
 
 from model import manifest
 from model.config.schema import TrackingConfig
-from model.errors import TrackingError
+from model.errors import ConfigError, TrackingError
 from model.pipeline_run import Outcome, close_pipeline_run, create_pipeline_run, find_pipeline_run, open_pipeline_run
 from model.tracking import experiment_id, mlflow_client
 
 P = ParamSpec("P")
 R = TypeVar("R")
 CHAMPION = "champion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A version of a registered model."""
+
+    name: str
+    number: str
+    source: str
+    """URI of the published model."""
+    run_id: str
+    created_ms: int
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
 
 
 def _one_line(function: Callable[P, R]) -> Callable[P, R]:
@@ -68,10 +83,13 @@ def register_model(uri: str, name: str, model: str, tags: Mapping[str, str]) -> 
     try:
         server.create_registered_model(name)
     except MlflowException:  # it exists
-        for known in server.search_model_versions(f"name = '{name}'"):
+        for known in list_versions(uri, name):
             if known.tags.get("manifest_sha256") == all_tags["manifest_sha256"]:
-                server.set_registered_model_alias(name, "candidate", known.version)
-                return str(known.version)
+                for key, value in all_tags.items():
+                    if known.tags.get(key) != value:  # it was evaluated again
+                        server.set_model_version_tag(name, known.number, key, value)
+                server.set_registered_model_alias(name, "candidate", known.number)
+                return known.number
     version = server.create_model_version(name, source=model, run_id=facts["run_id"] or None, tags=all_tags).version
     server.set_registered_model_alias(name, "candidate", version)
     return str(version)
@@ -91,19 +109,72 @@ def check_tracking(uri: str) -> str:
 
 
 @_one_line
-def promote_model(uri: str, name: str, version: str) -> None:
-    """Gives a version the alias `champion`."""
+def set_champion(uri: str, name: str, version: str) -> None:
+    """Gives a version the alias `champion`. Only model/evaluation/promotion.py, which records it, calls this."""
     mlflow_client(uri).set_registered_model_alias(name, CHAMPION, version)
 
 
 @_one_line
-def champion_scores(uri: str, name: str, split: str) -> dict[str, float]:
-    """Metrics of the champion on a split; empty if there is no champion."""
-    server = mlflow_client(uri)
-    if not any(CHAMPION in model.aliases for model in server.search_registered_models(f"name = '{name}'")):
-        return {}
-    tags = server.get_model_version_by_alias(name, CHAMPION).tags
-    return {key.removeprefix(f"{split}."): float(value) for key, value in tags.items() if key.startswith(f"{split}.")}
+def find_champion(uri: str, name: str) -> Version | None:
+    """The champion; None if there is none."""
+    return next((version for version in list_versions(uri, name) if CHAMPION in version.aliases), None)
+
+
+def find_version(uri: str, reference: str) -> Version:
+    """The version that name/3, name@alias or a name, for its newest version, refers to. Raises ConfigError."""
+    name, number, alias = reference, "", ""
+    if "@" in reference:
+        name, _, alias = reference.partition("@")
+    elif "/" in reference:
+        name, _, number = reference.partition("/")
+    known = list_versions(uri, name)
+    if not known:
+        raise ConfigError(f"no registered model named {name}. Known: {', '.join(list_names(uri)) or 'none'}.")
+    for version in known:
+        if version.number == number or alias in version.aliases or not (number or alias):
+            return version
+    aliases = [f"@{each}" for version in known for each in version.aliases]
+    numbers = [f"/{version.number}" for version in known]
+    raise ConfigError(f"{reference} does not exist. Known: {', '.join([*aliases, *numbers])}.")
+
+
+@_one_line
+def list_names(uri: str) -> list[str]:
+    """The names of all registered models."""
+    server, names, token = mlflow_client(uri), [], None
+    while token != "":
+        page = server.search_registered_models(page_token=token)
+        names += [model.name for model in page]
+        token = page.token or ""
+    return names
+
+
+@_one_line
+def list_versions(uri: str, name: str) -> list[Version]:
+    """The versions of a model, newest first; empty if it does not exist."""
+    server, found, token = mlflow_client(uri), [], None
+    while token != "":
+        page = server.search_model_versions(f"name = '{name}'", page_token=token)
+        found += page
+        token = page.token or ""
+    if not found:
+        return []
+    aliases: dict[str, list[str]] = {}
+    for alias, number in server.get_registered_model(name).aliases.items():
+        aliases.setdefault(str(number), []).append(alias)
+    versions = [
+        Version(
+            name=name,
+            number=str(each.version),
+            source=each.source,
+            run_id=each.run_id or "",
+            created_ms=each.creation_timestamp,
+            tags=dict(each.tags),
+            aliases=tuple(sorted(aliases.get(str(each.version), []))),
+        )
+        for each in found
+    ]
+    return sorted(versions, key=lambda version: -int(version.number))
 
 
 @_one_line

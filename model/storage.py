@@ -24,7 +24,7 @@ from typing import ParamSpec, TypeVar
 import boto3
 import obstore
 from botocore.exceptions import BotoCoreError, ClientError
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 
 from model.errors import NotFoundError, StorageError
 from model.s3 import get_client, get_store, object_key, parse_uri
@@ -171,6 +171,24 @@ def write(uri: str, data: bytes | memoryview) -> None:
 
 
 @_one_line
+def create(uri: str, data: bytes) -> bool:
+    """Writes a new object; False if there is one already. Of several writers at once, one succeeds."""
+    try:
+        if is_s3(uri):
+            obstore.put(get_store(uri), object_key(uri), data, mode="create")
+            return True
+        partial = _partial(Path(uri))
+        partial.write_bytes(data)
+        try:
+            os.link(partial, uri)
+        finally:
+            partial.unlink()
+    except (AlreadyExistsError, FileExistsError):
+        return False
+    return True
+
+
+@_one_line
 def upload_file(path: Path, uri: str) -> None:
     """Copies a local file to `uri`, which becomes visible when it is complete."""
     if is_s3(uri):
@@ -209,7 +227,7 @@ def download_file(uri: str, path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
 
 
 @_one_line

@@ -90,7 +90,7 @@ def benchmarks(
 
     # a separate Collected for each consumer: the compiler modifies it
     found = dsl.Collected(judged.outputs["Output"])
-    place(call_step(register, p, evaluations=found, promote=False, tracking=tracking), p.image)
+    place(call_step(register, p, evaluations=found, promote=False, tolerance=0.0, tracking=tracking), p.image)
     compute(call_step(report, p, evaluations=dsl.Collected(judged.outputs["Output"]), **given), p)
 
 

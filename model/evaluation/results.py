@@ -11,6 +11,8 @@ from model.errors import DataError
 from model.evaluation.bootstrap import Interval
 from model.tasks.metrics import Measures, Prediction
 
+UNRELIABLE = "unreliable"
+"""Entry of a protocol whose scores must not decide anything, with the reason."""
 SCORES, PREDICTIONS = "scores.json", "predictions.jsonl"
 
 

@@ -22,7 +22,7 @@ from model.errors import ConfigError, DataError
 from model.evaluation.bootstrap import intervals
 from model.evaluation.configuration import evaluation_config, trained_config
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
-from model.evaluation.results import Evaluation
+from model.evaluation.results import UNRELIABLE, Evaluation
 from model.progress import progress
 from model.tasks import metrics
 from model.tasks.base import Evaluator
@@ -33,8 +33,6 @@ from model.tasks.zero_shot import build_zero_shot, zero_shot_config
 from model.tracking import Run, tracked
 
 log = logging.getLogger("mplug")
-UNRELIABLE = "unreliable"
-"""Entry of a protocol whose scores must not decide anything."""
 WRONG_TEXTS = (
     "the released test texts of Youku-mPLUG's retrieval benchmark do not belong to their videos, as its authors say: "
     "use the split val"

@@ -98,7 +98,7 @@ def _train(
         training.run()
         training.take_best()
         with engine.whole_weights():
-            model = publish_model(task, config, run) if group.is_main else ""
+            model = publish_model(task, config, run, base_sha256) if group.is_main else ""
     return group.from_main(lambda: replace(attempt, model=model, is_synced=run.is_synced))
 
 

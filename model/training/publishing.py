@@ -13,7 +13,7 @@ from model.tracking import Run
 from model.training.checkpoint import HISTORY
 
 
-def publish_model(task: Task, config: RunConfig, run: Run) -> str:
+def publish_model(task: Task, config: RunConfig, run: Run, base_sha256: str) -> str:
     """Publishes the model with its configuration and its metrics history, and returns its URI."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -25,7 +25,8 @@ def publish_model(task: Task, config: RunConfig, run: Run) -> str:
                 f"the model cannot be written to {folder.parent}: {error}. Free some space there."
             ) from error
         base = storage.join(config.output, "models", config.name)
-        uri = manifest.publish_folder(folder, base, config=config.model_dump(mode="json"), run_id=run.opened_id())
+        facts = {"config": config.model_dump(mode="json"), "run_id": run.opened_id(), "base_sha256": base_sha256}
+        uri = manifest.publish_folder(folder, base, **facts)
     tag_model(run, uri)
     return uri
 

@@ -12,8 +12,8 @@ from model import manifest
 from model.data.shards.reader import ShardReader, read_dataset_info
 from model.data.synthetic.corpus import VIDEO
 from model.errors import ConfigError
-from model.evaluation.results import PREDICTIONS, SCORES, load_evaluation
-from model.evaluation.runner import UNRELIABLE, _reservations, evaluate_model
+from model.evaluation.results import PREDICTIONS, SCORES, UNRELIABLE, load_evaluation
+from model.evaluation.runner import _reservations, evaluate_model
 from model.tasks import metrics
 from model.tasks.retrieval import similarities
 from tests.helpers.paths import MPLUG
