@@ -1,22 +1,15 @@
 """Scores a trained model on one split of a benchmark."""
 
-from kfp.dsl import Metrics, Output
+from kfp.dsl import ClassificationMetrics, Metrics, Output
 
 from components.image import component
 
 
 @component()
 def evaluate(
-    trained: str,
-    config: str,
-    shards: dict[str, str],
-    split: str,
-    cpu: str,
-    tracking: dict[str, str],
-    code_version: str,
-    baseline: str,
-    metrics: Output[Metrics],
-) -> str:
+    trained: str, config: str, shards: dict[str, str], split: str, cpu: str, tracking: dict[str, str],
+    code_version: str, baseline: str, metrics: Output[Metrics], confusion: Output[ClassificationMetrics],
+) -> str:  # fmt: skip
     """Returns the URI of the evaluation: scores, chance levels and every prediction.
 
     With the `baseline` "untuned", the model as it was before its training is scored as well. `cpu` is that of the step,
@@ -32,17 +25,14 @@ def evaluate(
     from model.threads import use_threads
 
     with exit_codes():
-        workers = use_threads(cpu) - 1
-        evaluation = evaluate_model(
-            trained,
-            shards=shards[preset_dataset(config)],
-            split=split,
-            overrides=[f"data.workers={workers}"],
-            tracking=tracking,
-            with_untuned=baseline == "untuned",
-        )
-        for name, value in evaluation.scores.items():
+        options = {"split": split, "tracking": tracking, "with_untuned": baseline == "untuned"}
+        workers = [f"data.workers={use_threads(cpu) - 1}"]
+        found = evaluate_model(trained, shards=shards[preset_dataset(config)], overrides=workers, **options)
+        for name, value in found.scores.items():
             metrics.log_metric(name, value)
-        # without a file the local runner does not cache the artifact, and would repeat the evaluation
-        Path(metrics.path).write_text(json.dumps(evaluation.scores))
-        return save_evaluation(evaluation, f"{trained}.{split}")
+        if found.confusion:
+            confusion.log_confusion_matrix(found.class_names, found.confusion)
+        # without a file the local runner does not cache an artifact, and would repeat the evaluation
+        Path(metrics.path).write_text(json.dumps(found.scores))
+        Path(confusion.path).write_text(json.dumps(found.confusion))
+        return save_evaluation(found, f"{trained}.{split}")

@@ -1,12 +1,14 @@
 """Decodes every clip once and writes shards for training."""
 
+from kfp.dsl import Dataset, Output
+
 from components.image import component
 
 
 @component()
 def shard(
     raw: str, raw_version: str, root: str, datasets: list[str], num_frames: int, short_side: int, partition: str,
-    tracking: dict[str, str], code_version: str,
+    tracking: dict[str, str], code_version: str, stored: Output[Dataset],
 ) -> dict[str, str]:  # fmt: skip
     """Returns the URIs of the shards by dataset. `partition` i/n only builds the i-th of n partitions, without a URI.
 
@@ -35,4 +37,6 @@ def shard(
         for uri in uris.values():
             publish_statistics(statistics(uri), tracked)
         tracked.tags({f"data_digest.{name}": uri.rpartition("@")[2] for name, uri in uris.items()})
+        stored.uri = f"{root}/shards"
+        stored.metadata.update(uris)
         return uris

@@ -1,5 +1,7 @@
 """Trains one run like `mplug train`, in this step or as a job on several nodes."""
 
+from kfp.dsl import Model, Output
+
 from components.image import component
 
 
@@ -7,14 +9,13 @@ from components.image import component
 def train(
     config: str, shards: dict[str, str], root: str, decoder: str, tokenizers: dict[str, str], pretrained: str,
     init: str, nodes: int, processes: int, image: str, namespace: str, deadline_hours: float, overrides: list[str],
-    tracking: dict[str, str], code_version: str,
+    tracking: dict[str, str], code_version: str, model: Output[Model],
 ) -> str:  # fmt: skip
-    """Returns the URI of the trained model, <root>/models/<name>-<init>/<version>.
+    """Returns the URI of the trained model, <root>/models/<name>-<init>/<version>, which is also that of `model`.
 
     A config whose dataset has a tokenizer in `tokenizers` trains a decoder from nothing; any other uses `decoder`.
-    `init` is "pretrained" to start from `pretrained`; any other value starts from fresh visual weights. With 0 `nodes`
-    it trains in this step on `processes` processes, otherwise as a PyTorchJob with `processes` per node (0: one per
-    GPU).
+    `init` is "pretrained" or starts from fresh visual weights. With 0 `nodes` it trains in this step on `processes`
+    processes, otherwise as a PyTorchJob with `processes` per node (0: one per GPU).
     """
     from components.jobs.launcher import train_on_cluster
     from model.config.load import load_config, preset_dataset
@@ -37,4 +38,6 @@ def train(
             train_on_cluster(config, arguments, nodes, processes, image, namespace, deadline_hours)
         elif code := launch(config, arguments, processes):
             raise ProcessFailedError(f"{settings['name']} ended with exit code {code}; see its log.", code)
-        return published_model(load_config(config, arguments))
+        model.uri = published_model(load_config(config, arguments))
+        model.metadata.update(config=config, data=settings["data.shards"], initial=settings["model.init_from"])
+        return model.uri

@@ -52,6 +52,7 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp mplug \
 ENV PATH=/opt/mplug/bin:$PATH \
     HOME=/tmp \
     MPLUG_CACHE=/cache \
+    MPLUG_GIT_COMMIT=$REVISION \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 10001:10001

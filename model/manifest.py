@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -91,7 +92,7 @@ def fetch_folder(uri: str) -> Path:
     target = cache_folder() / "models" / digest[:24]
     if target.exists():
         return target
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         for name in manifest["files"]:
             if not (partial / name).resolve().is_relative_to(partial.resolve()):

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from model import manifest
 from model.config.schema import TrackingConfig
 from model.errors import ConfigError, TrackingError
+from model.lineage import find_model
 from model.pipeline_run import Outcome, close_pipeline_run, create_pipeline_run, find_pipeline_run, open_pipeline_run
 from model.tracking import experiment_id, mlflow_client
 
@@ -90,7 +91,10 @@ def register_model(uri: str, name: str, model: str, tags: Mapping[str, str]) -> 
                         server.set_model_version_tag(name, known.number, key, value)
                 server.set_registered_model_alias(name, "candidate", known.number)
                 return known.number
-    version = server.create_model_version(name, source=model, run_id=facts["run_id"] or None, tags=all_tags).version
+    run_id, model_id = facts["run_id"] or None, None
+    if run_id and (linked := find_model(server, server.get_run(run_id).info.experiment_id, model)):
+        model_id = all_tags["model_id"] = linked.model_id  # MLflow links the model to its versions, but not back
+    version = server.create_model_version(name, model, run_id=run_id, model_id=model_id, tags=all_tags).version
     server.set_registered_model_alias(name, "candidate", version)
     return str(version)
 

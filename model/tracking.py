@@ -2,8 +2,9 @@
 
 Everything is written to a local journal first. A background thread sends it to the server in order. A server that is
 slow, down or returns garbage delays the display, never the run. Once the server answers again, or a restarted run
-reaches it, it receives the missing entries, none of them twice. Only this file, registry.py and pipeline_run.py import
-mlflow, and only if a server is configured: the import takes 0.8 s, and one process per run talks to the server.
+reaches it, it receives the missing entries, none of them twice. Only this file, lineage.py, registry.py and
+pipeline_run.py import mlflow, and only if a server is configured: the import takes 0.8 s, and one process per run talks
+to the server.
 """
 
 import json
@@ -23,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model import lineage
 from model.config.schema import TrackingConfig
 from model.errors import TERMINATED, exit_codes
 from model.manifest import cache_folder
@@ -53,8 +55,16 @@ class Run:
     `key` identifies the run in MLflow. An existing run with this key is resumed, and its points are not sent again.
     """
 
-    def __init__(self, config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = ()) -> None:
+    def __init__(
+        self,
+        config: TrackingConfig,
+        name: str,
+        key: str = "",
+        history: Iterable[Point] = (),
+        description: str = "",
+    ) -> None:
         self.name, self.key, self.config = name, key or uuid.uuid4().hex, config
+        self.description = description
         self.journal = cache_folder() / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
         self.lines: list[str] = []
         """The metrics so far, in the format of the journal."""
@@ -112,6 +122,20 @@ class Run:
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         self._record({"step": step, "time_ms": int(time.time() * 1000), **finite})
 
+    def dataset(self, name: str, digest: str, uri: str, context: str) -> None:
+        """A data set that the run reads, for "training" or "evaluation"."""
+        self._later(lambda server, run_id: lineage.log_dataset(server, run_id, name, digest, uri, context))
+
+    def model(self, uri: str, step: int, params: Mapping[str, Any]) -> None:
+        """The published model that the run has made."""
+        texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items()}
+        self._later(lambda server, run_id: lineage.log_model(server, run_id, uri, self.name, step, texts))
+
+    def scores(self, values: Mapping[str, float], model: str, name: str, dataset: tuple[str, str]) -> None:
+        """Metrics of a published model on a data set (name, digest), also for the run that made it."""
+        self._record({"step": 0, "time_ms": int(time.time() * 1000), **values}, is_sent=False)
+        self._later(lambda server, run_id: lineage.log_scores(server, run_id, model, name, dataset, values))
+
     def history(self) -> bytes:
         """The metrics so far as JSON lines."""
         return "".join(self.lines).encode()
@@ -143,9 +167,9 @@ class Run:
         """Makes `finish` return without waiting for the server."""
         self.deadline = 0.0
 
-    def _record(self, point: Point) -> None:
+    def _record(self, point: Point, *, is_sent: bool = True) -> None:
         self.lines.append(json.dumps(point) + "\n")
-        if self.client:
+        if self.client and is_sent:
             self.outbox.append(point)
         try:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +224,7 @@ class Run:
             self.resumed = True
             self.run_id = found[0].info.run_id
             return
-        tags = {"mlflow.runName": self.name, RUN_TAG: self.key}
+        tags = {"mlflow.runName": self.name, RUN_TAG: self.key, **lineage.run_tags(self.description)}
         if self.pipeline_id:
             tags["mlflow.parentRunId"] = self.pipeline_id
         self.run_id = server.create_run(experiment, tags=tags).info.run_id
@@ -246,9 +270,11 @@ class Run:
 
 
 @contextmanager
-def tracked(config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = ()) -> Iterator[Run]:
+def tracked(
+    config: TrackingConfig, name: str, key: str = "", history: Iterable[Point] = (), description: str = ""
+) -> Iterator[Run]:
     """A run whose status in MLflow follows the block: FINISHED, FAILED or KILLED."""
-    run = Run(config, name, key, history)
+    run = Run(config, name, key, history, description)
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     status = "FAILED"

@@ -17,7 +17,7 @@ from components.shard import shard
 from components.train import train
 from components.train_tokenizer import train_tokenizer
 from pipelines.placement import place, set_resources
-from pipelines.tracked import Parameters, call_step, inner_pipeline, tracked_pipeline
+from pipelines.tracked import Parameters, call_step, inner_pipeline, returned, tracked_pipeline
 
 DEMO_DATASETS = ["pretrain", "classification", "retrieval", "captioning", "instruction"]
 BENCHMARKS = [
@@ -79,7 +79,7 @@ def benchmarks(
             call_step(
                 evaluate,
                 p,
-                trained=tuned.output,
+                trained=returned(tuned),
                 config=benchmark.config,
                 baseline=benchmark.baseline,
                 split="test",
@@ -89,9 +89,9 @@ def benchmarks(
         )
 
     # a separate Collected for each consumer: the compiler modifies it
-    found = dsl.Collected(judged.outputs["Output"])
+    found = dsl.Collected(returned(judged))
     place(call_step(register, p, evaluations=found, promote=False, tolerance=0.0, tracking=tracking), p.image)
-    compute(call_step(report, p, evaluations=dsl.Collected(judged.outputs["Output"]), **given), p)
+    compute(call_step(report, p, evaluations=dsl.Collected(returned(judged)), **given), p)
 
 
 @tracked_pipeline(
@@ -107,10 +107,10 @@ def demo_pipeline(p: DemoParameters, tracking: Any) -> None:
     stored = {"raw": raw.output, "raw_version": p.source_version, "tracking": tracking}
     shards = compute(call_step(shard, p, datasets=DEMO_DATASETS, partition="1/1", **stored), p)
     tokenizers = compute(call_step(train_tokenizer, p, datasets=["pretrain", "instruction"], **stored), p).output
-    given = {"shards": shards.output, "pretrained": "", "tracking": tracking, **IN_THE_STEP}
+    given = {"shards": returned(shards), "pretrained": "", "tracking": tracking, **IN_THE_STEP}
     titles = {"decoder": "", "tokenizers": tokenizers, "init": "titles"}
-    decoder = compute(call_step(train, p, config="tiny_decoder", processes=1, **titles, **given), p).output
+    decoder = returned(compute(call_step(train, p, config="tiny_decoder", processes=1, **titles, **given), p))
     weights = {"decoder": decoder, "tokenizers": {}, "init": "random"}
     pretrained = compute(call_step(train, p, config="tiny_pretraining", **weights, **given), p)
-    given = {"shards": shards.output, "decoder": decoder, "tokenizers": tokenizers, "tracking": tracking}
-    benchmarks(p, pretrained=pretrained.output, **given)
+    given = {"shards": returned(shards), "decoder": decoder, "tokenizers": tokenizers, "tracking": tracking}
+    benchmarks(p, pretrained=returned(pretrained), **given)

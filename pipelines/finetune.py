@@ -10,7 +10,7 @@ from components.register import register
 from components.shard import shard
 from components.train import train
 from pipelines.placement import place, set_nodes, set_resources
-from pipelines.tracked import JobParameters, call_step, inner_pipeline, tracked_pipeline
+from pipelines.tracked import JobParameters, call_step, inner_pipeline, returned, tracked_pipeline
 
 
 class FinetuneParameters(JobParameters):
@@ -51,10 +51,12 @@ def finetune_tasks(p: FinetuneParameters, shards: dict[str, str], tracking: dict
     with dsl.ParallelFor(p.configs, name="tasks") as config:
         tuned = call_step(train, p, config=config, tokenizers={}, init="pretrained", **given)
         set_resources(place(tuned, p.cpu_image), cpu=p.train_cpu, memory=p.train_memory)
-        judged = call_step(evaluate, p, trained=tuned.output, config=config, baseline="", cpu=p.evaluate_cpu, **given)
+        judged = call_step(
+            evaluate, p, trained=returned(tuned), config=config, baseline="", cpu=p.evaluate_cpu, **given
+        )
         set_resources(place(judged, p.image), cpu=p.evaluate_cpu, memory=p.evaluate_memory, gpus=p.gpus)
         set_nodes(judged, p.node_selector, p.tolerations)
-    passed = call_step(gate, p, evaluations=dsl.Collected(judged.outputs["Output"]), tracking=tracking)
+    passed = call_step(gate, p, evaluations=dsl.Collected(returned(judged)), tracking=tracking)
     place(passed, p.cpu_image).set_caching_options(False)  # the champion changes
     place(call_step(register, p, evaluations=passed.output, tracking=tracking), p.cpu_image)
 
@@ -63,7 +65,7 @@ def tune(p: FinetuneParameters, tracking: Any) -> None:
     """The stages of the pipelines `finetune` and `benchmark`, which have different tasks."""
     shards = call_step(shard, p, datasets=p.configs, partition="1/1", tracking=tracking)
     set_resources(place(shards, p.cpu_image), cpu=p.shard_cpu, memory=p.shard_memory)
-    finetune_tasks(p, shards=shards.output, tracking=tracking)
+    finetune_tasks(p, shards=returned(shards), tracking=tracking)
 
 
 finetune = tracked_pipeline(

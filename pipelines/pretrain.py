@@ -8,7 +8,7 @@ from components.download import download
 from components.shard import shard
 from components.train import train
 from pipelines.placement import place, set_resources
-from pipelines.tracked import JobParameters, call_step, inner_pipeline, tracked_pipeline
+from pipelines.tracked import JobParameters, call_step, inner_pipeline, returned, tracked_pipeline
 
 
 class PretrainParameters(JobParameters):
@@ -43,7 +43,7 @@ def make_dataset(p: PretrainParameters, tracking: dict[str, str]) -> dict[str, s
         set_resources(place(part, p.cpu_image), cpu=p.shard_cpu, memory=p.shard_memory)
     whole = call_step(shard, p, partition="1/1", **stored).after(part)
     set_resources(place(whole, p.cpu_image), cpu=p.download_cpu, memory=p.shard_memory)  # only joins the partitions
-    return whole.output
+    return returned(whole)
 
 
 @tracked_pipeline(

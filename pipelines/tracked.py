@@ -130,6 +130,11 @@ def call_step(component: Any, p: Parameters, **inputs: Any) -> Any:
     return component(**{key: getattr(p, key) for key in wanted}, **inputs)
 
 
+def returned(step: Any) -> Any:
+    """The value that a step returns, beside its artifacts."""
+    return step.outputs["Output"]
+
+
 def _parameters(kind: type[Parameters], defaults: dict[str, Any]) -> list[Parameter]:
     """The fields of a class as parameters, without defaults first."""
     found = [

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from model import manifest, storage
 from model.config.schema import TrackingConfig
 from model.data.shards.reader import ShardReader
@@ -17,7 +15,6 @@ from model.evaluation.pages import figure_uri, image_uri, render_page
 from model.evaluation.results import Evaluation, load_evaluation
 from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts
-from model.tasks.metrics import confusion_matrix
 
 SHOWN = 8
 """Clips per task."""
@@ -61,7 +58,9 @@ def render_report(evaluations: Sequence[Evaluation], results: Sequence[Requireme
             for task, (evaluation, baseline) in found.items()
         ],
         "pretraining": figure_uri(curve_figure({"pre-training": _pretraining_curve(evaluations)}, "training loss")),
-        "confusion": figure_uri(_confusion(by_task["classification"])),
+        "confusion": figure_uri(
+            confusion_figure(by_task["classification"].confusion, by_task["classification"].class_names)
+        ),
         "searches": _searches(by_task["retrieval"], readers["retrieval"]),
     }
     return render_page("report.html.j2", values)
@@ -113,7 +112,3 @@ def _searches(evaluation: Evaluation, reader: ShardReader) -> list[dict[str, obj
         }
         for query, row in enumerate(evaluation.predictions[:SHOWN])
     ]
-
-
-def _confusion(evaluation: Evaluation) -> Figure:
-    return confusion_figure(confusion_matrix(evaluation.predictions, evaluation.class_names), evaluation.class_names)

@@ -9,7 +9,7 @@ import numpy as np
 from model import storage
 from model.errors import DataError
 from model.evaluation.bootstrap import Interval
-from model.tasks.metrics import Measures, Prediction
+from model.tasks.metrics import Measures, Prediction, confusion_matrix
 
 UNRELIABLE = "unreliable"
 """Entry of a protocol whose scores must not decide anything, with the reason."""
@@ -52,6 +52,13 @@ class Evaluation:
     def measures(self) -> Measures:
         names = dict.fromkeys(name for row in self.predictions for name in row["measures"])
         return {name: np.array([row["measures"].get(name, np.nan) for row in self.predictions]) for name in names}
+
+    @property
+    def confusion(self) -> list[list[int]]:
+        """Clips by true (rows) and predicted category; empty for tasks without categories."""
+        if not (self.class_names and "label" in self.predictions[0]):
+            return []
+        return confusion_matrix(self.predictions, self.class_names)
 
     @property
     def captions(self) -> list[tuple[str, str]]:

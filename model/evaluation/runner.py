@@ -87,7 +87,9 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
         _untuned(request, reader, group) if request.with_untuned else {}
     )  # first: one model at a time is in memory
     task = build_zero_shot(config, request.prompt) if request.zero_shot else build_trained(config)
-    with tracked(config.tracking if group.is_main else TrackingConfig(), f"evaluate-{config.name}") as run:
+    tracking = config.tracking if group.is_main else TrackingConfig()
+    description = f"{config.task} of {request.model} on {reader.uri}"
+    with tracked(tracking, f"evaluate-{config.name}", description=description) as run:
         rows = _predictions(task, reader, config, request.batch_size, group)
         if request.rerank:
             task = _second_stage(request, task, rows, group)
@@ -213,7 +215,11 @@ def _complete(
 def _log(run: Run, request: Request, evaluation: Evaluation, reader: ShardReader, task: Evaluator) -> None:
     """Logs protocol, metrics with their intervals, tables, and a figure of the first clips."""
     run.params({"model": request.model, "shards": request.shards, **evaluation.protocol})
-    run.metrics({f"{request.split}/{name}": value for name, value in evaluation.scores.items()})
+    described = read_dataset_info(request.shards)
+    name, digest = f"{described['dataset']}-{request.split}", described["sha256"][request.split]
+    run.dataset(name, digest, request.shards, "evaluation")
+    scores = {f"{request.split}/{metric}": value for metric, value in evaluation.scores.items()}
+    run.scores(scores, request.model, task.config.name, (name, digest))
     rows = [
         {key: value for key, value in row.items() if key == "references" or not isinstance(value, list | dict)}
         for row in evaluation.predictions
@@ -231,7 +237,7 @@ def _log(run: Run, request: Request, evaluation: Evaluation, reader: ShardReader
         ],
         "metrics",
     )
-    if evaluation.class_names and "label" in evaluation.predictions[0]:
+    if evaluation.confusion:
         run.table(metrics.category_table(evaluation.predictions, evaluation.class_names), "categories")
     strips = [frame_strip(reader, row, task.processor.num_frames) for row in range(min(SHOWN, len(reader)))]
     with tempfile.TemporaryDirectory() as folder:

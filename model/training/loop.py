@@ -21,7 +21,7 @@ from model import storage
 from model.config.schema import RunConfig, TrackingConfig, count_in_steps, micro_batch_size
 from model.data.loading.loader import Batch, Batches, ClipSource, open_split, start_fork_server, training_batches
 from model.data.loading.sampler import BatchSampler
-from model.data.shards.reader import ShardReader
+from model.data.shards.reader import ShardReader, read_dataset_info
 from model.distributed import Processes, mean_over_processes, processes
 from model.errors import TERMINATED, StageError
 from model.progress import progress
@@ -38,7 +38,7 @@ from model.training.flops import step_flops
 from model.training.meter import Meter
 from model.training.optim import lr_at
 from model.training.profiling import profiled
-from model.training.publishing import publish_model, tag_model
+from model.training.publishing import link_model, publish_model
 from model.training.state import Progress
 from model.training.validation import Validation
 from model.training.watchdog import Watchdog
@@ -90,9 +90,12 @@ def _train(
         log.info("training resumes from step %d", state.step)
     # the first process talks to MLflow; all other processes only write a journal
     tracking = config.tracking if group.is_main else TrackingConfig()
-    with tracked(tracking, config.name, attempt.key, history) as run, termination() as asked:
+    described = f"{config.task} on {config.data.shards}, from {config.model.init_from or 'fresh weights'}"
+    with tracked(tracking, config.name, attempt.key, history, described) as run, termination() as asked:
         watchdog.on_exit = lambda: run.finish("FAILED")
         run.params(flatten(config.model_dump()))
+        data = read_dataset_info(config.data.shards)
+        run.dataset(f"{data['dataset']}-train", data["sha256"]["train"], config.data.shards, "training")
         run.tags({"attempt": str(attempt.number), "base_sha256": base_sha256, "data": config.data.shards})
         training = Training(config, task, engine, reader, checkpoints, run, group, watchdog, exporter, asked, state)
         training.run()
@@ -107,7 +110,7 @@ def _sync_tracking(config: RunConfig, attempt: Attempt) -> bool:
     history = map(json.loads, storage.read(storage.join(attempt.model, HISTORY)).splitlines())
     with tracked(config.tracking, config.name, attempt.key, history) as run:
         run.params(flatten(config.model_dump()))
-        tag_model(run, attempt.model)
+        link_model(run, config, attempt.model)
     return run.is_synced
 
 

@@ -9,7 +9,7 @@ from model import manifest, storage
 from model.config.schema import RunConfig
 from model.errors import StorageError
 from model.tasks.base import Task
-from model.tracking import Run
+from model.tracking import Run, flatten
 from model.training.checkpoint import HISTORY
 
 
@@ -27,10 +27,11 @@ def publish_model(task: Task, config: RunConfig, run: Run, base_sha256: str) -> 
         base = storage.join(config.output, "models", config.name)
         facts = {"config": config.model_dump(mode="json"), "run_id": run.opened_id(), "base_sha256": base_sha256}
         uri = manifest.publish_folder(folder, base, **facts)
-    tag_model(run, uri)
+    link_model(run, config, uri)
     return uri
 
 
-def tag_model(run: Run, uri: str) -> None:
-    """Sets the URI of the model as a tag of the MLflow run."""
+def link_model(run: Run, config: RunConfig, uri: str) -> None:
+    """Links the published model to the MLflow run."""
     run.tags({"model_uri": uri, "manifest_sha256": manifest.manifest_sha256(uri)})
+    run.model(uri, config.training.steps, flatten(config.model_dump()))
