@@ -12,10 +12,10 @@ from model.evaluation.runner import Request
 from model.training.launch import run_together
 
 
-def run_evaluation(request: Request, out: str, processes: int | None) -> int:
+def run_evaluation(request: Request, processes: int | None) -> int:
     """The exit code."""
     count = processes or max(1, torch.cuda.device_count())
     if count > 1 or "PET_NNODES" in os.environ:
-        return run_together("model.evaluation", [json.dumps(asdict(request)), out], processes or count)
-    evaluate_and_print(request, out, Processes.alone())
+        return run_together("model.evaluation", [json.dumps(asdict(request))], processes or count)
+    evaluate_and_print(request, Processes.alone())
     return 0

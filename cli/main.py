@@ -197,8 +197,32 @@ def evaluate_command(
         prompt=prompt,
         rerank=rerank,
         top_k=top_k,
+        out=out,
     )
-    sys.exit(run_evaluation(request, out, processes))
+    sys.exit(run_evaluation(request, processes))
+
+
+@app.command("report")
+def report_command(
+    references: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL…", help="Folders of evaluations, registered versions, or IDs of MLflow runs."),
+    ],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("report.html"),
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Write one page about evaluated models: scores, differences, categories, curves, best, worst and changed clips.
+
+    Models of a task are compared with its first one. The page needs no other file and no network.
+
+    Example: `mplug report work/evaluations/retrieval mplug-video-retrieval@champion --out compare.html`
+    """
+    from cli.models import find_evaluations
+    from model.evaluation.report import render_report
+
+    found = [each for reference in references for each in find_evaluations(reference, tracking_uri)]
+    out.write_text(render_report(found), encoding="utf-8")
+    print(out)
 
 
 @app.command("chat")

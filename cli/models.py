@@ -1,6 +1,7 @@
 """The commands `mplug models …`: registered models, their comparison, promotion and reproduction."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ models = typer.Typer(
 )
 Uri = Annotated[str, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")]
 Reference = Annotated[str, typer.Argument(metavar="MODEL", help="name/3, name@champion, or a name: newest version.")]
+RUN_ID = re.compile("[0-9a-f]{32}")
 Tolerance = Annotated[float, typer.Option(min=0, help="Allowed distance below the champion.")]
 
 
@@ -80,7 +82,7 @@ def compare(
     """
     from model.evaluation.comparison import compare_evaluations
 
-    ours, theirs = (_evaluation(reference, uri) for reference in (first, second))
+    (ours,), (theirs,) = (find_evaluations(reference, uri) for reference in (first, second))
     rows = [
         [
             each.metric,
@@ -180,15 +182,17 @@ def _headline(version: "Version") -> str:
     return f"{name} {version.tags[name]} ({version.tags[name + '.interval']})" if name in version.tags else ""
 
 
-def _evaluation(reference: str, uri: str) -> "Evaluation":
-    """The evaluation in a folder, or that of a version."""
+def find_evaluations(reference: str, uri: str) -> "list[Evaluation]":
+    """The evaluation in a folder, that of a registered version, or all those of an MLflow run."""
     from model import registry, storage
     from model.evaluation.gate import evaluation_of
-    from model.evaluation.results import SCORES, load_evaluation
+    from model.evaluation.results import EVALUATION, SCORES, load_evaluation
 
     if storage.exists(storage.join(reference, SCORES)):
-        return load_evaluation(reference)
-    return load_evaluation(evaluation_of(registry.find_version(_server(uri), reference)))
+        return [load_evaluation(reference)]
+    if RUN_ID.fullmatch(reference):
+        return [load_evaluation(found) for found in registry.tagged_runs(_server(uri), reference, EVALUATION)]
+    return [load_evaluation(evaluation_of(registry.find_version(_server(uri), reference)))]
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:

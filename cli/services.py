@@ -84,9 +84,13 @@ def object_storage(folder: Path) -> Iterator[LocalServices]:
 @contextmanager
 def run_services(folder: Path) -> Iterator[LocalServices]:
     """Runs S3 and MLflow during the block."""
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    settings = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_CREATE_MODEL_VERSION_SOURCE_VALIDATION_REGEX": f"^s3://{BUCKET}/",  # versions only point to our bucket
+    }
     log = folder / "mlflow.log"
-    with object_storage(folder) as services, run_process(_mlflow(folder, services), log, quiet) as server:
+    with object_storage(folder) as services, run_process(_mlflow(folder, services), log, settings) as server:
         _wait(server, lambda: urllib.request.urlopen(f"{services.tracking_uri}/health", timeout=2).close(), log)
         yield services
 

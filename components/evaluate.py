@@ -20,12 +20,12 @@ def evaluate(
 
     from model.config.load import preset_dataset
     from model.errors import exit_codes
-    from model.evaluation.results import save_evaluation
     from model.evaluation.runner import evaluate_model
     from model.threads import use_threads
 
     with exit_codes():
-        options = {"split": split, "tracking": tracking, "with_untuned": baseline == "untuned"}
+        out = f"{trained}.{split}"
+        options = {"split": split, "tracking": tracking, "with_untuned": baseline == "untuned", "out": out}
         workers = [f"data.workers={use_threads(cpu) - 1}"]
         found = evaluate_model(trained, shards=shards[preset_dataset(config)], overrides=workers, **options)
         for name, value in found.scores.items():
@@ -35,4 +35,4 @@ def evaluate(
         # without a file the local runner does not cache an artifact, and would repeat the evaluation
         Path(metrics.path).write_text(json.dumps(found.scores))
         Path(confusion.path).write_text(json.dumps(found.confusion))
-        return save_evaluation(found, f"{trained}.{split}")
+        return out

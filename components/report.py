@@ -7,8 +7,7 @@ from components.image import component
 
 @component()
 def report(
-    evaluations: list[str], shards: dict[str, str], root: str, tracking: dict[str, str], code_version: str,
-    page: Output[HTML],
+    evaluations: list[str], root: str, tracking: dict[str, str], code_version: str, page: Output[HTML]
 ) -> str:  # fmt: skip
     """Returns the URI of report.html, which Kubeflow's page shows as well."""
     from pathlib import Path
@@ -18,7 +17,7 @@ def report(
     from model.tracking import stage
 
     with stage("report", tracking, {"code_version": code_version}) as tracked:
-        uri = publish_report(evaluations, shards, root, tracking)
+        uri = publish_report(evaluations, root, tracking)
         tracked.tags({"report": uri})
         storage.download_file(uri, Path(page.path))
         return uri

@@ -143,6 +143,21 @@ def find_version(uri: str, reference: str) -> Version:
 
 
 @_one_line
+def tagged_runs(uri: str, run_id: str, tag: str) -> list[str]:
+    """The values of a tag of a run, of its children, and of the runs that evaluated its model. Raises ConfigError."""
+    server = mlflow_client(uri)
+    run = server.get_run(run_id)
+    related = [f"tags.`mlflow.parentRunId` = '{run_id}'"]
+    if model := run.data.tags.get("model_uri"):
+        related.append(f"params.model = '{model}'")
+    found = [each for wanted in related for each in server.search_runs([run.info.experiment_id], wanted)]
+    values = dict.fromkeys(each.data.tags[tag] for each in [run, *found] if tag in each.data.tags)
+    if not values:
+        raise ConfigError(f"run {run_id} has no {tag}. `mplug evaluate --out` stores one.")
+    return list(values)
+
+
+@_one_line
 def list_names(uri: str) -> list[str]:
     """The names of all registered models."""
     server, names, token = mlflow_client(uri), [], None

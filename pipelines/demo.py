@@ -91,7 +91,7 @@ def benchmarks(
     # a separate Collected for each consumer: the compiler modifies it
     found = dsl.Collected(returned(judged))
     place(call_step(register, p, evaluations=found, promote=False, tolerance=0.0, tracking=tracking), p.image)
-    compute(call_step(report, p, evaluations=dsl.Collected(returned(judged)), **given), p)
+    compute(call_step(report, p, evaluations=dsl.Collected(returned(judged)), tracking=tracking), p)
 
 
 @tracked_pipeline(

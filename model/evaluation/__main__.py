@@ -1,4 +1,4 @@
-"""One process of an evaluation: `torchrun --nproc-per-node 2 -m model.evaluation REQUEST OUT`.
+"""One process of an evaluation: `torchrun --nproc-per-node 2 -m model.evaluation REQUEST`.
 
 `mplug evaluate` calls it. REQUEST is a Request as JSON.
 """
@@ -9,16 +9,13 @@ import sys
 from model.config.schema import WatchdogConfig
 from model.distributed import Processes, processes
 from model.errors import exit_codes
-from model.evaluation.results import save_evaluation
 from model.evaluation.runner import Request, evaluate
 
 
-def evaluate_and_print(request: Request, out: str, group: Processes) -> None:
+def evaluate_and_print(request: Request, group: Processes) -> None:
     """Prints the protocol of an evaluation to standard error and its scores, as JSON, to standard output."""
     for evaluation in evaluate(request, group):
         print(evaluation.protocol_line, file=sys.stderr)
-        if out:
-            save_evaluation(evaluation, out)
         for name, value in evaluation.scores.items():
             low, high = evaluation.intervals[name]
             print(f"{name}: {value:.4f}, 95 % of resampled splits in {low:.4f} to {high:.4f}", file=sys.stderr)
@@ -27,7 +24,7 @@ def evaluate_and_print(request: Request, out: str, group: Processes) -> None:
 
 def main() -> None:
     with exit_codes(), processes(WatchdogConfig()) as group:
-        evaluate_and_print(Request(**json.loads(sys.argv[1])), sys.argv[2], group)
+        evaluate_and_print(Request(**json.loads(sys.argv[1])), group)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def _trained(model: str) -> dict[str, Any] | None:
 
 def _described(model: str) -> dict[str, Any]:
     """config.json of a model. Raises NotFoundError if there is none."""
-    return json.loads(storage.read(storage.join(model, "config.json")))
+    where = storage.join(model, "config.json")
+    if not storage.exists(where):
+        raise NotFoundError(f"{model} is no model: it has neither {manifest.FILE} nor config.json.")
+    return json.loads(storage.read(where))
 
 
 def _matches(described: Mapping[str, Any]) -> bool:

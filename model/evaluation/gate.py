@@ -10,8 +10,8 @@ from model import registry, storage
 from model.config.schema import TASK_DATASETS, TrackingConfig
 from model.errors import ConfigError, StageError
 from model.evaluation.comparison import Difference, compare_evaluations
-from model.evaluation.registration import EVALUATION, registered_name
-from model.evaluation.results import UNRELIABLE, Evaluation, load_evaluation
+from model.evaluation.registration import registered_name
+from model.evaluation.results import EVALUATION, UNRELIABLE, Evaluation, load_evaluation
 from model.pipeline_run import reports_folder
 from model.registry import Version
 

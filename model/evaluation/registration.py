@@ -5,10 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from model import manifest, registry, storage
-from model.evaluation.results import SCORES, Evaluation, load_evaluation
-
-EVALUATION = "evaluation"
-"""Tag of a version: the URI of its evaluation."""
+from model.evaluation.results import EVALUATION, SCORES, Evaluation, load_evaluation
 
 
 def registered_name(task: str) -> str:

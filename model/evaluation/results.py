@@ -13,6 +13,8 @@ from model.tasks.metrics import Measures, Prediction, confusion_matrix
 
 UNRELIABLE = "unreliable"
 """Entry of a protocol whose scores must not decide anything, with the reason."""
+EVALUATION = "evaluation"
+"""Tag of a run in MLflow and of a registered version: the URI of the evaluation."""
 SCORES, PREDICTIONS = "scores.json", "predictions.jsonl"
 
 
@@ -23,6 +25,8 @@ class Evaluation:
     task: str
     model: str
     """URI of the evaluated model."""
+    shards: str
+    """URI of the sharded benchmark."""
     protocol: dict[str, str]
     """What the scores must be read with: data, split, clips, frames, precision, prompt, decoding, rules."""
     pretrained: bool

@@ -22,7 +22,7 @@ from model.errors import ConfigError, DataError
 from model.evaluation.bootstrap import intervals
 from model.evaluation.configuration import evaluation_config, trained_config
 from model.evaluation.figures import frame_strip, prediction_figure, save_figure
-from model.evaluation.results import UNRELIABLE, Evaluation
+from model.evaluation.results import EVALUATION, UNRELIABLE, Evaluation, save_evaluation
 from model.progress import progress
 from model.tasks import metrics
 from model.tasks.base import Evaluator
@@ -63,6 +63,8 @@ class Request:
     rerank: str = ""
     """URI of a model of task matching, which orders the `top_k` results of each query anew."""
     top_k: int = 10
+    out: str = ""
+    """Folder or URI for scores and predictions."""
 
 
 def evaluate_model(model: str, **options: Any) -> Evaluation:
@@ -83,9 +85,10 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
     reader = open_split(storage.join(request.shards, request.split), config.data)
     if missing := list(read_quarantine(reader.uri)):
         raise DataError(f"{reader.uri} must be complete to be evaluated, {len(missing)} clips are quarantined.")
-    untuned = (
-        _untuned(request, reader, group) if request.with_untuned else {}
-    )  # first: one model at a time is in memory
+    if not len(reader):
+        raise DataError(f"{reader.uri} must have clips to be evaluated, but it is empty.")
+    # the untuned model first: one model at a time is in memory
+    untuned = _untuned(request, reader, group) if request.with_untuned else {}
     task = build_zero_shot(config, request.prompt) if request.zero_shot else build_trained(config)
     tracking = config.tracking if group.is_main else TrackingConfig()
     description = f"{config.task} of {request.model} on {reader.uri}"
@@ -101,6 +104,7 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
         evaluation = Evaluation(
             task=config.task,
             model=request.model,
+            shards=request.shards,
             protocol=_protocol(request, task, reader, predictions),
             pretrained=bool(not request.zero_shot and origin and origin.model.init_from),
             scores=metrics.score(measures),
@@ -111,6 +115,9 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
             headline=task.headline,
             predictions=_complete(predictions, task.captions(predictions), measures, [frames for _, frames in rows]),
         )
+        if request.out:
+            save_evaluation(evaluation, request.out)
+            run.tags({EVALUATION: request.out})
         _log(run, request, evaluation, reader, task)
     return [evaluation]
 

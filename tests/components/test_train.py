@@ -3,6 +3,8 @@
 import threading
 from pathlib import Path
 
+from kfp.dsl import Model
+
 from model.config.load import load_config
 from model.config.schema import count_in_steps
 from model.data.shards.reader import read_dataset_info
@@ -42,8 +44,9 @@ def test_a_pipeline_step_trains_on_the_cluster(kube: FakeKube, shards: dict[str,
         overrides=["training.steps=9", "optim.warmup_steps=1"],
         tracking={"uri": "http://m", "pipeline": "r1"},
         code_version="abc",
+        model=(artifact := Model(uri="")),
     )
-    assert uri == "the/model"
+    assert uri == artifact.uri == "the/model"
     (job,) = kube.wait_for("pytorchjobs")
     container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
     assert container["image"] == "registry.example/training:2"

@@ -38,6 +38,12 @@ class Page:
         self.driver.get("about:blank")  # a different fragment alone would not reload the page
         self.driver.get(address)
 
+    def open_narrow(self, address: str, width: int) -> None:
+        """Opens a page on a screen of this width, which may be narrower than a window can be."""
+        metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 700}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.open(address)
+
     def wait_for(self, text: str) -> None:
         WebDriverWait(self.driver, WAIT_S).until(lambda driver: text in driver.find_element(By.TAG_NAME, "body").text)
 

@@ -34,6 +34,7 @@ def evaluations(
         Evaluation(
             task=task,
             model="m",
+            shards="s",
             protocol={},
             pretrained=start and task != "instruction",
             scores=table[task],

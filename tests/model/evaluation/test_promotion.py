@@ -49,6 +49,7 @@ def evaluated(model: str, right: float, **protocol: str) -> Evaluation:
     return Evaluation(
         task="classification",
         model=model,
+        shards="s",
         protocol={**PROTOCOL, **protocol},
         pretrained=True,
         scores=metrics.score(measures),

@@ -12,6 +12,7 @@ from model.evaluation.results import Evaluation, load_evaluation, save_evaluatio
 SAVED = Evaluation(
     task="retrieval",
     model="m",
+    shards="s",
     protocol={},
     pretrained=True,
     scores={"text_to_video_r1": 0.5},

@@ -17,28 +17,8 @@ from model.evaluation.runner import _reservations, evaluate_model
 from model.tasks import metrics
 from model.tasks.retrieval import similarities
 from tests.helpers.paths import MPLUG
-from tests.helpers.publishing import publish_untrained
 
 IN_PROCESS = ["data.workers=0"]
-
-
-@pytest.fixture(scope="module")
-def models(
-    pretrained: str, decoder: str, shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
-    """A model for each task, with a head that was not trained."""
-    root = tmp_path_factory.mktemp("models")
-    start = [f"model.init_from={pretrained}", f"model.decoder={decoder}"]
-    presets = {
-        "classification": ("classification", "tiny_classification", []),
-        "retrieval": ("retrieval", "tiny_retrieval", []),
-        "matching": ("retrieval", "tiny_retrieval", ["task=matching", "data.max_length=80"]),
-        "captioning": ("captioning", "tiny_captioning", []),
-    }
-    return {
-        task: publish_untrained(preset, [*start, f"data.shards={shards[dataset]}", *more], root / task)
-        for task, (dataset, preset, more) in presets.items()
-    }
 
 
 def dataset_of(task: str) -> str:

@@ -16,7 +16,7 @@ from model.evaluation.registration import register_candidates
 from model.evaluation.results import save_evaluation
 from model.evaluation.runner import evaluate_model
 from model.mplug_owl_video import MplugOwlForConditionalGeneration, MplugOwlProcessor
-from model.registry import champion_scores
+from model.registry import find_champion
 from model.tasks.base import Task
 from model.tasks.build import build_task
 from model.tasks.instruction import Instruction
@@ -170,4 +170,4 @@ def test_an_evaluated_model_is_registered(tuned: str, shards: dict[str, str], tm
     where = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "test", "pipeline": ""}
     uri = save_evaluation(evaluation, str(tmp_path / "evaluation"))
     assert register_candidates([uri], where, "1") == ["mplug-video-instruction/1"]
-    assert champion_scores(where["uri"], "mplug-video-instruction", "test") == {}
+    assert find_champion(where["uri"], "mplug-video-instruction") is None
