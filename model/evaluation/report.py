@@ -1,6 +1,7 @@
 """The report of evaluations, one self-contained HTML page: scores, differences, curves, clips with predictions."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any
 from model import manifest, storage
 from model.config.schema import TrackingConfig
 from model.data.shards.reader import ShardReader
-from model.errors import ConfigError, NotFoundError
+from model.errors import ConfigError, StorageError
 from model.evaluation.acceptance import Requirement, check_requirements
 from model.evaluation.comparison import compare_evaluations
 from model.evaluation.figures import confusion_figure, curve_figure, frame_strip
@@ -21,6 +22,7 @@ from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts
 from model.tasks.metrics import category_table
 
+log = logging.getLogger("mplug")
 SHOWN = 4
 """Clips in each gallery."""
 NEAREST = 3
@@ -177,10 +179,11 @@ def _version(model: str) -> str:
 
 
 def _config(model: str) -> dict[str, Any]:
-    """The configuration that a model was trained with; empty if it was not trained here."""
+    """The configuration that a model was trained with; empty if it was not trained here, or cannot be read any more."""
     try:
         return manifest.read_manifest(model).get("config") or {}
-    except NotFoundError:
+    except StorageError as error:
+        log.warning("the report goes without the configuration of %s: %s", model, error)
         return {}
 
 
@@ -189,10 +192,11 @@ def _started_from(evaluation: Evaluation) -> str:
 
 
 def _history(model: str) -> list[tuple[int, float]]:
-    """(step, loss) of the run that made a model; empty if it has none."""
+    """(step, loss) of the run that made a model; empty if it has none, or cannot be read any more."""
     try:
         lines = storage.read(storage.join(model, "history.jsonl")).decode().splitlines()
-    except NotFoundError:
+    except StorageError as error:
+        log.warning("the report goes without the losses of %s: %s", model, error)
         return []
     points = map(json.loads, lines)
     return [(point["step"], point["train/loss"]) for point in points if "train/loss" in point]
