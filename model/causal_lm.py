@@ -28,7 +28,7 @@ class ReadPrompts:
     """Prompts in the KV cache of a decoder, which texts continue without a copy of the cache.
 
     The texts of a prompt are read in one row, with a mask by which each token attends to the prompt and to the tokens
-    of its own text before it. What texts have in common at their start is read once.
+    of its own text before it. A common start of texts is read once.
     """
 
     def __init__(self, decoder: PreTrainedModel, embeddings: Tensor, mask: Tensor | None = None) -> None:

@@ -60,7 +60,7 @@ class Processes:
         return values  # type: ignore[return-value]
 
     def collected(self, value: T) -> list[T]:
-        """The values of all processes, on the first process; an empty list on the others."""
+        """The values of all processes on the first process; elsewhere an empty list."""
         if not self.control:
             return [value]
         values: list[T | None] | None = [None] * self.world_size if self.is_main else None

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
+VIEW = "models"
+VIEWED_RUNS, VIEWED_PARAMS = 1000, 12
+TRAINED = "tags.model_uri LIKE '%'"
+HEADLINES = {"top1", "generation_top1", "text_to_video_r1", "video_to_text_r1", "cider", "accuracy"}
+FIRST = ("optim.lr", "model.init_from", "training.steps", "optim.", "training.", "seed", "")
+"""Starts of parameters in the order of the columns."""
+UNINTERESTING = ("name", "output", "tracking.", "code_version", "data.shards")
+"""Starts of parameters that differ between any two runs, or that the data set shows."""
 GIT_COMMIT = "MPLUG_GIT_COMMIT"
 """Variable with the commit of the code, in images, which have no repository."""
 MAX_DIGEST = 36
@@ -70,6 +78,32 @@ def log_scores(
     if model.source_run_id and model.source_run_id != run_id:
         step = int(model.tags.get("step", 0))
         server.log_batch(model.source_run_id, [Metric(key, value, now_ms, step) for key, value in scores.items()])
+    save_view(server, experiment)
+
+
+def save_view(server: "MlflowClient", experiment: str) -> None:
+    """Saves the view VIEW of an experiment: its trained models, with headline metrics, data and what differs.
+
+    <server>/#/experiments/<id>/runs?viewStateShareKey=models opens it, which the description of the experiment links.
+    """
+    runs = server.search_runs([experiment], TRAINED, max_results=VIEWED_RUNS)
+    metrics = sorted({key for run in runs for key in run.data.metrics if key.partition("/")[2] in HEADLINES})
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.data.params.items():
+            values.setdefault(key, set()).add(value)
+    differing = [key for key in sorted(values) if len(values[key]) > 1 and not key.startswith(UNINTERESTING)]
+    params = sorted(
+        differing, key=lambda key: next(place for place, start in enumerate(FIRST) if key.startswith(start))
+    )
+    columns = [f"metrics.`{key}`" for key in metrics] + ["attributes.`Dataset`", "attributes.`Models`"]
+    columns += [f"params.`{key}`" for key in params[:VIEWED_PARAMS]]
+    state = {"searchFilter": TRAINED, "orderByKey": "params.`task`", "orderByAsc": True}
+    state |= {"startTime": "ALL", "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs"}
+    view = json.dumps({**state, "selectedColumns": columns})
+    server.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", view)
+    link = f"[Compare trained models](#/experiments/{experiment}/runs?viewStateShareKey={VIEW})"
+    server.set_experiment_tag(experiment, "mlflow.note.content", link)
 
 
 def find_model(server: "MlflowClient", experiment: str, uri: str) -> "LoggedModel | None":

@@ -22,7 +22,7 @@ def intervals(measures: Measures, videos: Sequence[str]) -> dict[str, Interval]:
 
 
 def difference_intervals(ours: Measures, theirs: Measures, videos: Sequence[str]) -> dict[str, Interval]:
-    """The intervals of ours - theirs on the same predictions, from samples that both have in common."""
+    """The intervals of the differences ours - theirs, each from the same samples of both."""
     mine, other = _sampled(ours, videos), _sampled(theirs, videos)
     return _intervals({name: mine[name] - other[name] for name in mine if name in other})
 

@@ -1,8 +1,8 @@
 """Which version of a registered model is the champion, and how it became it.
 
 <root>/registry/<name>/000001.json and so on hold one promotion or rollback each. A record is only created if its number
-has none yet, and holds the hash of the one before it: of two promotions at once one is told, and an edited record is
-found. The alias `champion` in MLflow follows the last record.
+has none yet, and holds the hash of the one before it: the second of two concurrent promotions fails, and an edited
+record is detected. The alias `champion` in MLflow follows the last record.
 """
 
 import getpass

@@ -150,7 +150,7 @@ def _continued(config: RunConfig, task: type[Task], *, is_trained: bool) -> Buil
     model_config = MPlugVideoConfig.from_pretrained(folder)
     _validate_length(config, model_config.num_queries, model_config.text_config)
     names = task.class_names(config)
-    if not (is_trained and model_config.class_names):  # a trained head has an order of its own
+    if not (is_trained and model_config.class_names):  # a trained head defines the order
         model_config.update({"class_names": names} if names else {})
     model_config.update(_freezing(config))
     model, report = getattr(modeling, task.architecture).from_pretrained(

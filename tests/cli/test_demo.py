@@ -207,3 +207,23 @@ def test_mlflows_run_and_compare_pages_show_the_runs(tracking: mlflow.MlflowClie
         page.wait_for("train/loss")
         page.open(f"{tracking.tracking_uri}/#/compare-runs?{query}")
         page.wait_for("Comparing 2 Runs")
+
+
+def test_one_view_leads_from_test_metrics_to_the_version_and_its_run(
+    tracking: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    if not browser.installed():
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    experiment = tracking.get_experiment_by_name("mplug-video")
+    assert experiment is not None
+    with browser.chromium(tmp_path) as page:
+        page.driver.set_window_size(4000, 1000)  # MLflow draws only the columns in the window
+        page.open(f"{tracking.tracking_uri}/#/experiments/{experiment.experiment_id}")
+        page.follow("Compare trained models")
+        for text in ("tiny-classification-pretrained", "classification-train", "test/top1", "optim.lr"):
+            page.wait_for(text)
+        page.follow("mplug-video-classification")
+        page.wait_for("Version 1")
+        page.follow("tiny-classification-pretrained")
+        page.wait_for("train/loss")
+        assert runs(tracking)["tiny-classification-pretrained"].info.run_id in page.driver.current_url

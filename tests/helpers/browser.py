@@ -47,6 +47,12 @@ class Page:
     def wait_for(self, text: str) -> None:
         WebDriverWait(self.driver, WAIT_S).until(lambda driver: text in driver.find_element(By.TAG_NAME, "body").text)
 
+    def follow(self, text: str) -> None:
+        """Opens the first link whose text contains `text`."""
+        link = (By.PARTIAL_LINK_TEXT, text)
+        target = WebDriverWait(self.driver, WAIT_S).until(lambda driver: driver.find_element(*link))
+        self.open(target.get_attribute("href"))
+
     def search(self, placeholder: str, text: str) -> None:
         field = (By.CSS_SELECTOR, f'input[placeholder="{placeholder}"]')
         WebDriverWait(self.driver, WAIT_S).until(lambda driver: driver.find_element(*field)).send_keys(text)

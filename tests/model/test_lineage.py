@@ -1,5 +1,6 @@
 """What MLflow links: training run, data, model by reference, evaluation, version."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,9 @@ def test_one_table_has_test_metric_and_learning_rate(config: TrackingConfig, tmp
     assert judged.data.metrics == SCORES
     assert [each.model_id for each in judged.inputs.model_inputs] == [model.model_id]
     assert [each.dataset.name for each in judged.inputs.dataset_inputs] == ["classification-val"]
+
+    view = json.loads(client.get_experiment(trained.info.experiment_id).tags[f"mlflow.sharedViewState.{lineage.VIEW}"])
+    assert "metrics.`val/top1`" in view["selectedColumns"]
 
     number = registry.register_model(config.uri, "mplug-video-classification", uri, {"task": "classification"})
     version = client.get_model_version("mplug-video-classification", number)
