@@ -37,6 +37,7 @@ def test_one_table_has_test_metric_and_learning_rate(config: TrackingConfig, tmp
         run.params({"optim.lr": 1e-3})
         run.dataset("classification-train", "d" * 64, "s3://b/shards/c@1", "training")
         uri = published(tmp_path, run.opened_id())
+        run.tags({"model_uri": uri})
         for _ in range(2):  # a restarted run sends it again
             run.model(uri, 250, {"optim.lr": 1e-3})
     with tracked(config, "evaluate-tiny") as evaluation:
