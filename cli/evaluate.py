@@ -16,6 +16,6 @@ def run_evaluation(request: Request, processes: int | None) -> int:
     """The exit code."""
     count = processes or max(1, torch.cuda.device_count())
     if count > 1 or "PET_NNODES" in os.environ:
-        return run_together("model.evaluation", [json.dumps(asdict(request))], processes or count)
+        return run_together("model.evaluation", [json.dumps(asdict(request))], count)
     evaluate_and_print(request, Processes.alone())
     return 0

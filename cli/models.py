@@ -176,10 +176,9 @@ def _server(uri: str) -> str:
 
 
 def _headline(version: "Version") -> str:
-    """The first metric of a version, with its interval."""
-    names = [key.removesuffix(".interval") for key in version.tags if key.endswith(".interval")]
-    name = version.tags.get("headline", next(iter(names), ""))
-    return f"{name} {version.tags[name]} ({version.tags[name + '.interval']})" if name in version.tags else ""
+    """The headline metric of a version, with its interval; empty if it was registered without."""
+    name = version.tags.get("headline", "")
+    return f"{name} {version.tags[name]} ({version.tags[name + '.interval']})" if name else ""
 
 
 def find_evaluations(reference: str, uri: str) -> "list[Evaluation]":

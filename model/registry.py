@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import mlflow
 from mlflow.entities import Metric
@@ -48,6 +48,16 @@ def _one_line(function: Callable[P, R]) -> Callable[P, R]:
             raise TrackingError(f"MLflow: {' '.join(str(error).split())[:300]}") from error
 
     return call
+
+
+def _all_pages(search: Callable[..., Any], *arguments: str) -> list[Any]:
+    """The results of a search, which MLflow returns in pages."""
+    found, token = list[Any](), None
+    while token != "":
+        page = search(*arguments, page_token=token)
+        found += page
+        token = page.token or ""
+    return found
 
 
 @_one_line
@@ -160,22 +170,14 @@ def tagged_runs(uri: str, run_id: str, tag: str) -> list[str]:
 @_one_line
 def list_names(uri: str) -> list[str]:
     """The names of all registered models."""
-    server, names, token = mlflow_client(uri), [], None
-    while token != "":
-        page = server.search_registered_models(page_token=token)
-        names += [model.name for model in page]
-        token = page.token or ""
-    return names
+    return [model.name for model in _all_pages(mlflow_client(uri).search_registered_models)]
 
 
 @_one_line
 def list_versions(uri: str, name: str) -> list[Version]:
     """The versions of a model, newest first; empty if it does not exist."""
-    server, found, token = mlflow_client(uri), [], None
-    while token != "":
-        page = server.search_model_versions(f"name = '{name}'", page_token=token)
-        found += page
-        token = page.token or ""
+    server = mlflow_client(uri)
+    found = _all_pages(server.search_model_versions, f"name = '{name}'")
     if not found:
         return []
     aliases: dict[str, list[str]] = {}

@@ -54,7 +54,7 @@ def promote(uri: str, version: Version, tolerance: float = 0.0) -> Promotion:
     if verdict.problems:
         raise StageError("\n".join(verdict.problems))
     difference = str(verdict.difference or "there was no champion")
-    return _record(uri, version, "promote", history, difference=difference, tolerance=tolerance)
+    return _record(uri, version, "promote", history, champion, difference=difference, tolerance=tolerance)
 
 
 def promote_all(uri: str, references: Sequence[str], tolerance: float) -> None:
@@ -66,15 +66,14 @@ def promote_all(uri: str, references: Sequence[str], tolerance: float) -> None:
 
 def rollback(uri: str, name: str) -> Promotion:
     """Makes the version before the champion the champion again."""
-    newest = registry.find_champion(uri, name)
-    if newest is None:
+    history = read_history(registry.find_version(uri, name))
+    champion, champions = _champion(uri, name, history), _champions(history)
+    if champion is None:
         raise ConfigError(f"{name} has no champion.")
-    history = read_history(newest)
-    champions = _champions(history)
     if len(champions) < 2:
-        raise ConfigError(f"{name} has had no champion before version {newest.number}.")
+        raise ConfigError(f"{name} has had no champion before version {champion.number}.")
     before = registry.find_version(uri, f"{name}/{champions[-2]}")
-    return _record(uri, before, "rollback", history, difference="", tolerance=0.0)
+    return _record(uri, before, "rollback", history, champion, difference="", tolerance=0.0)
 
 
 def read_history(version: Version) -> list[Promotion]:
@@ -112,9 +111,15 @@ def _champions(history: Sequence[Promotion]) -> list[str]:
 
 
 def _record(
-    uri: str, version: Version, action: str, history: Sequence[Promotion], *, difference: str, tolerance: float
+    uri: str,
+    version: Version,
+    action: str,
+    history: Sequence[Promotion],
+    former: Version | None,
+    *,
+    difference: str,
+    tolerance: float,
 ) -> Promotion:
-    former = registry.find_champion(uri, version.name)
     record = Promotion(
         number=len(history) + 1,
         name=version.name,

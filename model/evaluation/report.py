@@ -20,7 +20,7 @@ from model.evaluation.published import PUBLISHED
 from model.evaluation.results import Evaluation, load_evaluation
 from model.pipeline_run import reports_folder
 from model.registry import attach_artifacts
-from model.tasks.metrics import category_table
+from model.tasks.metrics import category_table, lower_is_better
 
 log = logging.getLogger("mplug")
 SHOWN = 4
@@ -159,7 +159,7 @@ def _qualities(evaluation: Evaluation) -> list[float]:
     measures = evaluation.measures
     name = next(name for name in QUALITY[evaluation.task] if name in measures)
     values = measures[name].tolist()
-    return [-value for value in values] if name.endswith("_rank") else values
+    return [-value for value in values] if lower_is_better(name) else values
 
 
 def _labels(evaluations: Sequence[Evaluation]) -> list[str]:

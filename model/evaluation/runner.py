@@ -88,7 +88,7 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
     if not len(reader):
         raise DataError(f"{reader.uri} must have clips to be evaluated, but it is empty.")
     # the untuned model first: one model at a time is in memory
-    untuned = _untuned(request, reader, group) if request.with_untuned else {}
+    untuned = _untuned(request, origin, config, reader, group) if request.with_untuned else {}
     task = build_zero_shot(config, request.prompt) if request.zero_shot else build_trained(config)
     tracking = config.tracking if group.is_main else TrackingConfig()
     description = f"{config.task} of {request.model} on {reader.uri}"
@@ -127,9 +127,10 @@ def _config(request: Request) -> RunConfig:
     return make(request.model, request.shards, request.overrides, request.tracking)
 
 
-def _untuned(request: Request, reader: ShardReader, group: Processes) -> dict[str, float]:
+def _untuned(
+    request: Request, origin: RunConfig | None, config: RunConfig, reader: ShardReader, group: Processes
+) -> dict[str, float]:
     """The scores of the model that training started from, with the same fresh weights."""
-    origin, config = trained_config(request.model), _config(request)
     if not origin:
         raise ConfigError(f"{request.model} must have been trained here to be compared with its untuned model.")
     torch.manual_seed(origin.seed)

@@ -39,10 +39,9 @@ class Reranking(Matching):
         """`first` are the predictions of a Retrieval task for all rows of the split, and `protocol` is that task's."""
         super().__init__(config, model, processor)
         self.first, self.top_k, self.first_protocol = first, top_k, protocol
-        self.nearest = candidates(first, top_k)
-        clips, texts = self.nearest
-        wanted: list[set[int]] = [set(own) for own in texts.tolist()]  # for each clip, the texts to compare
-        for text, found in enumerate(clips.tolist()):
+        self.best_clips, self.best_texts = candidates(first, top_k)
+        wanted: list[set[int]] = [set(own) for own in self.best_texts.tolist()]  # for each clip, the texts to compare
+        for text, found in enumerate(self.best_clips.tolist()):
             for clip in found:
                 wanted[clip].add(text)
         self.wanted = [sorted(own) for own in wanted]
@@ -59,14 +58,14 @@ class Reranking(Matching):
             texts = [self.titles[text] for text in self.wanted[position]]
             head = self.model.classify_texts(self.model.read_prefixes(visual[row, None]), [texts])[0]
             found = head.float().softmax(dim=1)[:, 1].cpu().numpy()
-            own = {"candidates": self.wanted[position], "head_scores": found, "top_k": self.top_k}
-            predictions.append({**self.first[position], **own})
+            best = {"best_clips": self.best_clips[position], "best_texts": self.best_texts[position]}
+            own = {"candidates": self.wanted[position], "head_scores": found}
+            predictions.append({**self.first[position], **best, **own})
         return predictions
 
     @staticmethod
     def finish(predictions: list[Prediction]) -> list[Prediction]:
-        top_k = predictions[0]["top_k"]
-        clips, texts = candidates(predictions, top_k)
+        clips, texts = (np.stack([row[f"best_{kind}"] for row in predictions]) for kind in ("clips", "texts"))
         scores = [dict(zip(row["candidates"], row["head_scores"], strict=True)) for row in predictions]  # by clip
         to_video, to_text = similarities(predictions)
         ways = (

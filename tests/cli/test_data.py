@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from tests.helpers.killing import MPLUG
+from tests.helpers.paths import MPLUG
 
 
 def mplug(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

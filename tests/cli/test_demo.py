@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ import psutil
 import pytest
 
 from tests.helpers import browser
+from tests.helpers.paths import MPLUG
 
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 SHORT = ["training.steps=3", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
 BENCHMARKS = ("classification", "retrieval", "captioning")
 STAGES = {

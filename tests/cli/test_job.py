@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import pytest
 import yaml
 
 from tests.helpers.fake_kube import FakeKube, fake_kube
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import MPLUG, ROOT
 from tests.helpers.pod_templates import CPU
 
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 TRAIN = ["train", "tiny_pretraining", "data.shards=s", "model.decoder=d"]
 
 

@@ -13,7 +13,7 @@ from cli.main import main
 from model.config.load import PRESETS, load_config
 from model.training.attempts import saved_steps
 from model.training.planning.estimate import _growth, activation_bytes, plan_run
-from tests.helpers.killing import MPLUG
+from tests.helpers.paths import MPLUG
 
 WIDE = [
     "model.vision.hidden_size=768",

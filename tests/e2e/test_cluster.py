@@ -15,7 +15,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -25,9 +24,8 @@ import yaml
 from cli.services import free_ports
 from tests.e2e import machine
 from tests.e2e.machine import kubectl
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import MPLUG, ROOT
 
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 STEPS = 60
 SETTINGS = [f"training.steps={STEPS}", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from typing import Any
 import psutil
 
 from model import storage
+from tests.helpers.paths import MPLUG
 from tests.helpers.running import TINY
 
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 STEPS = 12
 LENGTH = (*TINY, f"training.steps={STEPS}", "checkpoint.every=4")
 

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ from model.training import attempts
 from tests.helpers.fake_kfp import FakeKfp, fake_kfp
 from tests.helpers.fake_kube import FakeKube, fake_kube
 from tests.helpers.kfp_backend import NAMESPACE, Backend
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import MPLUG, ROOT
 from tests.helpers.pod_templates import CPU
 
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 LOCAL = list(yaml.safe_load_all((ROOT / "k8s/overlays/local/training.yaml").read_text()))[1]["data"]
 """Step sizes for a machine with 2 cores, of which Kubernetes and Kubeflow leave half a core."""
 SHORT = "[training.steps=2,optim.warmup_steps=1,data.batch_size=8,data.workers=0]"

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from model.errors import DATA, FAILED, OUTAGE, ConfigError, exit_code
 from model.pipeline_run import RUN_ID
 from pipelines.catalog import COMPILED, PIPELINES, compiled_documents, parse_arguments, with_defaults
 from pipelines.local import pipeline_failure
+from tests.helpers.paths import MPLUG
 
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 SHORT = ["training.steps=2", "training.log_every=1", "optim.warmup_steps=1", "data.batch_size=8"]
 
 

@@ -1,6 +1,5 @@
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -12,8 +11,7 @@ from model.data.shards.build import ShardSettings
 from model.data.shards.commit import build_shards
 from model.data.shards.format import Form
 from tests.helpers import browser
-
-MPLUG = str(Path(sys.executable).with_name("mplug"))
+from tests.helpers.paths import MPLUG
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,14 @@ def test_an_interrupted_promotion_is_completed(register: Register, uri: str, mon
     assert promote(uri, version(uri, third)).before == "2"
 
 
+def test_a_rollback_starts_at_the_recorded_champion(register: Register, uri: str) -> None:
+    for right in (0.3, 0.4):
+        promote(uri, version(uri, register(right)))
+    registry.set_champion(uri, NAME, "1")  # as if the last promotion had been interrupted before this
+    record = rollback(uri, NAME)
+    assert (record.before, record.to) == ("2", "1")
+
+
 @pytest.mark.parametrize("change", [{"split": "test"}, {"frames": "8"}, {"data": "classification@2"}, {"more": "x"}])
 def test_other_protocols_are_not_comparable(change: dict[str, str]) -> None:
     (key,) = change

@@ -1,6 +1,7 @@
 """Evaluations: independent of batches and processes, with what was read, and refused for models that do not fit."""
 
 import json
+import pkgutil
 import shutil
 import subprocess
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_reranking_orders_the_best_results_anew(
     seen = {}
     for module, name in (("retrieval.Retrieval", "first"), ("matching.Matching", "all"), ("reranking.Reranking", "")):
         path = f"model.tasks.{module}.finish"
-        finish = _attribute(path)
+        finish = pkgutil.resolve_name(path)
 
         def spy(rows: list, name: str = name, finish: object = finish) -> list:
             seen[name] = rows
@@ -144,11 +145,6 @@ def test_reranking_orders_the_best_results_anew(
         own = again.index(text) + 1 if text in again else 1 + int((cosine[text] >= cosine[text, text]).sum() - 1)
         assert row["text_to_video_rank"] == own
     assert found.protocol["reranking"].startswith("the best 3 by the head of ")
-
-
-def _attribute(path: str) -> object:
-    module, kind, name = path.rsplit(".", 2)
-    return getattr(getattr(__import__(module, fromlist=[kind]), kind), name)
 
 
 def test_only_retrieval_can_be_reranked(models: dict[str, str], shards: dict[str, str]) -> None:

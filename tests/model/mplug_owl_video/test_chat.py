@@ -9,8 +9,8 @@ import torch
 
 from model.mplug_owl_video import MplugOwlForConditionalGeneration, MplugOwlProcessor
 from model.mplug_owl_video.chat import Chat
-from tests.helpers.killing import MPLUG
 from tests.helpers.owl import CHECKPOINT, CLIP
+from tests.helpers.paths import MPLUG
 
 IMAGE = np.full((40, 60, 3), 200, dtype=np.uint8)
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}

@@ -28,7 +28,7 @@ from model.tasks.zero_shot import (
     named_category,
     zero_shot_config,
 )
-from tests.helpers.killing import MPLUG
+from tests.helpers.paths import MPLUG
 
 FAMILIES = ["mplug_video", "mplug-owl"]
 

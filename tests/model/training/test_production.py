@@ -26,7 +26,8 @@ from model.mplug_owl_video import MplugOwlProcessor
 from model.mplug_video import MPlugVideoConfig
 from model.tasks import task_class
 from tests.helpers.copying import copied
-from tests.helpers.killing import MPLUG, Training, workers
+from tests.helpers.killing import Training, workers
+from tests.helpers.paths import MPLUG
 
 SIZES = [
     "model.vision.image_size=64",

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,8 @@ from model.data.shards.reader import ShardReader
 from model.mplug_video import MPlugVideoForPreTraining
 from model.tasks.build import build_task
 from model.training.optim import lr_at, parameter_groups
+from tests.helpers.paths import MPLUG
 from tests.helpers.running import TINY, train
-
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 
 
 def history(model: str) -> list[dict]:

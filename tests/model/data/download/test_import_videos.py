@@ -2,7 +2,6 @@ import ast
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ from model.data.annotations import read_annotations
 from model.data.download.import_videos import read_rows
 from model.data.shards.reader import ShardReader, read_dataset_info
 from model.errors import DataError
-
-MPLUG = str(Path(sys.executable).with_name("mplug"))
+from tests.helpers.paths import MPLUG
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from model import storage
 from model.data.download.ledger import download_status
 from tests.helpers.clients import fresh_clients
 from tests.helpers.faulty_server import content, serve
+from tests.helpers.paths import MPLUG
 
-MPLUG = str(Path(sys.executable).with_name("mplug"))
 KILLS = 20
 
 

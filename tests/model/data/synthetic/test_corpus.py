@@ -13,8 +13,7 @@ from model.data.synthetic.corpus import CATEGORIES, HORIZONTAL, SPLIT_SIZES, pla
 from model.data.synthetic.questions import QUESTIONS
 from model.data.synthetic.rendering import SUBJECTS
 from model.errors import LOST, DataError
-from tests.helpers.killing import MPLUG
-from tests.helpers.paths import FIXTURES
+from tests.helpers.paths import FIXTURES, MPLUG
 
 CLASS_NAMES = json.loads((FIXTURES / "classname.json").read_text(encoding="utf-8"))
 
