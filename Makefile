@@ -43,7 +43,7 @@ format: install ## format, and fix lint errors
 lock: ## resolve pyproject.toml into requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet torch==2.13.0
-	.venv-lock/bin/pip install --quiet -e '.[demo,dev,bench]'
+	.venv-lock/bin/pip install --quiet -e '.[demo,server,dev,bench]'
 	.venv-lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > .venv-lock/versions.txt
 	.venv-lock/bin/pip install --quiet uv
 	.venv-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate \

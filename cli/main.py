@@ -10,6 +10,7 @@ from cli.data import TrackingUri, data
 from cli.job import job
 from cli.models import models
 from cli.pipeline import pipeline
+from cli.push import push
 from model.errors import exit_codes
 
 app = typer.Typer(
@@ -223,6 +224,9 @@ def report_command(
     found = [each for reference in references for each in find_evaluations(reference, tracking_uri)]
     out.write_text(render_report(found), encoding="utf-8")
     print(out)
+
+
+app.command()(push)
 
 
 @app.command("chat")

@@ -194,6 +194,21 @@ def find_evaluations(reference: str, uri: str) -> "list[Evaluation]":
     return [load_evaluation(evaluation_of(registry.find_version(_server(uri), reference)))]
 
 
+def find_model(reference: str, uri: str) -> "tuple[str, list[Evaluation]]":
+    """URI of a model that is a folder, a URI or a registered version, and the evaluation of a version."""
+    from model import registry, storage
+    from model.errors import ConfigError
+    from model.evaluation.gate import evaluation_of
+    from model.evaluation.results import load_evaluation
+
+    if storage.is_s3(reference) or Path(reference).exists():
+        return reference, []
+    if not uri:
+        raise ConfigError(f"{reference} does not exist. A registered version needs --tracking-uri.")
+    version = registry.find_version(uri, reference)
+    return version.source, [load_evaluation(evaluation_of(version))]
+
+
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -85,6 +85,9 @@ def manifest_sha256(uri: str) -> str:
 def fetch_folder(uri: str) -> Path:
     """A local folder with the verified files of `uri`: `uri` itself if it is local, else a copy in the cache."""
     manifest = read_manifest(uri)
+    for name in manifest["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise StorageError(f"{uri}: file name {name!r} in {FILE} leaves the folder.")
     if not storage.is_s3(uri):
         _verify(Path(uri), manifest)
         return Path(uri)
@@ -95,8 +98,6 @@ def fetch_folder(uri: str) -> Path:
     partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         for name in manifest["files"]:
-            if not (partial / name).resolve().is_relative_to(partial.resolve()):
-                raise StorageError(f"{uri}: file name {name!r} in {FILE} leaves the folder.")
             storage.download_file(storage.join(uri, name), partial / name)
         (partial / FILE).write_text(json.dumps(manifest), encoding="utf-8")
         _verify(partial, manifest)

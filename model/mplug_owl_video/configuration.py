@@ -79,6 +79,7 @@ class MplugOwlConfig(PreTrainedConfig):
             self.visual_abstractor_config = MplugOwlVisualAbstractorConfig(**(self.visual_abstractor_config or {}))
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        self.text_config.name_or_path = ""  # a folder of this machine
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         vision, abstractor = self.vision_config.hidden_size, self.visual_abstractor_config
         if {abstractor.hidden_size, abstractor.encoder_hidden_size} != {vision}:

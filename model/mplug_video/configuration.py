@@ -73,6 +73,7 @@ class MPlugVideoConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             text = self.text_config or {"model_type": "gpt2", "activation_function": "gelu_pytorch_tanh"}
             self.text_config = AutoConfig.for_model(**text)
+        self.text_config.name_or_path = ""  # a folder of this machine
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
 
