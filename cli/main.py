@@ -11,6 +11,7 @@ from cli.job import job
 from cli.models import models
 from cli.pipeline import pipeline
 from cli.push import push
+from cli.sweep import sweep
 from model.errors import exit_codes
 
 app = typer.Typer(
@@ -124,6 +125,9 @@ def train_command(
     loaded = load_config(config, settings)  # fails before any process starts
     micro_batch_size(loaded, processes or 1)
     sys.exit(launch(config, settings, processes))
+
+
+app.command()(sweep)
 
 
 @app.command()

@@ -38,7 +38,7 @@ def list_models(uri: Uri = "") -> None:
         for each in registry.list_versions(uri, name):
             data = each.tags.get("data", "")
             rows.append([f"{each.name}/{each.number}", ", ".join(each.aliases), data, _headline(each)])
-    _print_table(["version", "aliases", "evaluated on", "headline metric"], rows)
+    print_table(["version", "aliases", "evaluated on", "headline metric"], rows)
 
 
 @models.command()
@@ -59,13 +59,13 @@ def show(reference: Reference, uri: Uri = "") -> None:
         "registered": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(version.created_ms / 1000)),
         **{key: value for key, value in sorted(version.tags.items()) if key != "config"},
     }
-    _print_table(["", ""], [[key, value] for key, value in facts.items() if value])
+    print_table(["", ""], [[key, value] for key, value in facts.items() if value])
     history = [
         [str(each.number), each.time, each.action, f"{each.before or '–'} → {each.to}", each.by, each.difference]
         for each in read_history(version)
     ]
     if history:
-        _print_table(["change", "time", "", "champion", "by", "headline metric"], history)
+        print_table(["change", "time", "", "champion", "by", "headline metric"], history)
 
 
 @models.command()
@@ -94,7 +94,7 @@ def compare(
         for each in compare_evaluations(ours, theirs)
     ]
     print(ours.protocol_line, file=sys.stderr)
-    _print_table(["metric", first, second, "difference", "95 % of resampled splits"], rows)
+    print_table(["metric", first, second, "difference", "95 % of resampled splits"], rows)
 
 
 @models.command()
@@ -209,7 +209,7 @@ def find_model(reference: str, uri: str) -> "tuple[str, list[Evaluation]]":
     return version.source, [load_evaluation(evaluation_of(version))]
 
 
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -147,9 +147,10 @@ class Run:
         return self.run_id
 
     def finish(self, status: str) -> None:
-        """Sends the remaining entries for at most `patience_s` and closes the run."""
+        """Sends the remaining entries for at most `patience_s` and closes the run, unless it is another's."""
         patience_s = self.config.patience_s
-        self._later(lambda server, run_id: server.set_terminated(run_id, status))
+        if not self.config.run:
+            self._later(lambda server, run_id: server.set_terminated(run_id, status))
         if self.config.pipeline:
             self._later(lambda server, _: close_after_retry(server, self.pipeline_id) if self.pipeline_id else None)
         self.deadline = time.monotonic() + (patience_s if status == "FINISHED" else min(patience_s, SHORT_PATIENCE_S))
@@ -213,6 +214,12 @@ class Run:
         return True
 
     def _open(self, server: "MlflowClient") -> None:
+        tags = {"mlflow.runName": self.name, RUN_TAG: self.key, **lineage.run_tags(self.description)}
+        if self.config.run:
+            for tag, value in tags.items():
+                server.set_tag(self.config.run, tag, value)
+            self.run_id, self.resumed = self.config.run, True
+            return
         experiment = experiment_id(server, self.config.experiment)
         pipeline = find_pipeline_run(server, experiment, self.config.pipeline) if self.config.pipeline else None
         if pipeline:  # one that is retried was closed
@@ -224,7 +231,6 @@ class Run:
             self.resumed = True
             self.run_id = found[0].info.run_id
             return
-        tags = {"mlflow.runName": self.name, RUN_TAG: self.key, **lineage.run_tags(self.description)}
         if self.pipeline_id:
             tags["mlflow.parentRunId"] = self.pipeline_id
         self.run_id = server.create_run(experiment, tags=tags).info.run_id

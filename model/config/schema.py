@@ -165,6 +165,8 @@ class TrackingConfig(Section):
     """MLflow experiment."""
     pipeline: str = ""
     """Name of a pipeline run. This run is nested under the newest run of that name."""
+    run: str = ""
+    """ID of an existing MLflow run to write to; its creator closes it. Empty: a new run."""
     patience_s: float = Field(120, ge=0)
     """How long a finished run waits for an unavailable server before it exits."""
 

@@ -1,4 +1,4 @@
-"""`mplug push` to both hubs: a refused token, an upload that is killed and repeated, and what the card tells."""
+"""`mplug push` to both hubs: a refused token, an upload that is killed and repeated, and the content of the card."""
 
 import hashlib
 import json

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from cli import models
-from cli.models import find_model
 from model import manifest, registry, storage
 from model.errors import ConfigError, DataError, StageError
 from model.evaluation import promotion
@@ -112,7 +111,7 @@ def test_a_version_carries_where_it_comes_from(register: Register, uri: str) -> 
     assert tags["val.top1.interval"].startswith("0.4")
     assert load_evaluation(tags["evaluation"]).model == found.source
     assert found.aliases == ("candidate",)
-    assert find_model(f"{NAME}@candidate", uri) == (found.source, [load_evaluation(tags["evaluation"])])
+    assert models.find_model(f"{NAME}@candidate", uri) == (found.source, [load_evaluation(tags["evaluation"])])
     assert register(0.5) == f"{NAME}/1"  # the same model is registered once
 
 
