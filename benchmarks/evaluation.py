@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import network
 from benchmarks.interleaved import Job, compare, measured, run, write_report
@@ -152,15 +153,30 @@ JOBS: dict[str, Job] = {
 }
 
 
+def products(size: str) -> float:
+    """The floating-point operations of the names' matrix products, divided by those of encoding."""
+    counts = {}
+    for path in ("alone", "ours"):
+        encode, _ = names(path, "cpu", size)
+        with FlopCounterMode(display=False) as counter:
+            encode()
+        counts[path] = counter.get_total_flops()
+    return counts["ours"] / counts["alone"] - 1
+
+
 def added(size: str, rounds: int, device: str) -> dict[str, float]:
-    """Time per batch of encoding alone, and what scoring adds to it."""
+    """Time per batch of encoding alone, and what scoring adds to it; `products_adds` is the share of operations."""
     seconds: dict[str, list[float]] = {"alone": [], "ours": [], "plain": []}
     for _ in range(rounds):
         for path, found in seconds.items():
             found.append(measured(MODULE, f"45 names, {size}", path, device, {})["s"])
     medians = {path: statistics.median(found) for path, found in seconds.items()}
     shares = {path: medians[path] / medians["alone"] - 1 for path in ("ours", "plain")}
-    print(f"45 names, {size:6} add {shares['ours']:.0%}; read with the prompt for every name {shares['plain']:.0%}")
+    shares["products"] = products(size)
+    print(
+        f"45 names, {size:6} add {shares['ours']:.0%}, their products {shares['products']:.0%}; "
+        f"read with the prompt for every name {shares['plain']:.0%}"
+    )
     return {"alone_s": medians["alone"], **{f"{path}_adds": share for path, share in shares.items()}}
 
 

@@ -188,9 +188,11 @@ def evaluate_command(
     """
     if prompt and not zero_shot:
         raise typer.BadParameter("--prompt needs --zero-shot.")
-    from cli.evaluate import run_evaluation
-    from model.evaluation.runner import Request
+    from model.startup import quick_imports
 
+    with quick_imports():
+        from cli.evaluate import run_evaluation
+        from model.evaluation.runner import Request
     request = Request(
         model=model,
         shards=shards,
@@ -250,10 +252,12 @@ def chat_command(
 
     Example: `mplug chat mplug-youku-bloomz-7b yoga.mp4`
     """
-    import torch
+    from model.startup import quick_imports
 
-    from cli.chat import run_chat
+    with quick_imports():
+        import torch
 
+        from cli.chat import run_chat
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     run_chat(model, clip, num_frames, max_tokens, sampling)

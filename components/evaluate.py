@@ -18,10 +18,13 @@ def evaluate(
     import json
     from pathlib import Path
 
-    from model.config.load import preset_dataset
-    from model.errors import exit_codes
-    from model.evaluation.runner import evaluate_model
-    from model.threads import use_threads
+    from model.startup import quick_imports
+
+    with quick_imports():
+        from model.config.load import preset_dataset
+        from model.errors import exit_codes
+        from model.evaluation.runner import evaluate_model
+        from model.threads import use_threads
 
     with exit_codes():
         out = f"{trained}.{split}"
@@ -30,9 +33,9 @@ def evaluate(
         found = evaluate_model(trained, shards=shards[preset_dataset(config)], overrides=workers, **options)
         for name, value in found.scores.items():
             metrics.log_metric(name, value)
-        if found.confusion:
-            confusion.log_confusion_matrix(found.class_names, found.confusion)
+        if matrix := found.confusion:
+            confusion.log_confusion_matrix(found.class_names, matrix)
         # without a file the local runner does not cache an artifact, and would repeat the evaluation
         Path(metrics.path).write_text(json.dumps(found.scores))
-        Path(confusion.path).write_text(json.dumps(found.confusion))
+        Path(confusion.path).write_text(json.dumps(matrix))
         return out

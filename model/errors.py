@@ -130,7 +130,7 @@ def exit_codes() -> Iterator[None]:
     """Reports user errors in lines and exits with their code; any other error is raised as it is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    for noisy in ("botocore", "mlflow", "alembic", "deepspeed", "fontTools", "matplotlib"):
+    for noisy in ("botocore", "mlflow", "alembic", "deepspeed", "fontTools", "httpx2", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # MLflow's client logs every retry
     try:

@@ -22,6 +22,7 @@ def upload(folder: Path, repo: str, hub: str, visibility: str) -> str:
 
 
 def _huggingface(folder: Path, repo: str, visibility: str) -> str:
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -31,7 +32,7 @@ def _huggingface(folder: Path, repo: str, visibility: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model")
     except HfHubHTTPError as error:
         raise _refused("huggingface", "hf auth login", error.response.status_code, error) from error
-    except (OSError, RuntimeError) as error:  # hf_xet raises RuntimeErrors
+    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeErrors
         raise _refused("huggingface", "", 0, error) from error
     return str(url)
 

@@ -6,10 +6,13 @@
 import json
 import sys
 
-from model.config.schema import WatchdogConfig
-from model.distributed import Processes, processes
-from model.errors import exit_codes
-from model.evaluation.runner import Request, evaluate
+from model.startup import quick_imports
+
+with quick_imports():
+    from model.config.schema import WatchdogConfig
+    from model.distributed import Processes, processes
+    from model.errors import exit_codes
+    from model.evaluation.runner import Request, evaluate
 
 
 def evaluate_and_print(request: Request, group: Processes) -> None:

@@ -67,7 +67,7 @@ def write_release(release: Release, folder: Path) -> None:
         _check(evaluation, release.model)
     facts = manifest.read_manifest(str(model)) if (model / manifest.FILE).exists() else {}
     config = _without_places(facts["config"]) if "config" in facts else {}
-    names = facts.get("files") or [path.name for path in model.iterdir() if path.is_file()]
+    names = facts.get("files") or [path.name for path in model.glob("[!.]*") if path.is_file()]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model / name, folder / name)

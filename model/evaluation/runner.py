@@ -90,6 +90,7 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
     # the untuned model first: one model at a time is in memory
     untuned = _untuned(request, origin, config, reader, group) if request.with_untuned else {}
     task = build_zero_shot(config, request.prompt) if request.zero_shot else build_trained(config)
+    described = read_dataset_info(request.shards)
     tracking = config.tracking if group.is_main else TrackingConfig()
     description = f"{config.task} of {request.model} on {reader.uri}"
     with tracked(tracking, f"evaluate-{config.name}", description=description) as run:
@@ -105,7 +106,7 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
             task=config.task,
             model=request.model,
             shards=request.shards,
-            protocol=_protocol(request, task, reader, predictions),
+            protocol=_protocol(request, task, described, predictions),
             pretrained=bool(not request.zero_shot and origin and origin.model.init_from),
             scores=metrics.score(measures),
             intervals=intervals(measures, [row["video"] for row in predictions]),
@@ -118,7 +119,7 @@ def evaluate(request: Request, group: Processes) -> list[Evaluation]:
         if request.out:
             save_evaluation(evaluation, request.out)
             run.tags({EVALUATION: request.out})
-        _log(run, request, evaluation, reader, task)
+        _log(run, request, evaluation, described, reader, task)
     return [evaluation]
 
 
@@ -179,10 +180,9 @@ def _predictions(
 
 
 def _protocol(
-    request: Request, task: Evaluator, reader: ShardReader, predictions: Sequence[Prediction]
+    request: Request, task: Evaluator, described: Mapping[str, Any], predictions: Sequence[Prediction]
 ) -> dict[str, str]:
     """How the scores came about, in the order of a sentence."""
-    described = read_dataset_info(request.shards)
     processor = task.processor
     return {
         "data": f"{described['dataset']}@{described['sha256'][request.split][:12]}",
@@ -220,10 +220,16 @@ def _complete(
     return rows
 
 
-def _log(run: Run, request: Request, evaluation: Evaluation, reader: ShardReader, task: Evaluator) -> None:
+def _log(
+    run: Run,
+    request: Request,
+    evaluation: Evaluation,
+    described: Mapping[str, Any],
+    reader: ShardReader,
+    task: Evaluator,
+) -> None:
     """Logs protocol, metrics with their intervals, tables, and a figure of the first clips."""
     run.params({"model": request.model, "shards": request.shards, **evaluation.protocol})
-    described = read_dataset_info(request.shards)
     name, digest = f"{described['dataset']}-{request.split}", described["sha256"][request.split]
     run.dataset(name, digest, request.shards, "evaluation")
     scores = {f"{request.split}/{metric}": value for metric, value in evaluation.scores.items()}

@@ -2,9 +2,12 @@
 
 import sys
 
-from model.config.load import load_config
-from model.errors import exit_codes
-from model.training.loop import run_training
+from model.startup import quick_imports
+
+with quick_imports():
+    from model.config.load import load_config
+    from model.errors import exit_codes
+    from model.training.loop import run_training
 
 
 def main() -> None:

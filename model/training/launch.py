@@ -23,6 +23,7 @@ from model.errors import FAILURES, INTERRUPTED, LOST, UserError, clear_terminati
 from model.memory_limit import kill_before_this, memory_kills, memory_limit
 from model.parent import PARENT_PID, signal_when_parent_ends
 from model.retry import exponential_s
+from model.startup import quick_imports
 from model.training.attempts import count_start
 
 FIRST_NODE_WITHIN_S = 1800.0
@@ -125,6 +126,8 @@ def main() -> None:
     if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):
         sys.exit(LOST)  # the parent ended before this process could ask for the signal
     os.environ[PARENT_PID] = str(os.getpid())
+    with quick_imports():
+        import torch.distributed.run  # noqa: F401
     _environment()
     sys.exit(_torchrun([*_place(), *sys.argv[1:]]))
 

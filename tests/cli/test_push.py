@@ -79,6 +79,15 @@ def test_a_wrong_token_is_named_in_one_line(name: str, hub: FakeHub, models: dic
     assert "Traceback" not in errors
 
 
+def test_a_hub_that_does_not_answer_is_an_outage(models: dict[str, str], tmp_path: Path) -> None:
+    with fake_hub() as closed:
+        pass
+    process = start(closed, tmp_path, "huggingface", models["retrieval"])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 134
+    assert errors.splitlines()[-1].startswith("error: huggingface does not answer: ")
+
+
 def test_the_card_has_scores_protocol_and_no_address(
     models: dict[str, str], shards: dict[str, str], evaluation: str, tmp_path: Path
 ) -> None:
