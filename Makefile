@@ -21,7 +21,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: install ## run the whole platform, from synthetic clips to registered models: 8 to 14 minutes on 2 cores
+demo: install ## run the whole platform, from synthetic clips to registered models: 12 minutes on 2 cores
 	$(BIN)/mplug demo demo
 
 ui: install ## open MLflow with the results of the demo

@@ -35,7 +35,7 @@ SPLIT_SIZES: dict[str, dict[str, int]] = {
     "classification": {"train": 480, "val": 48, "test": 96},
     "retrieval": {"train": 400, "val": 50, "test": 100},
     "captioning": {"train": 160, "val": 40, "test": 80},
-    INSTRUCTION: {"train": 3000, "val": 40, "test": 100},
+    INSTRUCTION: {"train": 1800, "val": 40, "test": 100},
 }
 """Clips per dataset and split at scale 1."""
 SMALL = Encoding(width=96, height=72, fps=8, gop=16, duration_s=2.0)
