@@ -58,7 +58,7 @@ def names(path: str, device: str, size: str) -> Function:
     config = MPlugVideoConfig(
         vision_config=vision, text_config=text, num_queries=queries, class_names=categories, freeze_decoder=True
     )
-    model = MPlugVideoForClassification(config).eval().to(device)
+    model = MPlugVideoForClassification(config).eval().requires_grad_(False).to(device)
     side, characters = vision["image_size"], {}
     pixels = torch.randn(clips, 3, vision["num_frames"], side, side, device=device)
     answers = [[characters.setdefault(one, 8 + len(characters)) for one in name] for name in categories]
