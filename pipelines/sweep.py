@@ -305,7 +305,7 @@ class _Driver:
 
 
 def _train(config: str, settings: list[str], machines: Machines) -> None:
-    """One trial, in a process of its own, which saves a checkpoint and ends when it is asked to."""
+    """Trains one trial in this separate process, which saves a checkpoint and ends on SIGTERM."""
     signal_when_parent_ends(signal.SIGTERM)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the URI of its model is not the result of the sweep
     with exit_codes():
