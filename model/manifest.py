@@ -69,6 +69,11 @@ def latest_version(base: str) -> str:
     return storage.join(base, storage.read(storage.join(base, LATEST)).decode())
 
 
+def version_of(uri: str) -> str:
+    """The version of a published folder, the last part of its URI; of any other folder its name."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
 def read_manifest(uri: str) -> dict[str, Any]:
     """The manifest of a published folder."""
     where = storage.join(uri, FILE)

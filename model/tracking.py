@@ -32,7 +32,7 @@ from model.pipeline_run import close_after_retry, find_pipeline_run, reopen
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, RunTag
 
 log = logging.getLogger("mplug")
 SEND_EVERY_S = 2.0
@@ -94,9 +94,7 @@ class Run:
     def tags(self, values: Mapping[str, str]) -> None:
         if not self.client:
             return
-        from mlflow.entities import RunTag
-
-        tags = [RunTag(key, value) for key, value in values.items()]
+        tags = _run_tags(values)
         self._later(lambda server, run_id: server.log_batch(run_id, tags=tags))
 
     def artifact(self, path: Path) -> None:
@@ -216,8 +214,7 @@ class Run:
     def _open(self, server: "MlflowClient") -> None:
         tags = {"mlflow.runName": self.name, RUN_TAG: self.key, **lineage.run_tags(self.description)}
         if self.config.run:
-            for tag, value in tags.items():
-                server.set_tag(self.config.run, tag, value)
+            server.log_batch(self.config.run, tags=_run_tags(tags))
             self.run_id, self.resumed = self.config.run, True
             return
         experiment = experiment_id(server, self.config.experiment)
@@ -296,6 +293,12 @@ def tracked(
         run.finish(status)
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _run_tags(values: Mapping[str, str]) -> list["RunTag"]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, value) for key, value in values.items()]
 
 
 def _terminate(_number: int, _frame: object) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
@@ -184,8 +185,8 @@ class _Driver:
     ) -> None:
         self.fixed, self.space = fixed, space
         self.sweep, self.machines, self.name = sweep, sweep.machines, sweep.name or f"{config.name}-sweep"
-        self.metric = f"{config.evaluation.split}/{config.evaluation.metric or 'loss'}"
-        self.is_low_better = lower_is_better(self.metric.partition("/")[2])
+        metric = config.evaluation.metric or "loss"
+        self.metric, self.is_low_better = f"{config.evaluation.split}/{metric}", lower_is_better(metric)
         self.server = mlflow_client(config.tracking.uri)
         self.experiment = experiment_id(self.server, config.tracking.experiment)
         self.study = self._open_study(config.seed)
@@ -195,18 +196,14 @@ class _Driver:
         """Newest step of each trial that Optuna knows."""
 
     def run(self) -> list[Ranked]:
-        waiting = self._interrupted()
-        missing = self.sweep.trials - len(self.study.get_trials())
+        upcoming = self._upcoming()
         try:
             with _termination():
-                while waiting or missing > 0 or self.running:
-                    if (waiting or missing > 0) and len(self.running) < self.machines.parallel:
-                        if waiting:
-                            self._start(waiting.pop(0))
-                        else:
-                            self._start(self.study.ask(dict(self.space)))
-                            missing -= 1
-                        continue
+                while True:
+                    for trial in islice(upcoming, self.machines.parallel - len(self.running)):
+                        self._start(trial)
+                    if not self.running:
+                        break
                     time.sleep(POLL_S)
                     for trial in list(self.running):
                         self._check(trial)
@@ -217,17 +214,23 @@ class _Driver:
                 process.join()
         return self._finish()
 
-    def _interrupted(self) -> list[Trial]:
-        """The trials that an earlier start has not ended. One whose settings were not complete has failed."""
-        waiting = []
-        for each in self.study.get_trials(states=[TrialState.RUNNING]):
+    def _upcoming(self) -> Iterator[Trial]:
+        """The trials that an earlier start has not ended, then new ones.
+
+        An earlier one whose settings were not complete has failed.
+        """
+        earlier = self.study.get_trials()
+        for each in earlier:
+            if each.state != TrialState.RUNNING:
+                continue
             trial = Trial(self.study, each._trial_id)
             self.reported[trial] = -1 if each.last_step is None else each.last_step
             if each.params.keys() == self.space.keys():
-                waiting.append(trial)
+                yield trial
             else:
                 self.study.tell(trial, state=TrialState.FAIL)
-        return waiting
+        for _ in range(self.sweep.trials - len(earlier)):
+            yield self.study.ask(dict(self.space))
 
     def _start(self, trial: Trial) -> None:
         settings = [*self.fixed, *_settings(trial.params)]

@@ -92,14 +92,10 @@ def write_release(release: Release, folder: Path) -> None:
 
 
 def _check(evaluation: Evaluation, model: str) -> None:
-    if _version(evaluation.model) != _version(model):
+    if manifest.version_of(evaluation.model) != manifest.version_of(model):
         raise ConfigError(f"evaluations must be of {model}, but one of {evaluation.task} is of {evaluation.model}.")
     if reason := evaluation.protocol.get(UNRELIABLE):
         raise ConfigError(f"an evaluation of {evaluation.task} must not be published: {reason}.")
-
-
-def _version(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2]
 
 
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:

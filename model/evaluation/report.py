@@ -167,15 +167,11 @@ def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
     labels = [_label(evaluation.model) for evaluation in evaluations]
     if len(set(labels)) == len(labels):
         return labels
-    return [f"{label} {_version(each.model)}" for label, each in zip(labels, evaluations, strict=True)]
+    return [f"{label} {manifest.version_of(each.model)}" for label, each in zip(labels, evaluations, strict=True)]
 
 
 def _label(model: str) -> str:
-    return _config(model).get("name") or _version(model)
-
-
-def _version(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2]
+    return _config(model).get("name") or manifest.version_of(model)
 
 
 def _config(model: str) -> dict[str, Any]:

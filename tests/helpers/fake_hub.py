@@ -26,8 +26,6 @@ class FakeHub(ThreadingHTTPServer):
         """Of each repository: small files, and the hashes of large ones."""
         self.stored: set[str] = set()
         """Hashes of large files that can be committed."""
-        self.chunks: dict[str, int] = {}
-        """Size of the content of each xorb."""
         self.uploaded = 0
         """Bytes of large files that were received."""
         self.holds_commits = False
@@ -80,9 +78,8 @@ class Handler(BaseHTTPRequestHandler):
                 return 200, {"files": [_preupload(each["path"], known) for each in json.loads(body)["files"]]}
             case ["api", "models", _, _, "xet-write-token", _]:
                 return 200, {"casUrl": f"{self.server.url}/cas", "accessToken": "xet", "exp": 9_999_999_999}
-            case ["cas", "v1", "xorbs", _, xorb]:
+            case ["cas", "v1", "xorbs", _, _]:
                 self.server.uploaded += len(body)
-                self.server.chunks[xorb] = _content_bytes(body)
                 return 200, {"was_inserted": True}
             case ["cas", "v2", "shards"]:
                 self.server.stored |= set(_hashes(body))
@@ -161,15 +158,6 @@ def _preupload(path: str, known: dict[str, bytes | str]) -> dict[str, Any]:
     mode = "lfs" if path.endswith(".safetensors") else "regular"
     oid = known.get(path)
     return {"path": path, "uploadMode": mode, "shouldIgnore": False, **({"oid": oid} if isinstance(oid, str) else {})}
-
-
-def _content_bytes(xorb: bytes) -> int:
-    """The length of the chunks of a xorb before compression."""
-    total, place = 0, 0
-    while xorb[place : place + 1] == b"\0":
-        compressed, length = (int.from_bytes(xorb[place + at : place + at + 3], "little") for at in (1, 5))
-        total, place = total + length, place + 8 + compressed
-    return total
 
 
 def _hashes(shard: bytes) -> Iterator[str]:
